@@ -1,0 +1,70 @@
+"""Conversation templates against the published forms."""
+
+import pytest
+
+from twig_jax.data import conversation
+
+
+def test_llava_hf_is_the_model_card_form():
+    text = conversation.prompt("llava_hf", [("What is this?", None)], images=1)
+    assert text == "USER: <image>\nWhat is this? ASSISTANT:"
+
+
+def test_llava_hf_with_several_turns():
+    turns = [("One?", "Yes."), ("Two?", "No."), ("Three?", None)]
+    assert conversation.prompt("llava_hf", turns, images=1) == (
+        "USER: <image>\nOne? ASSISTANT: Yes.</s>USER: Two? ASSISTANT: No.</s>"
+        "USER: Three? ASSISTANT:"
+    )
+
+
+def test_vicuna_v1_is_llava_s():
+    assert conversation.prompt("vicuna_v1", [("Hi?", "Hello."), ("And?", None)], images=1) == (
+        "A chat between a curious user and an artificial intelligence assistant. "
+        "The assistant gives helpful, detailed, and polite answers to the user's questions. "
+        "USER: <image>\nHi? ASSISTANT: Hello.</s>USER: And? ASSISTANT:"
+    )
+
+
+def test_plain_is_the_text_alone():
+    assert conversation.prompt("plain", [("", "a cat")], images=1) == "<image>a cat\n"
+    assert conversation.prompt("plain", [("text", None)]) == "text"
+
+
+def test_a_marker_in_the_text_is_kept():
+    text = conversation.prompt("llava_hf", [("Look: <image> What?", None)], images=1)
+    assert text == "USER: Look: <image> What? ASSISTANT:"
+
+
+def test_a_marker_in_a_later_turn_is_kept():
+    turns = [("Hi?", "Hello."), ("<image>\nWhat?", None)]
+    text = conversation.prompt("llava_hf", turns, images=1)
+    assert text == "USER: Hi? ASSISTANT: Hello.</s>USER: <image>\nWhat? ASSISTANT:"
+
+
+def test_two_images_lead_the_first_turn():
+    text = conversation.prompt("llava_hf", [("Compare.", None)], images=2)
+    assert text == "USER: <image>\n<image>\nCompare. ASSISTANT:"
+
+
+@pytest.mark.parametrize("name", conversation.TEMPLATES)
+def test_a_prompt_is_a_head_and_turns(name):
+    parts = conversation.head(name, 1) + conversation.turn(name, "A?", "b")
+    assert conversation.prompt(name, [("A?", "b")], images=1) == parts
+
+
+@pytest.mark.parametrize(
+    ("name", "turns", "message"),
+    [
+        (
+            "vicuna",
+            [("A?", None)],
+            "unknown conversation template 'vicuna', expected one of vicuna_v1",
+        ),
+        ("plain", [], "at least one turn"),
+        ("plain", [("A?", None), ("B?", None)], "turn 1 of 2 has no answer"),
+    ],
+)
+def test_bad_conversations_are_refused(name, turns, message):
+    with pytest.raises(ValueError, match=message):
+        conversation.prompt(name, turns)

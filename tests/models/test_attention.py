@@ -1,0 +1,103 @@
+"""Attention over blocks against the textbook formula, and single rows of it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from twig_jax.models.attention import (
+    KV,
+    Context,
+    apply_rope,
+    attend,
+    attention_row,
+    rope_angles,
+)
+
+B, Q, S, H, K, D = 2, 5, 7, 4, 2, 6
+
+
+def normal(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def textbook(q, k, v, mask):
+    """Every head for itself, in float64: (output [B, Q, H, D], weights [B, H, Q, S])."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    out = np.zeros(q.shape)
+    weights = np.zeros((q.shape[0], q.shape[2], q.shape[1], k.shape[1]))
+    for b, h in np.ndindex(q.shape[0], q.shape[2]):
+        group = h // (q.shape[2] // k.shape[2])
+        logits = q[b, :, h] @ k[b, :, group].T / np.sqrt(q.shape[3])
+        logits[~np.asarray(mask[b])] = -np.inf
+        w = np.exp(logits - logits.max(-1, keepdims=True))
+        weights[b, h] = w / w.sum(-1, keepdims=True)
+        out[b, :, h] = weights[b, h] @ v[b, :, group]
+    return out, weights
+
+
+@pytest.fixture
+def case():
+    mask = jax.random.bernoulli(jax.random.key(9), 0.6, (B, Q, S)).at[:, :, 0].set(True)
+    return normal(0, B, Q, H, D), normal(1, B, S, K, D), normal(2, B, S, K, D), mask
+
+
+def test_equals_textbook(case):
+    q, k, v, mask = case
+    expected, _ = textbook(q, k, v, mask)
+    np.testing.assert_allclose(attend(q, [Context(KV(k, v), mask)]), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("cut", [1, 3, 6])
+def test_blocks_share_one_softmax(case, cut):
+    q, k, v, mask = case
+    blocks = [
+        Context(KV(k[:, s], v[:, s]), mask[:, :, s]) for s in (slice(0, cut), slice(cut, None))
+    ]
+    expected, _ = textbook(q, k, v, mask)
+    np.testing.assert_allclose(attend(q, blocks), expected, atol=1e-5)
+
+
+def test_a_query_that_sees_nothing_is_zero_and_has_finite_gradients(case):
+    q, k, v, mask = case
+    mask = mask.at[0, 2].set(False)
+
+    def total(q):
+        return attend(q, [Context(KV(k, v), mask)]).sum()
+
+    out = attend(q, [Context(KV(k, v), mask)])
+    assert not out[0, 2].any() and out[0, 1].any()
+    assert jnp.isfinite(jax.grad(total)(q)).all()
+
+
+def test_bfloat16_accumulates_in_float32(case):
+    q, k, v, mask = case
+    half = [x.astype(jnp.bfloat16) for x in (q, k, v)]
+    out = attend(half[0], [Context(KV(*half[1:]), mask)])
+    assert out.dtype == jnp.bfloat16
+    expected, _ = textbook(*(x.astype(jnp.float32) for x in half), mask)
+    np.testing.assert_allclose(out.astype(jnp.float32), expected, atol=0.03)
+
+
+def test_attention_row_is_one_row_of_the_whole(case):
+    q, k, v, mask = case
+    _, weights = textbook(q, k, v, mask)
+    row = attention_row(q[:, 3], k, mask[:, 3])
+    assert row.dtype == jnp.float32
+    np.testing.assert_allclose(row, weights[:, :, 3], atol=1e-6)
+    np.testing.assert_allclose(row.sum(-1), 1, atol=1e-6)
+
+
+def test_rope_depends_on_distances_only():
+    q, k = normal(0, 1, 1, 1, D), normal(1, 1, 1, 1, D)
+
+    def score(at, key_at):
+        rotated = [
+            apply_rope(x, rope_angles(jnp.array([[p]]), D, 100.0))
+            for x, p in ((q, at), (k, key_at))
+        ]
+        return float((rotated[0] * rotated[1]).sum())
+
+    assert score(9, 4) == pytest.approx(score(5, 0), abs=1e-5)
+    assert score(9, 4) != pytest.approx(score(9, 5), abs=1e-3)
+    np.testing.assert_allclose(apply_rope(q, rope_angles(jnp.array([[0]]), D, 100.0)), q)

@@ -1,0 +1,119 @@
+"""The decoder run in pieces equals the decoder run whole."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from twig_jax.models.attention import KV
+from twig_jax.models.llama import Decoder
+from twig_jax.models.llava import Llava
+
+B, S = 2, 9
+
+
+@pytest.fixture(scope="module")
+def run(config, base):
+    """`Decoder.run` of the base."""
+    model = Llava(config)
+    return lambda *args, **kwargs: model.apply({"params": base}, *args, method="run", **kwargs)
+
+
+@pytest.fixture(scope="module")
+def inputs(config):
+    x = jax.random.normal(jax.random.key(1), (B, S, config.text.hidden_size))
+    # Positions with gaps, as after pruning.
+    return x, jnp.array([[0, 1, 2, 5, 6, 9, 10, 11, 12], [0, 2, 4, 5, 7, 8, 9, 10, 12]])
+
+
+def causal(n):
+    return jnp.broadcast_to(jnp.tril(jnp.ones((n, n), bool)), (B, n, n))
+
+
+@pytest.fixture(scope="module")
+def whole(run, inputs):
+    return run(*inputs, causal(S))
+
+
+def close(a, b):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-5), a, b)
+
+
+@pytest.mark.parametrize("cut", [1, 2, 3])
+def test_ranges_of_layers_compose(run, inputs, whole, cut):
+    x, lower = run(*inputs, causal(S), last=cut)
+    x, upper = run(x, inputs[1], causal(S), first=cut)
+    close((x, lower + upper), whole)
+
+
+@pytest.mark.parametrize("cut", [1, 5, 8])
+def test_cached_prefix(run, inputs, whole, cut):
+    x, positions = inputs
+    _, cache = run(x[:, :cut], positions[:, :cut], causal(cut))
+    later, _ = run(
+        x[:, cut:],
+        positions[:, cut:],
+        causal(S - cut),
+        cached=cache,
+        cached_mask=jnp.ones((B, S - cut, cut), bool),
+    )
+    close(later, whole[0][:, cut:])
+
+
+def test_token_by_token_through_a_scratch_block(run, inputs, whole, config):
+    x, positions = inputs
+    width = S + 2  # two slots stay unused
+    empty = jnp.full((B, width, config.text.num_kv_heads, config.text.head_dim), jnp.nan)
+    # What was never written must not be read: not even through a zero weight.
+    empty = jnp.where(jnp.arange(width)[None, :, None, None] < S, empty, 0.0)
+    scratch = tuple(KV(jnp.zeros_like(empty), jnp.zeros_like(empty)) for _ in range(4))
+    for i in range(S):
+        mask = jnp.broadcast_to(jnp.arange(width) <= i, (B, 1, width))
+        out, scratch = run(x[:, i : i + 1], positions[:, i : i + 1], mask, scratch=scratch, index=i)
+        close(out[:, 0], whole[0][:, i])
+    close(tuple(KV(c.k[:, :S], c.v[:, :S]) for c in scratch), whole[1])
+
+
+def test_masked_keys_do_not_matter(run, inputs):
+    x, positions = inputs
+    mask = causal(S) & (jnp.arange(S) != 3)[None, None, :] | jnp.eye(S, dtype=bool)[None]
+    out, _ = run(x, positions, mask)
+    other, _ = run(x.at[:, 3].set(100.0), positions, mask)
+    keep = np.arange(S) != 3
+    np.testing.assert_array_equal(out[:, keep], other[:, keep])
+
+
+def test_attention_row_averages_to_the_values_attended(config, base, run, inputs):
+    """Row times values, through the output projection, is what the layer adds."""
+    x, positions = inputs
+    model, layer = Llava(config), 2
+    into, kvs = run(x, positions, causal(S), last=layer + 1)
+    before, _ = run(x, positions, causal(S), last=layer)
+    row = model.apply(
+        {"params": base},
+        layer,
+        before[:, -1:],
+        positions[:, -1:],
+        kvs[layer].k,
+        jnp.ones((B, S), bool),
+        method="attention_row",
+    )
+    assert row.shape == (B, config.text.num_heads, S)
+    group = config.text.num_heads // config.text.num_kv_heads
+    values = jnp.repeat(kvs[layer].v, group, axis=2)
+    heads = jnp.einsum("BHS,BSHD->BHD", row, values).reshape(B, -1)
+    weights = base["text"][f"layers_{layer}"]
+    y = before[:, -1] + heads @ weights["o_proj"]["kernel"]
+    z = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + config.text.rms_norm_eps)
+    z = z * weights["post_attention_layernorm"]["scale"]
+    up = jax.nn.silu(z @ weights["gate_proj"]["kernel"]) * (z @ weights["up_proj"]["kernel"])
+    close(y + up @ weights["down_proj"]["kernel"], into[:, -1])
+
+
+def test_logits_are_float32_in_bfloat16_models(config, base):
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), base["text"])
+    x = jnp.ones((1, 2, config.text.hidden_size), jnp.bfloat16)
+    decoder = Decoder(config.text, config.text.num_layers)
+    out, kvs = decoder.apply({"params": half}, x, jnp.arange(2)[None], causal(2)[:1], method="run")
+    assert out.dtype == kvs[0].k.dtype == jnp.bfloat16
+    assert decoder.apply({"params": half}, out, method="logits").dtype == jnp.float32

@@ -1,0 +1,1 @@
+"""TwigVLM in JAX: visual token pruning and self-speculative decoding for LLaVA."""

@@ -1,0 +1,1 @@
+"""Conversations, tokens, images and the embedded digits data."""

@@ -1,0 +1,267 @@
+"""Training batches of digits pages: many turns about one page share its visual tokens.
+
+A row holds one prefix (BOS, the image slots and the fixed text around them) and blocks that are
+filled with as many turns as fit; a turn never straddles two blocks. Every turn is to be trained as
+if it alone followed the prefix, so its positions restart there and `segments` tells turns apart.
+One block:
+
+    tokens     What digit .. ASSISTANT: seven </s> | Where is .. ASSISTANT: B 3 </s> | pad
+    segments   1    1     .. 1          1     1    | 2        .. 2          2 2 2    | 0
+    positions  P    P+1   ..                       | P        ..                     | P
+    targets    -1   -1    .. seven      </s>  -1   | -1       .. B          3 </s> -1| -1
+"""
+
+import queue
+import threading
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from twig_jax.data import conversation, digits, images, questions
+from twig_jax.data.digits import COLUMNS, ROWS, SHADES, SIZES, Page
+from twig_jax.data.questions import DIGIT_WORDS, KINDS, Question
+from twig_jax.data.tokens import prompt_ids
+
+TEMPLATE = "llava_hf"
+BLANK = "blank"
+
+Batch = dict[str, np.ndarray]
+
+# A row is complete at the second turn that fits into none of its blocks: stopping at the first
+# wastes more, searching on would favour short turns.
+_MISFITS = 2
+# So many turns in a row that do not fit into empty blocks mean that none will.
+_HOPELESS = 64
+
+
+class WordEncoder:
+    """Encodes text word by word with a memory.
+
+    For tokenizers that never join pieces across a space, as the one in assets/digits.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._known: dict[str, list[int]] = {}
+
+    def word(self, text: str) -> list[int]:
+        """Token ids of one word, with its leading space where it has one."""
+        ids = self._known.get(text)
+        if ids is None:
+            ids = self._known[text] = self._tokenizer.encode(text, add_special_tokens=False)
+        return ids
+
+    def words(self, text: str) -> list[list[int]]:
+        """Token ids of each whitespace word; every word but the first takes the space before it."""
+        first, *rest = text.split(" ")
+        return [self.word(first), *(self.word(f" {word}") for word in rest)]
+
+    def single(self, text: str) -> int:
+        """The id of a word that is one token. Raises ValueError where it is not."""
+        ids = self.word(text)
+        if len(ids) != 1:
+            raise ValueError(
+                f"the tokenizer needs {len(ids)} tokens for {text!r}, the digits data needs one"
+            )
+        return ids[0]
+
+
+class DigitsBatches:
+    """An endless iterator of batches; batch n is a function of the settings and n alone.
+
+    tokenizer: as saved in assets/digits. batch_size: rows this shard gives per step.
+    blocks, block: blocks of a row and slots of a block. mix: share of each kind of question (None:
+    questions.MIX). start: the first step to give. shard: (index, count); shards of one step hold
+    consecutive rows of one global batch.
+    step: the step of the next item; another one with `start` set to it goes on from there.
+
+    Each item, with B = batch_size, n = blocks, S = block, P = length of the prefix:
+      pixels         float32 [B, 1, 96, 96, 3]  normalised
+      prefix         int32 [B, P]     image slots hold image_token_id
+      prefix_visual  bool [B, P]
+      tokens         int32 [B, n, S]  padding holds the pad id
+      positions      int32 [B, n, S]  from P on in every turn, P at padding
+      segments       int32 [B, n, S]  1.. turns of the row, 0 padding
+      targets        int32 [B, n, S]  the next token where it is an answer's or its EOS, else -1
+      kinds          int32 [B, n, S]  index into questions.KINDS where targets >= 0, else -1
+      content        bool [B, n, S]   the target is a word that depends on the page
+      patch_words    int32 [B, 144, 5]  tokens that name what each patch shows: digit or " blank",
+                                        row, column, shade and size (-1 and -1 where blank)
+
+    Turns longer than a block are left out. Raises ValueError for blocks that no turn fits, a bad
+    shard or start, or a tokenizer made for other data.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        split: str = "train",
+        seed: int,
+        batch_size: int,
+        blocks: int,
+        block: int,
+        image_token_id: int,
+        mean: tuple[float, ...] = images.CLIP_MEAN,
+        std: tuple[float, ...] = images.CLIP_STD,
+        mix: Mapping[str, float] | None = None,
+        start: int = 0,
+        shard: tuple[int, int] = (0, 1),
+    ) -> None:
+        if not 0 <= shard[0] < shard[1]:
+            raise ValueError(f"shard {shard} is not (index, count) with 0 <= index < count")
+        if min(batch_size, blocks, block) < 1 or start < 0:
+            raise ValueError(
+                f"batch_size {batch_size}, blocks {blocks} and block {block} must be positive, "
+                f"start {start} not negative"
+            )
+        self.step = start
+        self._tokenizer, self._encoder = tokenizer, WordEncoder(tokenizer)
+        self._split, self._seed, self._mix = split, seed, mix
+        self._batch_size, self._shape, self._shard = batch_size, (blocks, block), shard
+        self._mean, self._std = mean, std
+        self._prefix, self._prefix_visual = prompt_ids(
+            tokenizer, conversation.head(TEMPLATE, images=1), image_token_id, digits.VISUAL_TOKENS
+        )
+        self._names = _PatchNames(self._encoder)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        first = (self.step * self._shard[1] + self._shard[0]) * self._batch_size
+        rows = [self._row(first + row) for row in range(self._batch_size)]
+        batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+        batch["pixels"] = images.normalize(batch["pixels"], self._mean, self._std)[:, None]
+        self.step += 1
+        return batch
+
+    def _row(self, index: int) -> Batch:
+        page = digits.page(self._split, self._seed, index)
+        rng = digits.generator(self._split, self._seed, index, 1)
+        start = len(self._prefix)
+        row = {
+            "tokens": np.full(self._shape, self._tokenizer.pad_token_id, np.int32),
+            "positions": np.full(self._shape, start, np.int32),
+            "segments": np.zeros(self._shape, np.int32),
+            "targets": np.full(self._shape, -1, np.int32),
+            "kinds": np.full(self._shape, -1, np.int32),
+            "content": np.zeros(self._shape, bool),
+        }
+        blocks, length = self._shape
+        filled = [0] * blocks
+        misfits = segment = 0
+        for question in questions.stream(page, rng, self._mix):
+            asked, answer, content = self._turn(question)
+            size = len(asked) + len(answer)
+            block = next((n for n in range(blocks) if filled[n] + size <= length), None)
+            if block is None:
+                misfits += 1
+                if misfits >= _MISFITS and segment:
+                    break
+                if misfits == _HOPELESS:
+                    raise ValueError(
+                        f"a block of {length} tokens is too short for a turn of {size} tokens"
+                    )
+                continue
+            segment += 1
+            begin, end = filled[block], filled[block] + size
+            row["tokens"][block, begin:end] = asked + answer
+            row["positions"][block, begin:end] = np.arange(start, start + size)
+            row["segments"][block, begin:end] = segment
+            predicting = slice(begin + len(asked) - 1, end - 1)
+            row["targets"][block, predicting] = answer
+            row["kinds"][block, predicting] = KINDS.index(question.kind)
+            row["content"][block, predicting] = content
+            filled[block] = end
+        prefix = {"prefix": self._prefix, "prefix_visual": self._prefix_visual}
+        return row | prefix | {"pixels": page.image, "patch_words": self._names(page)}
+
+    def _turn(self, question: Question) -> tuple[list[int], list[int], list[bool]]:
+        """Ids up to where the model answers, ids of the answer and EOS, and their content flags."""
+        encoder, form = self._encoder, conversation.template(TEMPLATE)
+        asked = [token for word in encoder.words(question.text + form.user_end) for token in word]
+        answer, content = [], []
+        # The answer's first word comes after a space, like all others.
+        for word, decided in zip(
+            encoder.words(form.answer_start + question.answer)[1:], question.content, strict=True
+        ):
+            answer += word
+            content += [decided] + [False] * (len(word) - 1)  # punctuation is wording
+        return asked, [*answer, self._tokenizer.eos_token_id], [*content, False]
+
+
+class _PatchNames:
+    """The words that name what each patch of a page shows."""
+
+    def __init__(self, encoder: WordEncoder) -> None:
+        def ids(words: tuple[str, ...]) -> list[int]:
+            return [encoder.single(f" {word}") for word in words]
+
+        self._digits, self._shades, self._sizes = ids(DIGIT_WORDS), ids(SHADES), ids(SIZES)
+        side = digits.PATCHES_PER_SIDE
+        cells = np.arange(side) // (digits.CELL // digits.PATCH)
+        blank = np.full((side, side, 5), -1, np.int32)
+        blank[..., 0] = encoder.single(f" {BLANK}")
+        blank[..., 1] = np.array(ids(ROWS))[cells][:, None]
+        blank[..., 2] = np.array(ids(COLUMNS))[cells]
+        self._blank = blank.reshape(digits.VISUAL_TOKENS, 5)
+
+    def __call__(self, page: Page) -> np.ndarray:
+        """int32 [144, 5]: digit or blank, row, column, shade, size."""
+        names = self._blank.copy()
+        for digit in page.digits:
+            patches = list(digit.patches)
+            names[patches, 0] = self._digits[digit.value]
+            names[patches, 3] = self._shades[digit.shade]
+            names[patches, 4] = self._sizes[digit.size]
+        return names
+
+
+def prefetch(iterator: Iterator[Any], n: int = 2) -> Iterator[Any]:
+    """The same items in the same order, up to n of them drawn ahead by a background thread.
+
+    The thread starts with the first item asked for. An error in the iterator is raised where its
+    item would have come. Closing the generator ends the thread. What is drawn ahead counts in the
+    iterator's own position, so a reader that resumes keeps its own count.
+    Raises ValueError for n < 1.
+    """
+    if n < 1:
+        raise ValueError(f"prefetch needs room for at least one item, got {n}")
+    return _prefetched(iterator, n)
+
+
+def _prefetched(iterator: Iterator[Any], n: int) -> Iterator[Any]:
+    done = object()
+    items: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(n)
+    closed = threading.Event()
+
+    def put(item: Any, error: BaseException | None = None) -> None:
+        while not closed.is_set():
+            try:
+                return items.put((item, error), timeout=0.1)
+            except queue.Full:
+                continue
+
+    def work() -> None:
+        try:
+            for item in iterator:
+                put(item)
+                if closed.is_set():
+                    return
+            put(done)
+        except BaseException as error:  # handed to the reader, whatever it is
+            put(done, error)
+
+    threading.Thread(target=work, daemon=True, name="prefetch").start()
+    try:
+        while True:
+            item, error = items.get()
+            if error is not None:
+                raise error
+            if item is done:
+                return
+            yield item
+    finally:
+        closed.set()

@@ -1,0 +1,1 @@
+"""Prefill, drafting, verification and the decoding loop."""

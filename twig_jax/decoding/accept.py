@@ -1,0 +1,94 @@
+"""Which drafts stand, and what that changes in the state."""
+
+import jax
+import jax.numpy as jnp
+
+from twig_jax.decoding.cache import Cache, Caches, Limits, State, Trace, commit
+from twig_jax.decoding.draft import Drafts
+from twig_jax.decoding.network import Program
+
+_NOWHERE = 2**30  # a slot past every cache: scatters to it are dropped
+
+
+def accept(
+    program: Program,
+    state: State,
+    drafts: Drafts,
+    middle: Cache,
+    top: Cache,
+    logits: jax.Array,
+    limits: Limits,
+) -> State:
+    """Accepts the longest prefix of drafts that the base agrees with, and its next token.
+
+    `middle` and `top` hold the new nodes' keys and values [B, W, K, D], `logits` [B, W, V] the
+    base's at every node. Between 1 and count + 1 tokens are emitted a row; nothing follows an EOS.
+    """
+    B, W = drafts.tokens.shape
+    rows = jnp.arange(B)[:, None]
+    node = jnp.arange(W)
+    choice = logits.argmax(-1).astype(jnp.int32)  # [B, W]
+    agrees = (drafts.tokens[:, 1:] == choice[:, :-1]) & (node[:-1] < drafts.count[:, None])
+    matched = jnp.cumprod(agrees.astype(jnp.int32), axis=1).sum(1)  # [B]
+
+    # Accepted drafts equal the base's choices, so what is emitted is the choices' own beginning.
+    emitted = (node <= matched[:, None]) & ~state.done[:, None]
+    ends = emitted & (choice == limits.eos)
+    first_end = jnp.cumsum(ends.astype(jnp.int32), axis=1)
+    emitted &= (first_end == 0) | (ends & (first_end == 1))
+    count = emitted.sum(1, dtype=jnp.int32)
+    n = state.n + count
+    slots = jnp.where(emitted, state.n[:, None] + node, _NOWHERE)
+    done = state.done | ends.any(1) | (n >= limits.max_new)
+
+    # Node j is token n - 1 + j. Before the first token, node 0 is the prompt's last token.
+    token = state.n[:, None] - 1 + node
+    alive = (node <= matched[:, None]) & ~state.done[:, None]
+    cached = jnp.where(alive & (token >= 0), token, _NOWHERE)
+    before = jnp.where((state.n >= 2) & ~state.done, state.n - 2, _NOWHERE)[:, None]
+    in_twig = jnp.concatenate([before, cached], axis=1)
+    P, Q, N = (m.shape[1] for m in state.prompt[:3])
+    caches = Caches(
+        commit(state.caches.trunk, drafts.trunk, P + cached),
+        commit(state.caches.twig, drafts.twig, P + in_twig),
+        commit(state.caches.middle, middle, Q + cached),
+        commit(state.caches.top, top, N + cached),
+    )
+    pick = matched[:, None]
+    last = jnp.take_along_axis(drafts.states, pick[..., None], axis=1)[:, 0]
+    iteration = jnp.where(state.done, _NOWHERE, state.iterations)[:, None]
+    trace = state.trace
+    drafted = node[:-1] < drafts.count[:, None]
+    trace = Trace(
+        trace.drafts.at[rows, iteration, node[:-1]].set(
+            jnp.where(drafted, drafts.tokens[:, 1:], -1), mode="drop"
+        ),
+        trace.probs.at[rows, iteration, node[:-1]].set(
+            jnp.where(drafted, drafts.probs, -1.0), mode="drop"
+        ),
+        trace.matched.at[rows, iteration].set(pick, mode="drop"),
+        trace.accepted.at[rows, slots].set(node < pick, mode="drop"),
+    )
+    return State(
+        caches=caches,
+        prompt=state.prompt,
+        n=n,
+        pending=jnp.where(
+            state.done, state.pending, jnp.take_along_axis(choice, pick, axis=1)[:, 0]
+        ),
+        last=jnp.where(state.done[:, None], state.last, last),
+        tokens=state.tokens.at[rows, slots].set(choice, mode="drop"),
+        done=done,
+        iterations=state.iterations + (~state.done).astype(jnp.int32),
+        trace=trace,
+    )
+
+
+def empty_trace(rows: int, max_new: int, width: int) -> Trace:
+    """A trace in which nothing has happened."""
+    return Trace(
+        jnp.full((rows, max_new, width - 1), -1, jnp.int32),
+        jnp.full((rows, max_new, width - 1), -1.0, jnp.float32),
+        jnp.full((rows, max_new), -1, jnp.int32),
+        jnp.zeros((rows, max_new), bool),
+    )

@@ -1,0 +1,100 @@
+"""The state of the decoding loop.
+
+Slots of a segment's cache are its prompt slots followed by G generated slots; emitted token i is at
+(prompt slots) + i in every segment:
+
+    trunk, layers 0 .. K-1     [ prompt P                 | generated G ]
+    twig                       [ prompt P                 | generated G ]
+    middle, layers K .. K_f-1  [ text + kept visual Q     | generated G ]
+    top, layers K_f .. L-1     [ text N                   | generated G ]
+
+With n[b] tokens emitted, the base's caches hold tokens 0 .. n-2 and token n-1 is pending: it is
+node 0 of the next iteration. The twig's cache holds tokens 0 .. n-3; token n-2 runs through the twig
+together with the pending one, from its saved layer-K state, so that the last draft of an iteration
+costs no twig pass of its own.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from twig_jax.models.attention import KV
+
+Cache = tuple[KV, ...]
+
+
+class Caches(NamedTuple):
+    """One KV a layer and segment, each [B, slots, K, D]; empty tuples where there is no layer."""
+
+    trunk: Cache
+    twig: Cache
+    middle: Cache
+    top: Cache
+
+
+class Prompt(NamedTuple):
+    """Which prompt slots of each segment hold a token."""
+
+    trunk: jax.Array  # bool [B, P], also the twig's
+    middle: jax.Array  # bool [B, Q]
+    top: jax.Array  # bool [B, N]
+    lengths: jax.Array  # int32 [B], tokens of the prompt
+
+
+class Trace(NamedTuple):
+    """What happened, for reports; iteration i of row b is at [b, i], -1 where nothing was."""
+
+    drafts: jax.Array  # int32 [B, max_new, W - 1], drafted tokens
+    probs: jax.Array  # float32 [B, max_new, W - 1], their probability under the twig
+    matched: jax.Array  # int32 [B, max_new], accepted drafts
+    accepted: jax.Array  # bool [B, max_new], whether emitted token i was an accepted draft
+
+
+class State(NamedTuple):
+    """The carry of the decoding loop."""
+
+    caches: Caches
+    prompt: Prompt
+    n: jax.Array  # int32 [B], tokens emitted, the last of which is pending
+    pending: jax.Array  # int32 [B]
+    last: jax.Array  # [B, d], layer-K state of token n - 2
+    tokens: jax.Array  # int32 [B, max_new], emitted tokens, EOS included
+    done: jax.Array  # bool [B]
+    iterations: jax.Array  # int32 [B], draft-verify iterations so far
+    trace: Trace
+
+
+class Limits(NamedTuple):
+    """Per-call and per-row settings that are data, not shape."""
+
+    max_new: jax.Array  # int32 [B]
+    gamma: jax.Array  # int32 [], most drafts an iteration
+    theta: jax.Array  # float32 [], drafting stops after a token less probable than this
+    eos: jax.Array  # int32 [], -1 for none
+
+
+def grow(cache: Cache, slots: int) -> Cache:
+    """A cache with `slots` empty slots after those it has."""
+    return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, slots), (0, 0), (0, 0))), cache)
+
+
+def commit(cache: Cache, block: Cache, slots: jax.Array) -> Cache:
+    """Writes block [B, W, K, D] to slots int32 [B, W] of every layer; out-of-range slots drop."""
+    rows = jnp.arange(slots.shape[0])[:, None]
+    return jax.tree.map(lambda c, x: c.at[rows, slots].set(x, mode="drop"), cache, block)
+
+
+def sees(prompt: jax.Array, generated: jax.Array, slots: int, width: int) -> jax.Array:
+    """Mask bool [B, width, S] over a cache of S slots, the same for every query.
+
+    prompt bool [B, P]; generated int32 [B], tokens that the cache holds after the prompt.
+    """
+    after = jnp.arange(slots - prompt.shape[1]) < generated[:, None]
+    mask = jnp.concatenate([prompt, after], axis=1)[:, None]
+    return jnp.broadcast_to(mask, (mask.shape[0], width, slots))
+
+
+def slots_of(cache: Cache) -> int:
+    """Slots of a cache with at least one layer."""
+    return cache[0].k.shape[1]

@@ -1,0 +1,129 @@
+"""Drafting a chain of tokens with trunk and twig."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from twig_jax.decoding.cache import Cache, Limits
+from twig_jax.decoding.network import Program, Weights
+from twig_jax.models.attention import KV
+
+
+class Drafts(NamedTuple):
+    """The nodes of one iteration: node 0 is the pending token, nodes 1 .. count[b] are drafts."""
+
+    tokens: jax.Array  # int32 [B, W]
+    probs: jax.Array  # float32 [B, W - 1], the twig's probability of drafts 1 .. W-1
+    count: jax.Array  # int32 [B], drafts of each row
+    states: jax.Array  # [B, W, d], after layer K - 1
+    trunk: Cache  # scratch [B, W, K, D]
+    twig: Cache  # scratch [B, W + 1, K, D]: slot 0 is token n - 2, slot 1 + j is node j
+
+
+class Committed(NamedTuple):
+    """The trunk's and twig's caches and which of their slots hold tokens, bool [B, S]."""
+
+    trunk: Cache
+    trunk_mask: jax.Array
+    twig: Cache
+    twig_mask: jax.Array
+
+
+def scratch(program: Program, layers: int, rows: int, width: int, dtype: jnp.dtype) -> Cache:
+    """Empty blocks for new nodes."""
+    text = program.base.text
+    empty = jnp.zeros((rows, width, text.num_kv_heads, text.head_dim), dtype)
+    return tuple(KV(empty, empty) for _ in range(layers))
+
+
+def trunk_step(
+    program: Program,
+    weights: Weights,
+    drafts: Drafts,
+    committed: Committed,
+    positions: jax.Array,
+    node: jax.Array | int,
+) -> Drafts:
+    """Runs one node, at positions [B], through the trunk: its layer-K state and scratch slot."""
+    B, W = drafts.tokens.shape
+    token = jax.lax.dynamic_slice_in_dim(drafts.tokens, node, 1, 1)
+    nothing = jnp.zeros((B, 0, drafts.states.shape[-1]), drafts.states.dtype)
+    x = program.base_apply(weights, "merge", token, jnp.zeros((B, 1), bool), nothing)
+    x, trunk = program.layers(
+        weights,
+        0,
+        program.K,
+        x,
+        positions[:, None],
+        jnp.broadcast_to(jnp.arange(W) <= node, (B, 1, W)),
+        cached=committed.trunk,
+        cached_mask=committed.trunk_mask[:, None],
+        scratch=drafts.trunk,
+        index=node,
+    )
+    states = jax.lax.dynamic_update_slice_in_dim(drafts.states, x, node, 1)
+    return drafts._replace(states=states, trunk=trunk)
+
+
+def draft(
+    program: Program,
+    weights: Weights,
+    drafts: Drafts,
+    committed: Committed,
+    last: jax.Array,
+    last_valid: jax.Array,
+    positions: jax.Array,
+    limit: jax.Array,
+    limits: Limits,
+) -> Drafts:
+    """Drafts up to limit[b] tokens a row; node 0 must have run through the trunk.
+
+    last [B, d] is the layer-K state of the token before node 0, last_valid bool [B] whether it
+    still has to enter the twig; positions [B] those of node 0; limit int32 [B]. A row stops after
+    EOS and after a token less probable than θ, which both count as drafts.
+    """
+    W = program.width
+
+    def going(carry: tuple[jax.Array, jax.Array, Drafts]) -> jax.Array:
+        return carry[1].any()
+
+    def step(
+        carry: tuple[jax.Array, jax.Array, Drafts],
+    ) -> tuple[jax.Array, jax.Array, Drafts]:
+        node, active, d = carry
+        # The node before runs again beside the newest one: its keys may be missing (see cache.py).
+        before = jax.lax.dynamic_slice_in_dim(d.states, jnp.maximum(node - 1, 0), 1, 1)
+        before = jnp.where(node == 0, last[:, None], before)
+        newest = jax.lax.dynamic_slice_in_dim(d.states, node, 1, 1)
+        slot = jnp.arange(W + 1)
+        seen = slot <= node + jnp.arange(2)[:, None]  # [2, W + 1]
+        seen = seen & ((slot > 0) | last_valid[:, None])[:, None]  # [B, 2, W + 1]
+        x, twig = program.twig_apply(
+            weights,
+            "run",
+            jnp.concatenate([before, newest], axis=1),
+            (positions + node)[:, None] + jnp.arange(-1, 1),
+            seen,
+            cached=committed.twig,
+            cached_mask=jnp.broadcast_to(
+                committed.twig_mask[:, None], (seen.shape[0], 2, committed.twig_mask.shape[1])
+            ),
+            scratch=d.twig,
+            index=node,
+        )
+        logits = program.twig_apply(weights, "logits", x[:, 1:])[:, 0]  # [B, V]
+        token = logits.argmax(-1).astype(jnp.int32)
+        prob = jnp.exp(logits.max(-1) - jax.nn.logsumexp(logits, axis=-1))
+        count = d.count + active.astype(jnp.int32)
+        d = d._replace(
+            tokens=jax.lax.dynamic_update_slice_in_dim(d.tokens, token[:, None], node + 1, 1),
+            probs=jax.lax.dynamic_update_slice_in_dim(d.probs, prob[:, None], node, 1),
+            count=count,
+            twig=twig,
+        )
+        active &= (token != limits.eos) & (prob >= limits.theta) & (count < limit)
+        d = trunk_step(program, weights, d, committed, positions + node + 1, node + 1)
+        return node + 1, active, d
+
+    return jax.lax.while_loop(going, step, (jnp.int32(0), limit > 0, drafts))[2]

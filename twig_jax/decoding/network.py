@@ -1,0 +1,82 @@
+"""The base and the twig as the decoding programs call them."""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+
+from twig_jax.config import LlavaConfig, TwigConfig
+from twig_jax.decoding.cache import Cache
+from twig_jax.models.llava import Llava, Params
+from twig_jax.models.twig import twig_decoder
+
+
+class Weights(NamedTuple):
+    """Parameters of the base and of the twig (None where no mode needs it)."""
+
+    base: Params
+    twig: Params
+
+
+@dataclass(frozen=True)
+class Program:
+    """The static side of a compiled program: models and shapes.
+
+    prune, draft: the two halves of the mode. text_slots N, images I, retained_slots R_max: the
+    bucket. width W = γ_max + 1 nodes an iteration. max_new: the most new tokens of any row.
+    """
+
+    base: LlavaConfig
+    twig: TwigConfig
+    prune: bool
+    draft: bool
+    text_slots: int
+    images: int
+    retained_slots: int
+    width: int
+    max_new: int
+
+    @property
+    def K(self) -> int:
+        """Layers of the trunk."""
+        return self.twig.K
+
+    @property
+    def K_f(self) -> int:
+        """First layer without visual tokens: L where nothing is pruned."""
+        return self.twig.K_f if self.prune else self.base.text.num_layers
+
+    @property
+    def L(self) -> int:
+        """Layers of the base."""
+        return self.base.text.num_layers
+
+    @property
+    def prompt_slots(self) -> int:
+        """P = N + I·M."""
+        return self.text_slots + self.images * self.base.vision.num_patches
+
+    @property
+    def generated_slots(self) -> int:
+        """G."""
+        return self.max_new + 1
+
+    @property
+    def runs_twig(self) -> bool:
+        """Whether the mode needs the twig at all."""
+        return self.prune or self.draft
+
+    def base_apply(self, weights: Weights, method: str, *args: Any, **kwargs: Any) -> Any:
+        """A method of the base."""
+        return Llava(self.base).apply({"params": weights.base}, *args, method=method, **kwargs)
+
+    def layers(
+        self, weights: Weights, first: int, last: int, *args: Any, **kwargs: Any
+    ) -> tuple[jax.Array, Cache]:
+        """Base layers first .. last-1; see `Decoder.run`."""
+        return self.base_apply(weights, "run", *args, first=first, last=last, **kwargs)
+
+    def twig_apply(self, weights: Weights, method: str, *args: Any, **kwargs: Any) -> Any:
+        """A method of the twig."""
+        decoder = twig_decoder(self.base.text, self.twig)
+        return decoder.apply({"params": weights.twig}, *args, method=method, **kwargs)

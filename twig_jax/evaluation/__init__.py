@@ -1,0 +1,1 @@
+"""Measuring what acceleration costs and gains."""

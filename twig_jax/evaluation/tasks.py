@@ -1,0 +1,110 @@
+"""Questions with known answers, as requests, and how well they were answered."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from twig_jax.config import LlavaConfig
+from twig_jax.data import conversation, digits, images, questions
+from twig_jax.data.tokens import prompt_ids
+from twig_jax.decoding.generate import Generator, Request, Result, Settings
+
+# Signals that the decoding programs compute themselves; the others are scores given to them.
+COMPUTED = ("twig", "fastv")
+SELECTORS = (*COMPUTED, "random", "oracle")
+_TEMPLATE = "llava_hf"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A test page with one question, tokenised."""
+
+    index: int
+    page: digits.Page
+    question: questions.Question
+    request: Request
+
+
+def load_samples(
+    tokenizer: Any,
+    config: LlavaConfig,
+    n: int,
+    *,
+    split: str = "test",
+    seed: int = 0,
+    start: int = 0,
+    task: str | None = None,
+    blank: bool = False,
+) -> list[Sample]:
+    """Samples start .. start + n - 1 of the digits set; `task` "short", "long" or None for both.
+
+    `blank` hides the page from the model: an empty sheet with the same question.
+    """
+    v = config.vision
+    samples = []
+    for index in range(start, start + n):
+        page, question = questions.example(split, seed, index, task)
+        image = page.image
+        if blank:
+            image = np.broadcast_to(np.median(image, axis=(0, 1)).astype(np.uint8), image.shape)
+        pixels = images.normalize(image[None], v.image_mean, v.image_std)
+        request = make_request(tokenizer, config, question.text, pixels)
+        samples.append(Sample(index, page, question, request))
+    return samples
+
+
+def make_request(
+    tokenizer: Any, config: LlavaConfig, question: str, pixels: np.ndarray
+) -> Request:
+    """A single-turn request; pixels float32 [I, H, W, 3], normalised."""
+    text = conversation.prompt(_TEMPLATE, [(question, None)], images=len(pixels))
+    ids, is_visual = prompt_ids(
+        tokenizer, text, config.image_token_id, config.vision.num_patches, len(pixels)
+    )
+    return Request(ids, is_visual, pixels=pixels)
+
+
+def with_scores(sample: Sample, selector: str, seed: int = 0) -> Request:
+    """The request with the scores of a selector that the model does not compute.
+
+    "random" ranks all visual tokens at random; "oracle" ranks those that show the digits the
+    question needs first, round robin over the digits, and the rest at random.
+    """
+    if selector in COMPUTED:
+        return sample.request
+    if selector not in SELECTORS:
+        raise ValueError(f"no selector {selector!r}; there are: {', '.join(SELECTORS)}")
+    rng = np.random.default_rng([seed, sample.index])
+    scores = rng.random(digits.VISUAL_TOKENS)
+    if selector == "oracle":
+        needed = list(questions.ranked_patches(sample.question))
+        scores[needed] += np.arange(len(needed), 0, -1)
+    full = np.zeros(len(sample.request.ids), np.float32)
+    full[sample.request.is_visual] = scores
+    return replace(sample.request, scores=full)
+
+
+def answer(
+    generator: Generator,
+    samples: Sequence[Sample],
+    settings: Settings,
+    *,
+    selector: str = "twig",
+    batch: int = 32,
+) -> Iterator[Result]:
+    """Results in order. The last batch is filled up by repeating, so that one program serves all."""
+    computed = selector in COMPUTED
+    settings = replace(settings, selector=selector if computed else "given")
+    for first in range(0, len(samples), batch):
+        part = list(samples[first : first + batch])
+        filled = part + [part[-1]] * (batch - len(part)) if len(samples) > batch else part
+        requests = [with_scores(sample, selector) for sample in filled]
+        yield from generator.generate(requests, settings)[: len(part)]
+
+
+def exact(tokenizer: Any, sample: Sample, result: Result) -> bool:
+    """Whether the answer is the known one, word for word."""
+    text = tokenizer.decode(result.tokens, skip_special_tokens=True)
+    return text.strip() == sample.question.answer

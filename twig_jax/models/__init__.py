@@ -1,0 +1,1 @@
+"""Flax Linen modules, used through their pure `apply`."""

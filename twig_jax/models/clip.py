@@ -1,0 +1,84 @@
+"""The CLIP vision tower and LLaVA's two-layer projector."""
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import linen as nn
+
+from twig_jax.config import VisionConfig
+from twig_jax.models.attention import KV, Context, attend
+from twig_jax.models.layers import LayerNorm, quick_gelu
+
+
+class EncoderLayer(nn.Module):
+    """Pre-norm transformer encoder layer with biases and quick GELU."""
+
+    config: VisionConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [B, S, d] -> [B, S, d]."""
+        c = self.config
+        y = LayerNorm(c.layer_norm_eps, name="layer_norm1")(x)
+        q, k, v = (
+            rearrange(
+                nn.Dense(c.hidden_size, name=f"{n}_proj")(y), "B S (H D) -> B S H D", H=c.num_heads
+            )
+            for n in "qkv"
+        )
+        everything = jnp.ones((x.shape[0], x.shape[1], x.shape[1]), bool)
+        y = rearrange(attend(q, [Context(KV(k, v), everything)]), "B S H D -> B S (H D)")
+        x = x + nn.Dense(c.hidden_size, name="out_proj")(y)
+        y = LayerNorm(c.layer_norm_eps, name="layer_norm2")(x)
+        y = quick_gelu(nn.Dense(c.intermediate_size, name="fc1")(y))
+        return x + nn.Dense(c.hidden_size, name="fc2")(y)
+
+
+class VisionTower(nn.Module):
+    """CLIP's image encoder up to the feature layer LLaVA reads, class token dropped."""
+
+    config: VisionConfig
+
+    def setup(self) -> None:
+        c = self.config
+        init = nn.initializers.normal(0.02)
+        self.class_embedding = self.param("class_embedding", init, (c.hidden_size,))
+        self.patch_embedding = self.param(
+            "patch_embedding", init, (c.patch_size, c.patch_size, 3, c.hidden_size)
+        )
+        self.position_embedding = self.param(
+            "position_embedding", init, (c.num_patches + 1, c.hidden_size)
+        )
+        self.pre_layernorm = LayerNorm(c.layer_norm_eps)
+        self.layers = [EncoderLayer(c) for _ in range(c.num_layers)]
+        self.post_layernorm = LayerNorm(c.layer_norm_eps)
+
+    def __call__(self, pixels: jax.Array) -> jax.Array:
+        """Normalised pixels [B, H, W, 3] -> patch features [B, M, d_v]."""
+        c = self.config
+        x = rearrange(
+            pixels, "B (h p) (w q) c -> B (h w) p q c", p=c.patch_size, q=c.patch_size
+        )
+        x = jnp.einsum("BMpqc,pqcd->BMd", x, self.patch_embedding)
+        cls = jnp.broadcast_to(self.class_embedding, (x.shape[0], 1, c.hidden_size))
+        x = jnp.concatenate([cls, x], axis=1) + self.position_embedding
+        x = self.pre_layernorm(x)
+        for i, layer in enumerate(self.layers):
+            # Layers above the feature layer exist in published checkpoints but never run.
+            if i < c.layers_used or self.is_initializing():
+                x = layer(x)
+        if self.is_initializing():
+            self.post_layernorm(x)
+        return x[:, 1:]
+
+
+class Projector(nn.Module):
+    """Two dense layers with an exact GELU between, from vision to text width."""
+
+    hidden_size: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, M, d_v] -> [B, M, d]."""
+        x = nn.Dense(self.hidden_size, name="linear_1")(x)
+        return nn.Dense(self.hidden_size, name="linear_2")(jax.nn.gelu(x, approximate=False))

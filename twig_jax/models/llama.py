@@ -1,0 +1,153 @@
+"""The Llama decoder as layers that can be run in ranges, with explicit keys and values."""
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import linen as nn
+
+from twig_jax.config import TextConfig
+from twig_jax.models.attention import KV, Context, apply_rope, attend, attention_row, rope_angles
+from twig_jax.models.layers import RMSNorm
+
+Rope = tuple[jax.Array, jax.Array]
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm decoder layer: grouped-query attention with RoPE, then SwiGLU."""
+
+    config: TextConfig
+
+    def setup(self) -> None:
+        c = self.config
+
+        def dense(features: int) -> nn.Dense:
+            return nn.Dense(features, use_bias=False, kernel_init=nn.initializers.normal(0.02))
+
+        self.input_layernorm = RMSNorm(c.rms_norm_eps)
+        self.q_proj = dense(c.num_heads * c.head_dim)
+        self.k_proj = dense(c.num_kv_heads * c.head_dim)
+        self.v_proj = dense(c.num_kv_heads * c.head_dim)
+        self.o_proj = dense(c.hidden_size)
+        self.post_attention_layernorm = RMSNorm(c.rms_norm_eps)
+        self.gate_proj = dense(c.intermediate_size)
+        self.up_proj = dense(c.intermediate_size)
+        self.down_proj = dense(c.hidden_size)
+
+    def _heads(self, x: jax.Array) -> jax.Array:
+        return rearrange(x, "B S (H D) -> B S H D", D=self.config.head_dim)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        rope: Rope,
+        mask: jax.Array,
+        cached: Context | None = None,
+        scratch: tuple[KV, jax.Array] | None = None,
+    ) -> tuple[jax.Array, KV]:
+        """x [B, Q, d] -> ([B, Q, d], keys and values).
+
+        Without `scratch` the queries see each other under `mask` [B, Q, Q], and the new keys and
+        values [B, Q, K, D] are returned. With `scratch` = (block [B, W, K, D], index) they are
+        written to the block at that slot first, `mask` is [B, Q, W] and the block is returned.
+        `cached` is an earlier block that is read but never written.
+        """
+        y = self.input_layernorm(x)
+        q = apply_rope(self._heads(self.q_proj(y)), rope)
+        kv = KV(apply_rope(self._heads(self.k_proj(y)), rope), self._heads(self.v_proj(y)))
+        if scratch is not None:
+            block, index = scratch
+            kv = KV(
+                jax.lax.dynamic_update_slice_in_dim(block.k, kv.k.astype(block.k.dtype), index, 1),
+                jax.lax.dynamic_update_slice_in_dim(block.v, kv.v.astype(block.v.dtype), index, 1),
+            )
+        context = [Context(kv, mask)] if cached is None else [cached, Context(kv, mask)]
+        x = x + self.o_proj(rearrange(attend(q, context), "B S H D -> B S (H D)"))
+        y = self.post_attention_layernorm(x)
+        return x + self.down_proj(jax.nn.silu(self.gate_proj(y)) * self.up_proj(y)), kv
+
+    def attention_row(self, x: jax.Array, rope: Rope, k: jax.Array, mask: jax.Array) -> jax.Array:
+        """Attention of one token a row, from this layer's input x [B, 1, d], over its keys k.
+
+        k [B, S, K, D], mask bool [B, S] -> float32 [B, H, S].
+        """
+        q = apply_rope(self._heads(self.q_proj(self.input_layernorm(x))), rope)
+        return attention_row(q[:, 0], k, mask)
+
+
+class Decoder(nn.Module):
+    """A stack of `num_layers` decoder layers with a final norm and head.
+
+    The base has an embedding; the twig (`embeds=False`) reads the base's hidden states.
+    """
+
+    config: TextConfig
+    num_layers: int
+    embeds: bool = True
+
+    def setup(self) -> None:
+        c = self.config
+        if self.embeds:
+            self.embed_tokens = nn.Embed(
+                c.vocab_size, c.hidden_size, embedding_init=nn.initializers.normal(0.1)
+            )
+        self.layers = [DecoderLayer(c) for _ in range(self.num_layers)]
+        self.norm = RMSNorm(c.rms_norm_eps)
+        self.lm_head = nn.Dense(
+            c.vocab_size, use_bias=False, kernel_init=nn.initializers.normal(0.02)
+        )
+
+    def embed(self, tokens: jax.Array) -> jax.Array:
+        """int32 [B, S] -> [B, S, d]."""
+        return self.embed_tokens(tokens)
+
+    def rope(self, positions: jax.Array) -> Rope:
+        """Rotary angles for int32 positions [B, S]."""
+        return rope_angles(positions, self.config.head_dim, self.config.rope_theta)
+
+    def run(
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        mask: jax.Array,
+        first: int = 0,
+        last: int | None = None,
+        cached: tuple[KV, ...] | None = None,
+        cached_mask: jax.Array | None = None,
+        scratch: tuple[KV, ...] | None = None,
+        index: jax.Array | int = 0,
+    ) -> tuple[jax.Array, tuple[KV, ...]]:
+        """Layers first .. last-1 on x [B, Q, d] at positions [B, Q]: (states, one KV a layer).
+
+        `cached` and `scratch` hold one block a layer of the range, as in `DecoderLayer`.
+        """
+        rope = self.rope(positions)
+        layers = self.layers[first:last]
+        out = []
+        for i, layer in enumerate(layers):
+            x, kv = layer(
+                x,
+                rope,
+                mask,
+                None if cached is None else Context(cached[i], cached_mask),
+                None if scratch is None else (scratch[i], jnp.asarray(index)),
+            )
+            out.append(kv)
+        return x, tuple(out)
+
+    def attention_row(
+        self, layer: int, x: jax.Array, positions: jax.Array, k: jax.Array, mask: jax.Array
+    ) -> jax.Array:
+        """`DecoderLayer.attention_row` of one layer, for x [B, 1, d] at positions [B, 1]."""
+        return self.layers[layer].attention_row(x, self.rope(positions), k, mask)
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        """Final norm and head: [B, Q, d] -> float32 [B, Q, V]."""
+        return self.lm_head(self.norm(x)).astype(jnp.float32)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Touches every parameter, for initialisation: [B, S, d] -> [B, S, V]."""
+        if self.embeds:
+            x = x + self.embed(jnp.zeros(x.shape[:2], jnp.int32))
+        shape = (x.shape[0], x.shape[1], x.shape[1])
+        x, _ = self.run(x, jnp.zeros(x.shape[:2], jnp.int32), jnp.ones(shape, bool))
+        return self.logits(x)

@@ -1,0 +1,53 @@
+"""Named model shapes."""
+
+from twig_jax.config import LlavaConfig, TextConfig, TwigConfig, VisionConfig
+
+PRESETS: dict[str, tuple[LlavaConfig, TwigConfig]] = {
+    "llava-1.5-7b": (LlavaConfig(), TwigConfig()),
+    "llava-1.5-13b": (
+        LlavaConfig(
+            text=TextConfig(
+                hidden_size=5120,
+                intermediate_size=13824,
+                num_layers=40,
+                num_heads=40,
+                num_kv_heads=40,
+            )
+        ),
+        TwigConfig(K=2, T=3, K_f=30),
+    ),
+    "digits": (
+        LlavaConfig(
+            vision=VisionConfig(
+                image_size=96,
+                patch_size=8,
+                hidden_size=128,
+                intermediate_size=512,
+                num_layers=4,
+                num_heads=4,
+            ),
+            text=TextConfig(
+                vocab_size=512,
+                hidden_size=128,
+                intermediate_size=384,
+                num_layers=16,
+                num_heads=4,
+                num_kv_heads=4,
+                head_dim=32,
+                max_positions=512,
+            ),
+            image_token_id=3,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=0,
+        ),
+        TwigConfig(K=1, T=2, K_f=12),
+    ),
+}
+
+
+def preset(name: str) -> tuple[LlavaConfig, TwigConfig]:
+    """The base and twig configuration of that name; ValueError lists the known names."""
+    if name not in PRESETS:
+        raise ValueError(f"no preset {name!r}; there are: {', '.join(PRESETS)}")
+    return PRESETS[name]

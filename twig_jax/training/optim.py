@@ -1,0 +1,29 @@
+"""The optimizer of a run."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from twig_jax.training.config import OptimConfig
+
+
+def schedule(config: OptimConfig, steps: int) -> optax.Schedule:
+    """Learning rate by step: linear warm-up over a share of `steps`, then a cosine."""
+    warmup = max(1, round(config.warmup * steps))
+    return optax.warmup_cosine_decay_schedule(
+        0.0, config.lr, warmup, max(steps, warmup + 1), config.end_lr
+    )
+
+
+def optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
+    """AdamW on the schedule, after clipping; only matrices decay."""
+    adamw = optax.adamw(
+        schedule(config, steps),
+        config.b1,
+        config.b2,
+        weight_decay=config.weight_decay,
+        mask=lambda tree: jax.tree.map(lambda x: jnp.ndim(x) > 1, tree),
+    )
+    if config.clip is None:
+        return adamw
+    return optax.chain(optax.clip_by_global_norm(config.clip), adamw)
