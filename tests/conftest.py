@@ -9,6 +9,7 @@ os.environ["XLA_FLAGS"] = (
 )
 
 import jax
+import numpy as np
 import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -21,3 +22,23 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=None,
         help="folder of further golden cases, in the format of tests/golden",
     )
+
+
+@pytest.fixture(scope="session")
+def draw():
+    """draw(shapes, seed=0): random parameters for a tree of shapes, as jax arrays.
+
+    Larger than initial values, which leave attention uniform and hide errors; nothing is compiled.
+    """
+
+    def draw(shapes, seed=0):
+        rng = np.random.default_rng(seed)
+
+        def leaf(path, shape):
+            kind = path[-1].key
+            x = rng.standard_normal(shape.shape, np.float32) * (0.3 if kind == "kernel" else 0.5)
+            return jax.numpy.asarray(x + 1 if kind == "scale" else x)
+
+        return jax.tree_util.tree_map_with_path(leaf, shapes)
+
+    return draw

@@ -25,13 +25,8 @@ def paths(tree):
     return {"/".join(key.key for key in path): leaf.shape for path, leaf in leaves}
 
 
-@pytest.mark.parametrize(
-    # The sizes in bytes that the published float16 checkpoints state, halved.
-    ("name", "parameters"),
-    [("llava-1.5-7b", 7_063_427_072), ("llava-1.5-13b", 13_350_839_296)],
-)
-def test_published_sizes(name, parameters):
-    assert count(base_shapes(name)) == parameters
+def test_published_size():
+    assert count(base_shapes("llava-1.5-7b")) == 7_063_427_072
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -57,5 +52,5 @@ def test_a_whole_7b_forward_pass():
 
 
 def test_unknown_preset():
-    with pytest.raises(ValueError, match="llava-1.5-7b"):
+    with pytest.raises(ValueError, match=r"llava-1\.5-7b"):
         preset("llava-1.5-8b")

@@ -182,7 +182,7 @@ class Generator:
             base=self.config,
             twig=self.twig_config or TwigConfig(K=1, T=1, K_f=self.config.text.num_layers),
             prune=settings.prune,
-            draft=settings.draft,
+            draft=settings.draft and settings.gamma > 0,
             text_slots=-(-max(texts) // step) * step,
             images=max(images),
             retained_slots=max(budgets),

@@ -1,0 +1,1 @@
+"""Launchers: thin command lines over the package."""

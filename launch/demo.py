@@ -1,0 +1,289 @@
+"""The same answers, sooner: pruning and speculation on pages of handwritten digits.
+
+    python -m launch.demo                                  # compare modes, write demo.html
+    python -m launch.demo --image page.png --prompt "What digit is in row B, column 3?"
+    python -m launch.demo --grow                           # grow the twig again from the base
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+from absl import app, flags
+
+from twig_jax.evaluation.compare import Run
+
+_IMAGE = flags.DEFINE_string("image", None, "answer one question about this image file")
+_PROMPT = flags.DEFINE_string("prompt", None, "the question about --image")
+_MODE = flags.DEFINE_string("mode", "ttp_ssd", "how --image is answered")
+_GROW = flags.DEFINE_bool("grow", False, "grow the twig again from the shipped base")
+_GROW_STEPS = flags.DEFINE_integer("grow_steps", 200, "training steps of --grow", lower_bound=1)
+_OUT = flags.DEFINE_string("out", "runs/demo_twig", "where --grow keeps its checkpoints")
+_SAMPLES = flags.DEFINE_integer("samples", 96, "test pages for accuracy", lower_bound=1)
+_TIMED = flags.DEFINE_integer("timed_samples", 12, "test pages for speed", lower_bound=1)
+_REPEATS = flags.DEFINE_integer("repeats", 3, "interleaved timings of each", lower_bound=1)
+_GAMMA = flags.DEFINE_integer("gamma", 6, "most drafts an iteration", lower_bound=1)
+_THETA = flags.DEFINE_float("theta", 0.3, "drafting stops after a token less probable than this")
+_BATCH = flags.DEFINE_integer("batch", 32, "batch size of the accuracy runs", lower_bound=1)
+_SEED = flags.DEFINE_integer("seed", 0, "seed of the test pages")
+_HTML = flags.DEFINE_string("html", "demo.html", "where the report goes")
+_JSON = flags.DEFINE_string("json", None, "write results here; - is standard output")
+
+PRUNED = (2 / 3, 7 / 9, 8 / 9)
+RIVALS = ("random", "fastv", "oracle")
+MAX_NEW = 64
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+    from twig_jax.runtime import use_compilation_cache
+
+    use_compilation_cache()
+    if _GROW.value:
+        grow()
+    elif _IMAGE.value is not None:
+        answer_one()
+    else:
+        compare()
+
+
+def say(text: str = "") -> None:
+    """Prints for people; standard output stays clean where it carries JSON."""
+    print(text, file=sys.stderr if _JSON.value == "-" else sys.stdout, flush=True)
+
+
+def answer_one() -> None:
+    """Answers --prompt about --image."""
+    from twig_jax import api
+    from twig_jax.decoding.generate import Settings
+
+    if not _PROMPT.value:
+        raise app.UsageError("--image needs a --prompt")
+    model = api.load()
+    settings = Settings(
+        mode=_MODE.value,
+        avg_retained=round(model.config.vision.num_patches * (1 - PRUNED[-1])),
+        gamma=_GAMMA.value,
+        theta=_THETA.value,
+        max_new_tokens=MAX_NEW,
+    )
+    try:
+        result = model.generate(_PROMPT.value, [_IMAGE.value], settings)
+    except (FileNotFoundError, ValueError) as error:
+        sys.exit(f"demo: {error}")
+    say(model.text(result))
+    if _JSON.value:
+        _write_json(
+            {
+                "prompt": _PROMPT.value,
+                "text": model.text(result),
+                "ids": result.tokens.tolist(),
+                "drafted": sum(len(d) for d in result.drafts),
+                "accepted": int(result.matched.sum()),
+                "kept": result.kept.tolist(),
+            }
+        )
+
+
+def grow() -> None:
+    """Grows the twig again from the shipped base, showing loss and TokAR."""
+    import dataclasses
+
+    from configs.digits_twig import get_config
+    from twig_jax import api
+    from launch.train import train
+
+    model = api.load()
+    config = dataclasses.replace(get_config(), steps=_GROW_STEPS.value, out=_OUT.value)
+    config = dataclasses.replace(config, save_every=max(1, config.steps // 4))
+    train(config, model=model, say=say)
+
+
+def compare() -> None:
+    """All modes, budgets and selectors; prints tables, writes the report and --json."""
+    import jax
+    import numpy as np
+    from tqdm import tqdm
+
+    from twig_jax import api
+    from twig_jax.data import digits, questions
+    from twig_jax.decoding.generate import Settings
+    from twig_jax.evaluation import compare as c
+    from twig_jax.evaluation import report, tasks
+    from twig_jax.runtime import environment
+
+    began = time.perf_counter()
+    try:
+        model = api.load()
+    except FileNotFoundError as error:
+        sys.exit(f"demo: {error}")
+    config, tokenizer = model.config, model.tokenizer
+    common = Settings(
+        gamma=_GAMMA.value, theta=_THETA.value, max_new_tokens=MAX_NEW, avg_retained=1.0
+    )
+    samples = tasks.load_samples(tokenizer, config, _SAMPLES.value, seed=_SEED.value)
+    long_ones = tasks.load_samples(
+        tokenizer, config, -(-_TIMED.value // 2), seed=_SEED.value, start=10**6, task="long"
+    )
+    short_ones = tasks.load_samples(
+        tokenizer, config, _TIMED.value // 2, seed=_SEED.value, start=10**6, task="short"
+    )
+    accuracy_runs = [Run("plain")] + [
+        Run("ttp", pruned, selector) for pruned in PRUNED for selector in ("twig", *RIVALS)
+    ]
+    speed_runs = [Run("ssd")] + [Run(m, p) for m in ("ttp", "ttp_ssd") for p in PRUNED]
+    say(
+        f"{len(samples)} unseen test pages for accuracy (batch {_BATCH.value}), "
+        f"{_TIMED.value} for speed (batch 1, {_REPEATS.value} interleaved timings each)"
+    )
+    total = len(accuracy_runs) * len(samples) + _TIMED.value
+    with tqdm(total=total, unit="answer", disable=not sys.stderr.isatty()) as bar:
+
+        def progress(what: str, done: int, of: int) -> None:
+            bar.set_description(what)
+            bar.update()
+
+        plains, timings = c.timed(
+            model, long_ones + short_ones, speed_runs, common, repeats=_REPEATS.value,
+            progress=progress,
+        )
+        accuracy, results = c.accuracy_rows(
+            model, samples, accuracy_runs, common, batch=_BATCH.value, progress=progress
+        )
+    speed = c.speed_rows(model, long_ones + short_ones, timings, plains)
+
+    accuracy_table = _accuracy_table(accuracy)
+    speed_table = _speed_table(speed)
+    for headers, lines in (accuracy_table, speed_table):
+        say()
+        say(_aligned(headers, lines))
+
+    say()
+    say("RelAcc: accuracy over the unpruned base's, with its 95 % interval. RelSpd: tokens/s, prefill")
+    say("included, over plain decoding's right beside it; ceiling: if any pass over L layers cost the")
+    say("same whatever its width (see docs/benchmarks.md). Compilation is not in any figure.")
+    checks = [("ssd = plain", c.unequal(timings[Run("ssd")].results, plains))]
+    for pruned in PRUNED:
+        fast, slow = timings[Run("ttp_ssd", pruned)], timings[Run("ttp", pruned)]
+        checks.append((f"ttp_ssd = ttp at {pruned:.1%}", c.unequal(fast.results, slow.results)))
+    for name, wrong in checks:
+        say(f"check, token for token: {name}: {'equal' if not wrong else f'DIFFERENT in {wrong}'}")
+
+    # Two questions about one page, each with its own selection.
+    pairs = []
+    sharp = Run("ttp_ssd", PRUNED[-1]).settings(model, common)
+    for index in range(2):
+        page = digits.page("test", _SEED.value, 2 * 10**6 + index)
+        rng = digits.generator("test", _SEED.value, 2 * 10**6 + index, 1)
+        pair = []
+        for question in questions.questions(page, rng, 2, {"describe": 1.0}):
+            pixels = tasks.images.normalize(
+                page.image[None], config.vision.image_mean, config.vision.image_std
+            )
+            request = tasks.make_request(tokenizer, config, question.text, pixels)
+            result = model.generator.generate([request], sharp)[0]
+            words = [tokenizer.decode([int(t)]) for t in result.tokens]
+            first = int(np.argmax(request.is_visual))
+            pair.append(report.Shown(page.image, question.text, words, result, first))
+        pairs.append(pair)
+    seconds = time.perf_counter() - began
+    summary = (
+        f"{len(samples)} unseen pages, base of {config.text.num_layers} layers, "
+        f"{config.vision.num_patches} visual tokens, on {environment()['device']}; "
+        f"{seconds:.0f} s with compilation."
+    )
+    report.write(
+        _HTML.value,
+        summary,
+        [report.table(*accuracy_table), report.table(*speed_table)],
+        report.charts(accuracy, speed),
+        pairs,
+        digits.PATCHES_PER_SIDE,
+    )
+    say(f"report: {_HTML.value}; {seconds:.0f} s in all, compilation included")
+    if _JSON.value:
+        _write_json(
+            {
+                "schema": 1,
+                **environment(),
+                "settings": {
+                    "samples": len(samples), "timed_samples": _TIMED.value, "repeats": _REPEATS.value,
+                    "gamma": _GAMMA.value, "theta": _THETA.value, "seed": _SEED.value,
+                    "max_new_tokens": MAX_NEW, "dtype": "float32",
+                },
+                "lossless": {name: not wrong for name, wrong in checks},
+                "results": [row.as_json() for row in _joined(accuracy, speed)],
+            }
+        )
+    del jax
+    if any(wrong for _, wrong in checks):
+        sys.exit("demo: an accelerated answer differs from plain decoding of the same model")
+
+
+def _joined(accuracy: list, speed: list) -> list:
+    return accuracy + speed
+
+
+def _percent(x: float | None, digits: int = 1) -> str:
+    return "" if x is None or x != x else f"{100 * x:.{digits}f}"
+
+
+def _number(x: float | None, digits: int = 2) -> str:
+    return "" if x is None or x != x else f"{x:.{digits}f}"
+
+
+def _accuracy_table(rows: list) -> tuple[list[str], list[list[str]]]:
+    headers = ["pruned %", "mode", "selector", "kept", "exact %", "short %", "long %",
+               "RelAcc %", "95 % interval"]
+    lines = []
+    for row in (r for r in rows if r.task == "all"):
+        same = {
+            r.task: r
+            for r in rows
+            if (r.pruned, r.mode, r.selector) == (row.pruned, row.mode, row.selector)
+        }
+        lines.append([
+            _percent(row.pruned), row.mode, row.selector or "", str(row.retained),
+            _percent(row.exact),
+            *(_percent(same[t].exact) if t in same else "" for t in ("short", "long")),
+            _percent(row.relacc), f"{_percent(row.relacc_low)} - {_percent(row.relacc_high)}",
+        ])
+    return headers, lines
+
+
+def _speed_table(rows: list) -> tuple[list[str], list[list[str]]]:
+    headers = ["answers", "pruned %", "mode", "tokens/s", "RelSpd", "ceiling", "TokAR %",
+               "digit words %", "wording %", "drafted", "accepted", "kept"]
+    lines = [
+        [
+            r.task, _percent(r.pruned), r.mode, _number(r.tokens_per_s, 0), _number(r.relspd),
+            _number(r.ceiling), _percent(r.tokar), _percent(r.tokar_content),
+            _percent(r.tokar_wording), _number(r.mean_drafted), _number(r.mean_accepted),
+            str(r.retained),
+        ]
+        for r in rows
+        if r.task != "all"
+    ]
+    return headers, lines
+
+
+def _aligned(headers: list[str], lines: list[list[str]]) -> str:
+    widths = [max(len(line[i]) for line in [headers, *lines]) for i in range(len(headers))]
+    return "\n".join(
+        "  ".join(cell.rjust(w) for cell, w in zip(line, widths, strict=True))
+        for line in [headers, *lines]
+    )
+
+
+def _write_json(content: dict) -> None:
+    text = json.dumps(content, indent=1)
+    if _JSON.value == "-":
+        print(text)
+    else:
+        Path(_JSON.value).write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    app.run(main)

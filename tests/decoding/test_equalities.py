@@ -1,0 +1,244 @@
+"""What must be equal, token for token: the design's promises about the decoding engine.
+
+float32 and the highest matmul precision: programs of different shapes may round differently, by
+about 1e-6, and these models' top two logits are farther apart than that at every step compared.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.decoding.models import CONFIG, TWIG, M, generator, request
+from twig_jax.config import TwigConfig
+from twig_jax.decoding import generate as engine
+from twig_jax.decoding.generate import Request, Result, Settings
+from twig_jax.models.llava import Llava
+from twig_jax.pruning.forward import Prompt, forward
+
+TTP_SSD = Settings(
+    mode="ttp_ssd", avg_retained=4, max_new_tokens=14, gamma=3, theta=0.1, text_multiple=16
+)
+# Shapes are fixed by a first row with the largest of everything; the rest is data.
+LARGEST = request(99, 2, 8, 8, avg_retained=5)
+
+
+@pytest.fixture(autouse=True)
+def precise():
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
+def run(requests: Sequence[Request], call: Settings = TTP_SSD, **changed) -> list[Result]:
+    return generator().generate(requests, dataclasses.replace(call, **changed))
+
+
+def tokens(results: Sequence[Result]) -> list[list[int]]:
+    return [r.tokens.tolist() for r in results]
+
+
+rows = st.lists(
+    st.builds(
+        request,
+        seed=st.integers(0, 10_000),
+        images=st.integers(0, 2),
+        before=st.integers(1, 8),
+        after=st.integers(1, 8),
+        avg_retained=st.sampled_from([3.2, 4, 5]),
+        max_new_tokens=st.integers(1, 14),
+    ),
+    min_size=3,
+    max_size=3,
+).map(lambda drawn: [LARGEST, *drawn])
+
+
+@settings(max_examples=12, deadline=None)
+@given(rows, st.sampled_from([0.0, 0.1, 0.5, 1.1]))
+def test_speculation_changes_nothing(requests, theta) -> None:
+    for fast, slow in (("ssd", "plain"), ("ttp_ssd", "ttp")):
+        assert tokens(run(requests, mode=fast, theta=theta)) == tokens(run(requests, mode=slow))
+
+
+@settings(max_examples=10, deadline=None)
+@given(rows)
+def test_a_row_does_not_depend_on_its_batch(requests) -> None:
+    together = run(requests)
+    for one, row in zip(requests, together, strict=True):
+        # Alone in its own batch, with the shape row duplicated to keep the program.
+        alone = run([LARGEST, LARGEST, LARGEST, one])[-1]
+        assert alone.tokens.tolist() == row.tokens.tolist()
+        assert alone.kept.tolist() == row.kept.tolist()
+        assert alone.matched.tolist() == row.matched.tolist()
+        assert [d.tolist() for d in alone.drafts] == [d.tolist() for d in row.drafts]
+
+
+def mixed() -> list[Request]:
+    """Four unlike rows: two images, one, none, and a short answer."""
+    return [
+        LARGEST,
+        request(1, 1, 2, 5, avg_retained=4),
+        request(2, 0, 3, 4, avg_retained=4),
+        request(3, 1, 5, 1, avg_retained=3.2, max_new_tokens=5),
+    ]
+
+
+@pytest.mark.parametrize("mode", ["plain", "ttp", "ssd", "ttp_ssd"])
+def test_a_row_does_not_depend_on_batch_size_or_bucket(mode) -> None:
+    together = run(mixed(), mode=mode)
+    for one, row in zip(mixed(), together, strict=True):
+        assert tokens(run([one], mode=mode, text_multiple=32)) == tokens([row])
+
+
+@pytest.mark.parametrize("gamma", [0, 1, 2, 7])
+def test_every_draft_length_gives_the_same_answer(gamma) -> None:
+    assert tokens(run(mixed(), gamma=gamma)) == tokens(run(mixed(), mode="ttp"))
+
+
+def test_some_drafts_are_accepted_and_some_are_not() -> None:
+    """Without this the equalities above could hold for an engine that never drafts."""
+    results = run([request(s, 1, 4, 4, avg_retained=4) for s in range(16)], theta=0.0)
+    drafted = sum(len(d) for r in results for d in r.drafts)
+    matched = sum(int(r.matched.sum()) for r in results)
+    assert 0.1 < matched / drafted < 0.9
+
+
+def test_keeping_everything_equals_not_pruning() -> None:
+    twig = TwigConfig(K=TWIG.K, T=TWIG.T, K_f=CONFIG.text.num_layers)
+    requests = [dataclasses.replace(r, avg_retained=M) for r in mixed()]
+    pruned = generator(twig).generate(requests, dataclasses.replace(TTP_SSD, avg_retained=M))
+    assert tokens(pruned) == tokens(run(requests, mode="plain"))
+
+
+def test_pruning_changes_something() -> None:
+    few = [request(s, 1, 4, 4, avg_retained=3.2) for s in range(8)]
+    assert tokens(run(few, mode="ttp")) != tokens(run(few, mode="plain"))
+
+
+def test_answers_equal_the_teacher_forced_pruned_pass() -> None:
+    """An independent one-pass computation agrees with every token and every kept index."""
+    model = generator()
+    for one in mixed():
+        (result,) = model.generate([one], dataclasses.replace(TTP_SSD, mode="ttp"))
+        if not len(result.tokens):
+            continue
+        size, images = len(one.ids), 0 if one.pixels is None else len(one.pixels)
+        visual = jnp.zeros((1, 0, CONFIG.text.hidden_size))
+        if images:
+            visual = Llava(CONFIG).apply(
+                {"params": model.weights.base}, jnp.asarray(one.pixels)[None], method="encode"
+            )
+        R = len(result.kept)
+        forced = forward(
+            CONFIG,
+            TWIG,
+            model.weights.base,
+            model.weights.twig,
+            Prompt(
+                jnp.asarray(one.ids)[None],
+                jnp.asarray(one.is_visual)[None],
+                jnp.asarray([size], jnp.int32),
+                visual,
+            ),
+            jnp.asarray(result.tokens)[None],
+            jnp.asarray([R], jnp.int32),
+            size - images * M,
+            R,
+        )
+        kept = np.asarray(forced.kept[0])
+        assert kept[one.is_visual[kept]].tolist() == result.kept.tolist()
+        choices = np.asarray(forced.logits[0].argmax(-1))
+        assert choices[: len(result.tokens)].tolist() == result.tokens.tolist()
+        if result.stopped_by == "eos":
+            assert choices[len(result.tokens)] == CONFIG.eos_token_id
+
+
+def test_an_answer_stops_at_eos() -> None:
+    """Making a token that an answer contains the EOS cuts that answer right before it."""
+    requests = [request(s, 1, 4, 4, avg_retained=4) for s in range(6)]
+    for whole, one in zip(run(requests), requests, strict=True):
+        eos = int(whole.tokens[5])
+        cut = whole.tokens.tolist().index(eos)
+        (result,) = generator(eos_token_id=eos).generate([one], TTP_SSD)
+        assert result.tokens.tolist() == whole.tokens[:cut].tolist()
+        assert result.stopped_by == "eos"
+
+
+@pytest.mark.parametrize(
+    "twig", [TwigConfig(1, 5, 4), TwigConfig(2, 1, 6), TwigConfig(0, 2, 3), TwigConfig(3, 3, 4)]
+)
+def test_unusual_depths(twig) -> None:
+    """K + T = L, K_f = L, no trunk at all, and K + T = L with a single middle layer."""
+    model = generator(twig)
+    average = (twig.K * M + 4 * (twig.K_f - twig.K)) / CONFIG.text.num_layers
+    few = [dataclasses.replace(r, avg_retained=average) for r in mixed()]
+    answers = {
+        mode: tokens(model.generate(few, dataclasses.replace(TTP_SSD, mode=mode)))
+        for mode in ("plain", "ttp", "ssd", "ttp_ssd")
+    }
+    assert answers["ssd"] == answers["plain"]
+    assert answers["ttp_ssd"] == answers["ttp"]
+
+
+def test_a_single_new_token() -> None:
+    for mode in ("plain", "ttp", "ssd", "ttp_ssd"):
+        for longer, one in zip(
+            run(mixed(), mode=mode),
+            run([dataclasses.replace(r, max_new_tokens=1) for r in mixed()], mode=mode),
+            strict=True,
+        ):
+            assert one.tokens.tolist() == longer.tokens[:1].tolist()
+            assert one.stopped_by == "length"
+
+
+def test_text_alone_is_not_pruned() -> None:
+    text = [request(5, 0, 6, 2), request(6, 0, 1, 3)]
+    assert tokens(run(text)) == tokens(run(text, mode="plain"))
+    assert all(len(r.kept) == 0 for r in run(text))
+
+
+def test_the_same_bucket_compiles_once() -> None:
+    run(mixed())
+    before = (engine._prefill._cache_size(), engine._decode._cache_size())
+    shifted = [dataclasses.replace(r, max_new_tokens=14) for r in mixed()]
+    for theta in (0.0, 0.9):
+        run(shifted, theta=theta)
+        run(list(reversed(mixed())), theta=theta)
+    run(mixed(), selector="fastv")
+    assert (engine._prefill._cache_size(), engine._decode._cache_size()) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mode": "fast"}, "no mode 'fast'"),
+        ({"selector": "best"}, "no selector 'best'"),
+        ({"selector": "given"}, "needs scores"),
+        ({"avg_retained": 1.0}, "no number of kept tokens"),
+        ({"avg_retained": 8.0}, "at most 6"),
+        ({"avg_retained": None}, "needs avg_retained"),
+        ({"max_new_tokens": 0}, "at least 1"),
+    ],
+)
+def test_bad_settings_say_what_is_wrong(change, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        run([request(1, 1, 4, 4)], **change)
+
+
+def test_bad_requests_say_what_is_wrong() -> None:
+    good = request(1, 1, 4, 4)
+    for bad, message in (
+        (dataclasses.replace(good, pixels=None), "9 image slots"),
+        (dataclasses.replace(good, ids=good.ids[:-4], is_visual=good.is_visual[:-4]), "must be text"),
+        (dataclasses.replace(good, is_visual=good.is_visual[1:]), "one length"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run([bad])
+    with pytest.raises(ValueError, match="at least one request"):
+        run([])
+    with pytest.raises(ValueError, match="needs a twig"):
+        engine.Generator(CONFIG, {}).generate([good], TTP_SSD)

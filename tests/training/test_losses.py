@@ -1,0 +1,135 @@
+"""What the losses see, and what they must not see."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from twig_jax.models.twig import init_twig
+from twig_jax.presets import preset
+from twig_jax.training.config import TrainConfig
+from twig_jax.training.loop import stage_loss
+
+STAGES = ("base", "twig")
+
+
+@pytest.fixture(scope="module")
+def losses():
+    """{stage: jitted loss(trained, frozen, batch)}, made at the first use."""
+    return {}
+
+
+@pytest.fixture
+def loss_of(losses, base, twig):
+    """loss_of(stage, batch) -> (loss, metrics) of the tiny models."""
+
+    def loss_of(stage, batch):
+        if stage not in losses:
+            losses[stage] = jax.jit(stage_loss(TrainConfig(stage, "", 1, preset="tiny")))
+        trained, frozen = (twig, base) if stage == "twig" else (base, {})
+        return losses[stage](trained, frozen, batch)
+
+    return loss_of
+
+
+def rows(batch, keep):
+    return {name: x[keep] for name, x in batch.items()}
+
+
+def turns_alone(batch):
+    """Every turn of a one-row batch as a batch of its own, in one block."""
+    segments = np.asarray(batch["segments"])[0]
+    for segment in range(1, segments.max() + 1):
+        block, slots = np.nonzero(segments == segment)
+        padding = {"targets": -1, "kinds": -1}
+        alone = dict(batch)
+        for name in ("tokens", "positions", "segments", "targets", "kinds", "content"):
+            empty = np.full_like(batch[name], padding.get(name, 0))
+            empty[0, 0, : len(slots)] = np.asarray(batch[name])[0, block, slots]
+            alone[name] = jnp.asarray(empty)
+        yield alone
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_packed_row_is_the_mean_over_its_questions(loss_of, batch, stage):
+    row = rows(batch, slice(0, 1))
+    packed, _ = loss_of(stage, row)
+    alone = list(turns_alone(row))
+    assert len(alone) >= 4
+    counts = [int((turn["targets"] >= 0).sum()) for turn in alone]
+    assert sum(counts) == int((row["targets"] >= 0).sum())
+    mean = np.average([loss_of(stage, turn)[0] for turn in alone], weights=counts)
+    assert packed == pytest.approx(mean, rel=1e-5)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_questions_of_a_block_do_not_see_each_other(loss_of, batch, stage):
+    row = rows(batch, slice(0, 1))
+    first = row["segments"] == 1
+    asked = row | {"targets": jnp.where(first, row["targets"], -1)}
+    later = (row["segments"] > 1) & (row["segments"][:, :, :1] == 1)
+    assert later.any()
+    changed = asked | {"tokens": jnp.where(later, (row["tokens"] + 7) % 400, row["tokens"])}
+    assert loss_of(stage, asked)[0] == loss_of(stage, changed)[0]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_padding_is_ignored(loss_of, batch, stage):
+    row = rows(batch, slice(0, 1))
+    padding = row["segments"] == 0
+    assert padding.any()
+    spoiled = row | {
+        "tokens": jnp.where(padding, 99, row["tokens"]),
+        "positions": jnp.where(padding, 5, row["positions"]),
+    }
+    (loss, metrics), (same, same_metrics) = loss_of(stage, row), loss_of(stage, spoiled)
+    assert loss == same
+    jax.tree.map(np.testing.assert_array_equal, metrics, same_metrics)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_page_and_the_question_matter(loss_of, batch, stage):
+    row = rows(batch, slice(0, 1))
+    loss, _ = loss_of(stage, row)
+    assert loss != loss_of(stage, row | {"pixels": row["pixels"][:, :, ::-1]})[0]
+    asked = (row["segments"] > 0) & (row["targets"] < 0)
+    assert loss != loss_of(stage, row | {"tokens": jnp.where(asked, 9, row["tokens"])})[0]
+
+
+def test_a_twig_of_all_layers_above_the_trunk_is_the_base(loss_of, losses, base, batch):
+    row = rows(batch, slice(0, 1))
+    loss_of("twig", row)
+    config, twig = preset("tiny")
+    loss, metrics = losses["twig"](init_twig(base, config.text, twig), base, row)
+    expected, base_metrics = loss_of("base", row)
+    assert loss == pytest.approx(float(expected), rel=1e-5)
+    np.testing.assert_array_equal(metrics["accuracy"], base_metrics["accuracy"])
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_metrics_are_sums_and_counts(loss_of, batch, stage):
+    row = rows(batch, slice(0, 1))
+    _, metrics = loss_of(stage, row)
+    right, count = metrics["accuracy"]
+    assert count == (row["targets"] >= 0).sum() and 0 <= right <= count
+    assert metrics["content_accuracy"][1] == row["content"].sum()
+    turns = sum(value[1] for name, value in metrics.items() if name.startswith("first/"))
+    assert turns == row["segments"].max()
+
+
+def test_content_weight_weighs_content(loss_of, base, batch):
+    row = rows(batch, slice(0, 1))
+    parts = [
+        loss_of("base", row | {"targets": jnp.where(row["content"] == kind, row["targets"], -1)})[0]
+        for kind in (True, False)
+    ]
+    content, wording = row["content"].sum(), ((row["targets"] >= 0) & ~row["content"]).sum()
+    heavy = stage_loss(TrainConfig("base", "", 1, preset="tiny", content_weight=3.0))
+    loss, _ = jax.jit(heavy)(base, {}, row)
+    expected = (3 * content * parts[0] + wording * parts[1]) / (3 * content + wording)
+    assert loss == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_unknown_stage():
+    with pytest.raises(ValueError, match="vision, base, twig"):
+        stage_loss(TrainConfig("bark", "", 1, preset="tiny"))

@@ -1,0 +1,91 @@
+"""One step: the same on any mesh, changing only what is trained, refusing what is not finite."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from twig_jax.sharding.mesh import make_mesh
+from twig_jax.sharding.rules import shardings
+from twig_jax.training.config import OptimConfig, TrainConfig
+from twig_jax.training.loop import stage_loss
+from twig_jax.training.optim import optimizer
+from twig_jax.training.step import batch_sharding, init_state, make_step
+
+OPTIM = OptimConfig(lr=1e-3, weight_decay=0.01, clip=1.0)
+STEPS = 3
+
+
+def tx():
+    return optimizer(OPTIM, 50)
+
+
+def train(stage, trained, frozen, batch, steps=STEPS):
+    """(state, metrics of each step)."""
+    step = make_step(stage_loss(TrainConfig(stage, "", 50, preset="tiny")), tx())
+    # The step gives its buffers away, and the fixtures' must stay.
+    state, history = init_state(jax.tree.map(jnp.copy, trained), tx()), []
+    for _ in range(steps):
+        state, metrics = step(state, frozen, batch)
+        history.append(jax.device_get(metrics))
+    return state, history
+
+
+@pytest.fixture(scope="module")
+def on_one_device(base, batch):
+    return train("base", base, {}, batch)
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2), (1, 4, 2)])
+def test_sharded_training_equals_one_device(on_one_device, base, batch, sizes):
+    mesh = make_mesh(*sizes)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(base, shardings(base, mesh))
+        state, history = train("base", placed, {}, jax.device_put(batch, batch_sharding(mesh)))
+    expected, expected_history = on_one_device
+    for found, wanted in zip(history, expected_history, strict=True):
+        assert found["loss"] == pytest.approx(float(wanted["loss"]), rel=1e-5)
+        assert found["grad_norm"] == pytest.approx(float(wanted["grad_norm"]), rel=1e-4)
+        np.testing.assert_array_equal(found["accuracy"], wanted["accuracy"])
+    assert float(history[-1]["loss"]) < float(history[0]["loss"])
+    # Parameters stay where the rules put them, and so do their moments.
+    for tree in (state.params, state.opt_state[1][0].mu):
+        jax.tree.map(
+            lambda x, s: s.is_equivalent_to(x.sharding, x.ndim) or pytest.fail(str(x.sharding)),
+            tree,
+            shardings(base, mesh),
+        )
+    # Adam divides by the gradient's size, so noise in tiny gradients shows up to the step's size.
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=STEPS * OPTIM.lr),
+        jax.device_get(state.params),
+        jax.device_get(expected.params),
+    )
+
+
+def test_only_the_twig_changes(base, twig, batch):
+    before = jax.device_get((base, twig))
+    state, history = train("twig", twig, base, batch)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(base), before[0])
+    changed = jax.tree.map(
+        lambda a, b: bool(np.any(a != b)), jax.device_get(state.params), before[1]
+    )
+    assert all(jax.tree.leaves(changed)), changed
+    assert jax.tree.structure(state.params) == jax.tree.structure(twig)
+    # No optimizer state for the base: two moments a leaf and the counts.
+    leaves, kept = len(jax.tree.leaves(twig)), jax.tree.leaves(state.opt_state)
+    assert len(kept) == 2 * leaves + 2 and sum(leaf.ndim == 0 for leaf in kept) == 2
+    assert history[-1]["loss"] < history[0]["loss"]
+
+
+def test_a_step_that_is_not_finite_changes_nothing(base, twig, batch):
+    step = make_step(stage_loss(TrainConfig("twig", "", 50, preset="tiny")), tx())
+    state = init_state(jax.tree.map(jnp.copy, twig), tx())
+    before = jax.device_get(state)
+    state, metrics = step(state, base, batch | {"pixels": batch["pixels"] * jnp.nan})
+    assert metrics["skipped"] == 1
+    assert state.step == 1
+    after = jax.device_get(state)
+    jax.tree.map(np.testing.assert_array_equal, after[:2], before[:2])
+    state, metrics = step(state, base, batch)
+    assert metrics["skipped"] == 0 and state.step == 2

@@ -1,0 +1,255 @@
+"""The main comparison: modes, budgets and selectors on the same questions."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from twig_jax.api import Model
+from twig_jax.decoding.generate import Result, Settings
+from twig_jax.evaluation.scoring import acceptance, ceiling, relacc, tokens_per_s
+from twig_jax.evaluation.tasks import Sample, answer, exact
+
+Progress = Callable[[str, int, int], None]  # what, done, of how many
+
+
+@dataclass(frozen=True)
+class Run:
+    """One way to answer: a mode, the share of visual tokens pruned, and who chooses them."""
+
+    mode: str
+    pruned: float = 0.0
+    selector: str = "twig"
+
+    def settings(self, model: Model, common: Settings) -> Settings:
+        """The call's settings; `pruned` is a share of the M tokens an image has a layer."""
+        average = model.config.vision.num_patches * (1 - self.pruned)
+        return replace(common, mode=self.mode, avg_retained=round(average))
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table and of the result file; shares are fractions, None where not measured."""
+
+    task: str
+    pruned: float
+    mode: str
+    selector: str | None
+    samples: int
+    exact: float
+    relacc: float | None = None
+    relacc_low: float | None = None
+    relacc_high: float | None = None
+    tokens_per_s: float | None = None
+    tokens_per_s_total: float | None = None
+    relspd: float | None = None
+    ceiling: float | None = None
+    tokar: float | None = None
+    tokar_content: float | None = None
+    tokar_wording: float | None = None
+    mean_drafted: float | None = None
+    mean_accepted: float | None = None
+    retained: int | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values; nan becomes null."""
+        return {
+            k: None if isinstance(v, float) and np.isnan(v) else v for k, v in asdict(self).items()
+        }
+
+
+def accuracy_rows(
+    model: Model,
+    samples: Sequence[Sample],
+    runs: Sequence[Run],
+    common: Settings,
+    *,
+    batch: int,
+    progress: Progress = lambda *_: None,
+) -> tuple[list[Row], dict[Run, list[Result]]]:
+    """Exact match of every run on every sample, and RelAcc against the first run.
+
+    A row each for task "short", "long" and "all".
+    """
+    right: dict[Run, list[bool]] = {}
+    results: dict[Run, list[Result]] = {}
+    for run in runs:
+        found = answer(
+            model.generator,
+            samples,
+            run.settings(model, common),
+            selector=run.selector,
+            batch=batch,
+        )
+        results[run] = []
+        for result in found:
+            results[run].append(result)
+            progress(f"{run.mode} {run.pruned:.1%} {run.selector}", len(results[run]), len(samples))
+        right[run] = [
+            exact(model.tokenizer, s, r) for s, r in zip(samples, results[run], strict=True)
+        ]
+    rows = []
+    for run in runs:
+        for task in ("short", "long", "all"):
+            of = [i for i, s in enumerate(samples) if task in ("all", s.question.task)]
+            if not of:
+                continue
+            ours = [right[run][i] for i in of]
+            share, low, high = relacc(ours, [right[runs[0]][i] for i in of])
+            kept = results[run][of[0]].kept
+            rows.append(
+                Row(
+                    task,
+                    run.pruned,
+                    run.mode,
+                    run.selector if run.pruned else None,
+                    len(of),
+                    float(np.mean(ours)),
+                    share,
+                    low,
+                    high,
+                    retained=len(kept),
+                )
+            )
+    return rows, results
+
+
+@dataclass(frozen=True)
+class Timed:
+    """Interleaved timings of one run and of the plain runs beside it, sample by sample."""
+
+    results: list[Result]
+    speeds: np.ndarray  # tokens/s [samples], median over repeats
+    plain_speeds: np.ndarray  # the same of the plain runs right before
+
+
+def timed(
+    model: Model,
+    samples: Sequence[Sample],
+    runs: Sequence[Run],
+    common: Settings,
+    *,
+    repeats: int,
+    progress: Progress = lambda *_: None,
+) -> tuple[list[Result], dict[Run, Timed]]:
+    """Times each run at batch 1, a plain run right before each of its runs.
+
+    Returns (plain results, timings). Compilation is over before the first measured run.
+    """
+    plain = replace(common, mode="plain")
+    generator = model.generator
+    settings = {run: run.settings(model, common) for run in runs}
+    for one in (plain, *settings.values()):
+        generator.generate([samples[0].request], one)
+    speeds = {run: np.zeros((len(samples), repeats)) for run in runs}
+    beside = {run: np.zeros((len(samples), repeats)) for run in runs}
+    plains: list[Result] = []
+    results: dict[Run, list[Result]] = {run: [] for run in runs}
+    for i, sample in enumerate(samples):
+        for r in range(repeats):
+            for run in runs:
+                base = generator.generate([sample.request], plain)[0]
+                fast = generator.generate([sample.request], settings[run])[0]
+                beside[run][i, r] = tokens_per_s(base)
+                speeds[run][i, r] = tokens_per_s(fast)
+                if r == 0:
+                    results[run].append(fast)
+        plains.append(base)
+        progress("timing", i + 1, len(samples))
+    return plains, {
+        run: Timed(results[run], np.median(speeds[run], axis=1), np.median(beside[run], axis=1))
+        for run in runs
+    }
+
+
+def speed_rows(
+    model: Model,
+    samples: Sequence[Sample],
+    timings: dict[Run, Timed],
+    plains: Sequence[Result],
+) -> list[Row]:
+    """A row each for plain decoding and every timed run, for task "short", "long" and "all"."""
+    twig = model.generator.twig_config
+    assert twig is not None
+    rows = []
+    flags = [content_tokens(model.tokenizer, sample) for sample in samples]
+    for task in ("short", "long", "all"):
+        of = [i for i, s in enumerate(samples) if task in ("all", s.question.task)]
+        if not of:
+            continue
+        right = [exact(model.tokenizer, samples[i], plains[i]) for i in of]
+        every = np.concatenate([t.plain_speeds[of] for t in timings.values()])
+        rows.append(
+            Row(
+                task,
+                0.0,
+                "plain",
+                None,
+                len(of),
+                float(np.mean(right)),
+                tokens_per_s=float(every.mean()),
+                tokens_per_s_total=_total([plains[i] for i in of]),
+                relspd=1.0,
+                retained=model.config.vision.num_patches,
+            )
+        )
+        for run, t in timings.items():
+            results = [t.results[i] for i in of]
+            a = acceptance(results, [flags[i] for i in of])
+            drafts = run.mode in ("ssd", "ttp_ssd")
+            rows.append(
+                Row(
+                    task,
+                    run.pruned,
+                    run.mode,
+                    run.selector if run.pruned else None,
+                    len(of),
+                    float(
+                        np.mean(
+                            [
+                                exact(model.tokenizer, samples[i], t.results[i])
+                                for i in of
+                            ]
+                        )
+                    ),
+                    tokens_per_s=float(t.speeds[of].mean()),
+                    tokens_per_s_total=_total(results),
+                    relspd=float(t.speeds[of].mean() / t.plain_speeds[of].mean()),
+                    ceiling=ceiling(twig, model.config.text.num_layers, a.drafted, a.accepted)
+                    if drafts
+                    else None,
+                    tokar=a.tokar if drafts else None,
+                    tokar_content=a.content if drafts else None,
+                    tokar_wording=a.wording if drafts else None,
+                    mean_drafted=a.drafted if drafts else None,
+                    mean_accepted=a.accepted if drafts else None,
+                    retained=len(results[0].kept),
+                )
+            )
+    return rows
+
+
+def _total(results: Sequence[Result]) -> float:
+    emitted = sum(len(r.tokens) + (r.stopped_by == "eos") for r in results)
+    return emitted / sum(r.prefill_s + r.decode_s for r in results)
+
+
+def content_tokens(tokenizer: Any, sample: Sample) -> list[bool]:
+    """Which tokens of the known answer depend on the page."""
+    flags: list[bool] = []
+    for word, content in zip(
+        sample.question.answer.split(), sample.question.content, strict=True
+    ):
+        tokens = tokenizer.encode(f" {word}", add_special_tokens=False)
+        flags += [content] + [False] * (len(tokens) - 1)
+    return flags
+
+
+def unequal(fast: Sequence[Result], slow: Sequence[Result]) -> list[int]:
+    """Samples whose tokens differ; empty for a lossless pair."""
+    return [
+        i
+        for i, (a, b) in enumerate(zip(fast, slow, strict=True))
+        if not np.array_equal(a.tokens, b.tokens)
+    ]

@@ -1,0 +1,81 @@
+"""Accuracy, speed and acceptance of a set of answers."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from twig_jax.config import TwigConfig
+from twig_jax.decoding.generate import Result
+
+
+@dataclass(frozen=True)
+class Acceptance:
+    """What happened to drafted tokens. Shares are nan where nothing was drafted."""
+
+    tokar: float  # accepted / drafted
+    content: float  # the same over words that depend on the page
+    wording: float  # and over the others
+    drafted: float  # mean tokens drafted an iteration
+    accepted: float  # mean drafts accepted an iteration
+
+
+def _share(part: float, whole: float) -> float:
+    return part / whole if whole else float("nan")
+
+
+def acceptance(results: Sequence[Result], content: Sequence[Sequence[bool]]) -> Acceptance:
+    """Counts drafts of all results; content[i] says which tokens of answer i depend on the page.
+
+    A draft counts by its place in the answer; places past the known answer count as wording.
+    """
+    counts = np.zeros((2, 2), int)  # [content, accepted]
+    rounds = 0
+    for result, flags in zip(results, content, strict=True):
+        place = 0
+        rounds += len(result.matched)
+        for tokens, matched in zip(result.drafts, result.matched, strict=True):
+            for j in range(len(tokens)):
+                at = place + j
+                counts[int(at < len(flags) and flags[at]), int(j < matched)] += 1
+            place += int(matched) + 1
+    drafted, accepted = counts.sum(), counts[:, 1].sum()
+    return Acceptance(
+        tokar=_share(accepted, drafted),
+        content=_share(counts[1, 1], counts[1].sum()),
+        wording=_share(counts[0, 1], counts[0].sum()),
+        drafted=_share(drafted, rounds),
+        accepted=_share(accepted, rounds),
+    )
+
+
+def tokens_per_s(result: Result) -> float:
+    """New tokens over prefill and decoding time, EOS included (the paper's speed)."""
+    emitted = len(result.tokens) + (result.stopped_by == "eos")
+    return emitted / (result.prefill_s + result.decode_s)
+
+
+def relacc(
+    accelerated: Sequence[bool], base: Sequence[bool], seed: int = 0, draws: int = 2000
+) -> tuple[float, float, float]:
+    """Accelerated accuracy over the base's on the same samples, with a 95 % interval.
+
+    The interval is a paired bootstrap over samples. nan where the base answers nothing right.
+    """
+    pairs = np.stack([accelerated, base], axis=1).astype(float)  # [n, 2]
+    picks = np.random.default_rng(seed).integers(len(pairs), size=(draws, len(pairs)))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        ratio = pairs[:, 0].mean() / pairs[:, 1].mean()
+        means = pairs[picks].mean(1)  # [draws, 2]
+        low, high = np.nanpercentile(means[:, 0] / means[:, 1], [2.5, 97.5])
+    return float(ratio), float(low), float(high)
+
+
+def ceiling(twig: TwigConfig, layers: int, drafted: float, accepted: float) -> float:
+    """RelSpd of decoding alone if a layer pass cost the same whatever its width.
+
+    Plain decoding pays L layers a token. An iteration pays K layers for each of its drafted + 1
+    nodes, T for each draft, and L - K once for verification; it emits accepted + 1 tokens.
+    """
+    iteration = twig.K * (drafted + 1) + twig.T * drafted + layers - twig.K
+    return (accepted + 1) * layers / iteration

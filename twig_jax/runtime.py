@@ -1,0 +1,35 @@
+"""What launchers set up before they compute, and what they say about where they ran."""
+
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import jax
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled programs on disk, so that a second start is faster.
+
+    The folder is $JAX_COMPILATION_CACHE_DIR, else twig_jax in the user's cache folder.
+    """
+    home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(home / "twig_jax"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def environment() -> dict[str, Any]:
+    """Device and versions, for result files."""
+    import flax
+
+    device = jax.devices()[0]
+    cores = f", {os.cpu_count()} cores" if device.platform == "cpu" else ""
+    return {
+        "device": f"{jax.device_count()} x {device.device_kind}{cores}",
+        "versions": {
+            "python": platform.python_version(),
+            "jax": jax.__version__,
+            "flax": flax.__version__,
+        },
+    }
