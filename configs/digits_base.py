@@ -7,7 +7,7 @@ The six trained layers are spread over the depth; the ten between start as the i
 
 from twig_jax.training.config import DataConfig, OptimConfig, TrainConfig
 
-_ = None
+_: int | None = None
 
 
 def get_config() -> TrainConfig:

@@ -1,6 +1,6 @@
 """Digits, stage 1 of 4: the vision tower learns to name what each visual token shows.
 
-    python -m launch.train --config configs/digits_vision.py
+python -m launch.train --config configs/digits_vision.py
 """
 
 from twig_jax.training.config import DataConfig, OptimConfig, TrainConfig

@@ -62,7 +62,7 @@ def load_generator():
 
     if _CHECKPOINT.value is not None:
         return api.load(_CHECKPOINT.value, _TWIG.value, _DTYPE.value).generator, "trained"
-    config, twig_config = preset(_PRESET.value)
+    config, twig_config = preset(_PRESET.value or "")
 
     def build():
         base = init_base(config, jax.random.key(0))
@@ -154,7 +154,10 @@ def measure() -> dict:
                 "mean_drafted": drafted / rounds,
                 "mean_accepted": matched / rounds,
                 "ceiling": ceiling(
-                    generator.twig_config, config.text.num_layers, drafted / rounds, matched / rounds
+                    generator.twig_config,
+                    config.text.num_layers,
+                    drafted / rounds,
+                    matched / rounds,
                 ),
             }
         )

@@ -1,8 +1,8 @@
 """The same answers, sooner: pruning and speculation on pages of handwritten digits.
 
-    python -m launch.demo                                  # compare modes, write demo.html
-    python -m launch.demo --image page.png --prompt "What digit is in row B, column 3?"
-    python -m launch.demo --grow                           # grow the twig again from the base
+python -m launch.demo                                  # compare modes, write demo.html
+python -m launch.demo --image page.png --prompt "What digit is in row B, column 3?"
+python -m launch.demo --grow                           # grow the twig again from the base
 """
 
 import json
@@ -27,10 +27,12 @@ _GAMMA = flags.DEFINE_integer("gamma", 6, "most drafts an iteration", lower_boun
 _THETA = flags.DEFINE_float("theta", 0.3, "drafting stops after a token less probable than this")
 _BATCH = flags.DEFINE_integer("batch", 32, "batch size of the accuracy runs", lower_bound=1)
 _SEED = flags.DEFINE_integer("seed", 0, "seed of the test pages")
+_PRUNED = flags.DEFINE_list(
+    "pruned", ["0.667", "0.778", "0.889"], "shares of the visual tokens to prune"
+)
 _HTML = flags.DEFINE_string("html", "demo.html", "where the report goes")
 _JSON = flags.DEFINE_string("json", None, "write results here; - is standard output")
 
-PRUNED = (2 / 3, 7 / 9, 8 / 9)
 RIVALS = ("random", "fastv", "oracle")
 MAX_NEW = 64
 
@@ -64,7 +66,7 @@ def answer_one() -> None:
     model = api.load()
     settings = Settings(
         mode=_MODE.value,
-        avg_retained=round(model.config.vision.num_patches * (1 - PRUNED[-1])),
+        avg_retained=round(model.config.vision.num_patches * (1 - float(_PRUNED.value[-1]))),
         gamma=_GAMMA.value,
         theta=_THETA.value,
         max_new_tokens=MAX_NEW,
@@ -92,8 +94,8 @@ def grow() -> None:
     import dataclasses
 
     from configs.digits_twig import get_config
-    from twig_jax import api
     from launch.train import train
+    from twig_jax import api
 
     model = api.load()
     config = dataclasses.replace(get_config(), steps=_GROW_STEPS.value, out=_OUT.value)
@@ -103,7 +105,6 @@ def grow() -> None:
 
 def compare() -> None:
     """All modes, budgets and selectors; prints tables, writes the report and --json."""
-    import jax
     import numpy as np
     from tqdm import tqdm
 
@@ -115,6 +116,7 @@ def compare() -> None:
     from twig_jax.runtime import environment
 
     began = time.perf_counter()
+    budgets = [float(share) for share in _PRUNED.value]
     try:
         model = api.load()
     except FileNotFoundError as error:
@@ -131,9 +133,9 @@ def compare() -> None:
         tokenizer, config, _TIMED.value // 2, seed=_SEED.value, start=10**6, task="short"
     )
     accuracy_runs = [Run("plain")] + [
-        Run("ttp", pruned, selector) for pruned in PRUNED for selector in ("twig", *RIVALS)
+        Run("ttp_ssd", pruned, selector) for pruned in budgets for selector in ("twig", *RIVALS)
     ]
-    speed_runs = [Run("ssd")] + [Run(m, p) for m in ("ttp", "ttp_ssd") for p in PRUNED]
+    speed_runs = [Run("ssd")] + [Run(m, p) for m in ("ttp", "ttp_ssd") for p in budgets]
     say(
         f"{len(samples)} unseen test pages for accuracy (batch {_BATCH.value}), "
         f"{_TIMED.value} for speed (batch 1, {_REPEATS.value} interleaved timings each)"
@@ -146,10 +148,14 @@ def compare() -> None:
             bar.update()
 
         plains, timings = c.timed(
-            model, long_ones + short_ones, speed_runs, common, repeats=_REPEATS.value,
+            model,
+            long_ones + short_ones,
+            speed_runs,
+            common,
+            repeats=_REPEATS.value,
             progress=progress,
         )
-        accuracy, results = c.accuracy_rows(
+        accuracy = c.accuracy_rows(
             model, samples, accuracy_runs, common, batch=_BATCH.value, progress=progress
         )
     speed = c.speed_rows(model, long_ones + short_ones, timings, plains)
@@ -161,11 +167,13 @@ def compare() -> None:
         say(_aligned(headers, lines))
 
     say()
-    say("RelAcc: accuracy over the unpruned base's, with its 95 % interval. RelSpd: tokens/s, prefill")
-    say("included, over plain decoding's right beside it; ceiling: if any pass over L layers cost the")
-    say("same whatever its width (see docs/benchmarks.md). Compilation is not in any figure.")
+    say(
+        "RelAcc: accuracy over the unpruned base's, with its 95 % interval. RelSpd: tokens/s,\n"
+        "prefill included, over plain decoding's right beside it. ceiling: RelSpd of decoding if\n"
+        "a pass cost the same whatever its width. Compilation is not in any figure."
+    )
     checks = [("ssd = plain", c.unequal(timings[Run("ssd")].results, plains))]
-    for pruned in PRUNED:
+    for pruned in budgets:
         fast, slow = timings[Run("ttp_ssd", pruned)], timings[Run("ttp", pruned)]
         checks.append((f"ttp_ssd = ttp at {pruned:.1%}", c.unequal(fast.results, slow.results)))
     for name, wrong in checks:
@@ -173,7 +181,7 @@ def compare() -> None:
 
     # Two questions about one page, each with its own selection.
     pairs = []
-    sharp = Run("ttp_ssd", PRUNED[-1]).settings(model, common)
+    sharp = Run("ttp_ssd", budgets[-1]).settings(model, common)
     for index in range(2):
         page = digits.page("test", _SEED.value, 2 * 10**6 + index)
         rng = digits.generator("test", _SEED.value, 2 * 10**6 + index, 1)
@@ -209,21 +217,21 @@ def compare() -> None:
                 "schema": 1,
                 **environment(),
                 "settings": {
-                    "samples": len(samples), "timed_samples": _TIMED.value, "repeats": _REPEATS.value,
-                    "gamma": _GAMMA.value, "theta": _THETA.value, "seed": _SEED.value,
-                    "max_new_tokens": MAX_NEW, "dtype": "float32",
+                    "samples": len(samples),
+                    "timed_samples": _TIMED.value,
+                    "repeats": _REPEATS.value,
+                    "gamma": _GAMMA.value,
+                    "theta": _THETA.value,
+                    "seed": _SEED.value,
+                    "max_new_tokens": MAX_NEW,
+                    "dtype": "float32",
                 },
                 "lossless": {name: not wrong for name, wrong in checks},
-                "results": [row.as_json() for row in _joined(accuracy, speed)],
+                "results": [row.as_json() for row in c.merged(accuracy, speed)],
             }
         )
-    del jax
     if any(wrong for _, wrong in checks):
         sys.exit("demo: an accelerated answer differs from plain decoding of the same model")
-
-
-def _joined(accuracy: list, speed: list) -> list:
-    return accuracy + speed
 
 
 def _percent(x: float | None, digits: int = 1) -> str:
@@ -235,8 +243,17 @@ def _number(x: float | None, digits: int = 2) -> str:
 
 
 def _accuracy_table(rows: list) -> tuple[list[str], list[list[str]]]:
-    headers = ["pruned %", "mode", "selector", "kept", "exact %", "short %", "long %",
-               "RelAcc %", "95 % interval"]
+    headers = [
+        "pruned %",
+        "mode",
+        "selector",
+        "kept",
+        "exact %",
+        "short %",
+        "long %",
+        "RelAcc %",
+        "95 % interval",
+    ]
     lines = []
     for row in (r for r in rows if r.task == "all"):
         same = {
@@ -244,23 +261,49 @@ def _accuracy_table(rows: list) -> tuple[list[str], list[list[str]]]:
             for r in rows
             if (r.pruned, r.mode, r.selector) == (row.pruned, row.mode, row.selector)
         }
-        lines.append([
-            _percent(row.pruned), row.mode, row.selector or "", str(row.retained),
-            _percent(row.exact),
-            *(_percent(same[t].exact) if t in same else "" for t in ("short", "long")),
-            _percent(row.relacc), f"{_percent(row.relacc_low)} - {_percent(row.relacc_high)}",
-        ])
+        lines.append(
+            [
+                _percent(row.pruned),
+                row.mode,
+                row.selector or "",
+                str(row.retained),
+                _percent(row.exact),
+                *(_percent(same[t].exact) if t in same else "" for t in ("short", "long")),
+                _percent(row.relacc),
+                f"{_percent(row.relacc_low)} - {_percent(row.relacc_high)}",
+            ]
+        )
     return headers, lines
 
 
 def _speed_table(rows: list) -> tuple[list[str], list[list[str]]]:
-    headers = ["answers", "pruned %", "mode", "tokens/s", "RelSpd", "ceiling", "TokAR %",
-               "digit words %", "wording %", "drafted", "accepted", "kept"]
+    headers = [
+        "answers",
+        "pruned %",
+        "mode",
+        "tokens/s",
+        "RelSpd",
+        "ceiling",
+        "TokAR %",
+        "digit words %",
+        "wording %",
+        "drafted",
+        "accepted",
+        "kept",
+    ]
     lines = [
         [
-            r.task, _percent(r.pruned), r.mode, _number(r.tokens_per_s, 0), _number(r.relspd),
-            _number(r.ceiling), _percent(r.tokar), _percent(r.tokar_content),
-            _percent(r.tokar_wording), _number(r.mean_drafted), _number(r.mean_accepted),
+            r.task,
+            _percent(r.pruned),
+            r.mode,
+            _number(r.tokens_per_s, 0),
+            _number(r.relspd),
+            _number(r.ceiling),
+            _percent(r.tokar),
+            _percent(r.tokar_content),
+            _percent(r.tokar_wording),
+            _number(r.mean_drafted),
+            _number(r.mean_accepted),
             str(r.retained),
         ]
         for r in rows
@@ -281,7 +324,7 @@ def _write_json(content: dict) -> None:
     text = json.dumps(content, indent=1)
     if _JSON.value == "-":
         print(text)
-    else:
+    elif _JSON.value:
         Path(_JSON.value).write_text(text + "\n")
 
 

@@ -1,6 +1,6 @@
 """Trains one stage: the vision tower's warm-up, a base, or a twig on a frozen base.
 
-    python -m launch.train --config configs/digits_twig.py --set optim.lr=5e-4 --set steps=300
+python -m launch.train --config configs/digits_twig.py --set optim.lr=5e-4 --set steps=300
 """
 
 import importlib.util
@@ -64,14 +64,15 @@ def train(
     base = start_from(config) if model is None else model.generator.weights.base
     if config.stage == "twig":
         twig = init_twig(base, base_config.text, twig_config, config.twig_init)
-        callback = validation(config, base)
-        twig = fit(config, twig, base, callback=_saying(callback, say))
+        callback = _saying(validation(config, base), say)
+        twig = fit(config, twig, base, callback=callback)
         if export:
             base = jax.device_get(base)
             write_twig(export, jax.device_get(twig), twig_config, base, base_config)
     else:
-        callback = None if config.stage == "vision" else validation(config, None)
-        base = fit(config, base, {}, callback=_saying(callback, say))
+        # In the vision stage the decoder does not answer yet.
+        callback = None if config.stage == "vision" else _saying(validation(config, None), say)
+        base = fit(config, base, {}, callback=callback)
         if export:
             write_llava(export, jax.device_get(base), base_config, tokenizer=DIGITS)
 
@@ -151,9 +152,6 @@ def validation(config: Any, base: Any, n: int = 64) -> Callable[[int, Any], dict
 
 
 def _saying(callback: Any, say: Callable[[str], None]) -> Any:
-    if callback is None:
-        return None
-
     def run(step: int, params: Any) -> dict[str, float]:
         figures = callback(step, params)
         say(f"step {step}: {json.dumps(figures)}")

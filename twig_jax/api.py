@@ -35,10 +35,7 @@ class Model:
         pixels = np.zeros((0, v.image_size, v.image_size, 3), np.float32)
         if images:
             pixels = np.stack(
-                [
-                    preprocess(load_image(i), v.image_size, v.image_mean, v.image_std)
-                    for i in images
-                ]
+                [preprocess(load_image(i), v.image_size, v.image_mean, v.image_std) for i in images]
             )
         request = make_request(self.tokenizer, self.config, prompt, pixels)
         return self.generator.generate([request], settings)[0]

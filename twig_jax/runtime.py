@@ -14,7 +14,7 @@ def use_compilation_cache() -> None:
     The folder is $JAX_COMPILATION_CACHE_DIR, else twig_jax in the user's cache folder.
     """
     home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    if jax.config.jax_compilation_cache_dir is None:
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(home / "twig_jax"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 

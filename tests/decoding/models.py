@@ -22,7 +22,7 @@ CONFIG = LlavaConfig(
         vocab_size=37,
         hidden_size=32,
         intermediate_size=48,
-        num_layers=6,
+        num_layers=5,
         num_heads=4,
         num_kv_heads=2,
         head_dim=8,
@@ -45,7 +45,7 @@ def weights(seed: int = 0, damping: float = 0.35) -> dict[str, Any]:
         scale = 1.0 / np.sqrt(x.shape[0])
         if "lm_head" in name:
             scale *= 4.0
-        deep = any(f"layers_{i}'" in name for i in range(TWIG.K + TWIG.T, 6)) and "text" in name
+        deep = any(f"layers_{i}'" in name for i in range(TWIG.K + TWIG.T, 5)) and "text" in name
         if deep and ("o_proj" in name or "down_proj" in name):
             scale *= damping
         return scale * jax.random.normal(next(keys), x.shape, x.dtype)

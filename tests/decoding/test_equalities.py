@@ -87,21 +87,24 @@ def mixed() -> list[Request]:
     ]
 
 
-@pytest.mark.parametrize("mode", ["plain", "ttp", "ssd", "ttp_ssd"])
+@pytest.mark.parametrize("mode", ["plain", "ttp_ssd"])
 def test_a_row_does_not_depend_on_batch_size_or_bucket(mode) -> None:
     together = run(mixed(), mode=mode)
-    for one, row in zip(mixed(), together, strict=True):
-        assert tokens(run([one], mode=mode, text_multiple=32)) == tokens([row])
+    for i in (0, 3):
+        assert tokens(run(mixed()[i : i + 1], mode=mode, text_multiple=32)) == tokens([together[i]])
 
 
-@pytest.mark.parametrize("gamma", [0, 1, 2, 7])
+@pytest.mark.parametrize("gamma", [0, 1, 7])
 def test_every_draft_length_gives_the_same_answer(gamma) -> None:
     assert tokens(run(mixed(), gamma=gamma)) == tokens(run(mixed(), mode="ttp"))
 
 
 def test_some_drafts_are_accepted_and_some_are_not() -> None:
     """Without this the equalities above could hold for an engine that never drafts."""
-    results = run([request(s, 1, 4, 4, avg_retained=4) for s in range(16)], theta=0.0)
+    results = []
+    for s in range(4):
+        few = [request(10 * s + i, 1, 4, 4, avg_retained=4) for i in range(3)]
+        results += run([LARGEST, *few], theta=0.0)
     drafted = sum(len(d) for r in results for d in r.drafts)
     matched = sum(int(r.matched.sum()) for r in results)
     assert 0.1 < matched / drafted < 0.9
@@ -115,17 +118,14 @@ def test_keeping_everything_equals_not_pruning() -> None:
 
 
 def test_pruning_changes_something() -> None:
-    few = [request(s, 1, 4, 4, avg_retained=3.2) for s in range(8)]
+    few = [dataclasses.replace(r, avg_retained=3.2) for r in mixed()]
     assert tokens(run(few, mode="ttp")) != tokens(run(few, mode="plain"))
 
 
 def test_answers_equal_the_teacher_forced_pruned_pass() -> None:
     """An independent one-pass computation agrees with every token and every kept index."""
     model = generator()
-    for one in mixed():
-        (result,) = model.generate([one], dataclasses.replace(TTP_SSD, mode="ttp"))
-        if not len(result.tokens):
-            continue
+    for one, result in zip(mixed(), run(mixed(), mode="ttp"), strict=True):
         size, images = len(one.ids), 0 if one.pixels is None else len(one.pixels)
         visual = jnp.zeros((1, 0, CONFIG.text.hidden_size))
         if images:
@@ -133,7 +133,7 @@ def test_answers_equal_the_teacher_forced_pruned_pass() -> None:
                 {"params": model.weights.base}, jnp.asarray(one.pixels)[None], method="encode"
             )
         R = len(result.kept)
-        forced = forward(
+        forced = jax.jit(forward, static_argnums=(0, 1, 7, 8))(
             CONFIG,
             TWIG,
             model.weights.base,
@@ -159,17 +159,18 @@ def test_answers_equal_the_teacher_forced_pruned_pass() -> None:
 
 def test_an_answer_stops_at_eos() -> None:
     """Making a token that an answer contains the EOS cuts that answer right before it."""
-    requests = [request(s, 1, 4, 4, avg_retained=4) for s in range(6)]
-    for whole, one in zip(run(requests), requests, strict=True):
-        eos = int(whole.tokens[5])
-        cut = whole.tokens.tolist().index(eos)
-        (result,) = generator(eos_token_id=eos).generate([one], TTP_SSD)
-        assert result.tokens.tolist() == whole.tokens[:cut].tolist()
-        assert result.stopped_by == "eos"
+    wholes = tokens(run(mixed()))
+    eos = wholes[0][5]
+    assert any(eos not in whole for whole in wholes)
+    results = generator(eos_token_id=eos).generate(mixed(), TTP_SSD)
+    for whole, result in zip(wholes, results, strict=True):
+        cut = whole.index(eos) if eos in whole else len(whole)
+        assert result.tokens.tolist() == whole[:cut]
+        assert result.stopped_by == ("eos" if eos in whole else "length")
 
 
 @pytest.mark.parametrize(
-    "twig", [TwigConfig(1, 5, 4), TwigConfig(2, 1, 6), TwigConfig(0, 2, 3), TwigConfig(3, 3, 4)]
+    "twig", [TwigConfig(1, 4, 4), TwigConfig(2, 1, 5), TwigConfig(0, 2, 3), TwigConfig(3, 2, 4)]
 )
 def test_unusual_depths(twig) -> None:
     """K + T = L, K_f = L, no trunk at all, and K + T = L with a single middle layer."""
@@ -219,7 +220,7 @@ def test_the_same_bucket_compiles_once() -> None:
         ({"selector": "best"}, "no selector 'best'"),
         ({"selector": "given"}, "needs scores"),
         ({"avg_retained": 1.0}, "no number of kept tokens"),
-        ({"avg_retained": 8.0}, "at most 6"),
+        ({"avg_retained": 8.0}, "at most 7.2"),
         ({"avg_retained": None}, "needs avg_retained"),
         ({"max_new_tokens": 0}, "at least 1"),
     ],
@@ -233,7 +234,10 @@ def test_bad_requests_say_what_is_wrong() -> None:
     good = request(1, 1, 4, 4)
     for bad, message in (
         (dataclasses.replace(good, pixels=None), "9 image slots"),
-        (dataclasses.replace(good, ids=good.ids[:-4], is_visual=good.is_visual[:-4]), "must be text"),
+        (
+            dataclasses.replace(good, ids=good.ids[:-4], is_visual=good.is_visual[:-4]),
+            "must be text",
+        ),
         (dataclasses.replace(good, is_visual=good.is_visual[1:]), "one length"),
     ):
         with pytest.raises(ValueError, match=message):

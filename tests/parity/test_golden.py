@@ -129,9 +129,7 @@ def test_fails_when_final_wipe_is_one_layer_off(case: Case, off: int) -> None:
 
 
 def test_fails_with_the_base_head_in_the_twig(case: Case) -> None:
-    wrong = dataclasses.replace(
-        case, twig={**case.twig, "lm_head": case.base["text"]["lm_head"]}
-    )
+    wrong = dataclasses.replace(case, twig={**case.twig, "lm_head": case.base["text"]["lm_head"]})
     assert "draft_probs" in differences(wrong, "ttp_ssd")
 
 
@@ -154,9 +152,9 @@ def test_fails_when_a_low_confidence_draft_is_dropped(
         d = draft_module.draft(
             program, weights, drafts, committed, last, valid, positions, limit, limits
         )
-        final = jnp.maximum(d.count - 1, 0)[:, None]
+        final = jnp.maximum(d.drafted - 1, 0)[:, None]
         low = jnp.take_along_axis(d.probs, final, axis=1)[:, 0] < limits.theta
-        return d._replace(count=d.count - (low & (d.count > 0)).astype(jnp.int32))
+        return d._replace(drafted=d.drafted - (low & (d.drafted > 0)).astype(jnp.int32))
 
     monkeypatch.setattr(loop, "draft", dropping)
     monkeypatch.setattr(prefill, "draft", dropping)

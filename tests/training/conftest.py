@@ -19,14 +19,15 @@ TINY = (
             patch_size=8,
             hidden_size=16,
             intermediate_size=32,
-            num_layers=2,
+            num_layers=1,
             num_heads=2,
+            feature_layer=-1,
         ),
         text=TextConfig(
             vocab_size=512,
             hidden_size=32,
             intermediate_size=48,
-            num_layers=3,
+            num_layers=2,
             num_heads=4,
             num_kv_heads=2,
             head_dim=8,
@@ -34,7 +35,7 @@ TINY = (
         image_token_id=3,
         pad_token_id=0,
     ),
-    TwigConfig(K=1, T=2, K_f=3),
+    TwigConfig(K=1, T=1, K_f=2),
 )
 
 

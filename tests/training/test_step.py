@@ -20,12 +20,19 @@ def tx():
     return optimizer(OPTIM, 50)
 
 
-def train(stage, trained, frozen, batch, steps=STEPS):
+def stage_step(stage):
+    return make_step(stage_loss(TrainConfig(stage, "", 50, preset="tiny")), tx())
+
+
+def start(trained):
+    """A first state; the step gives its buffers away, and the fixtures' must stay."""
+    return init_state(jax.tree.map(jnp.copy, trained), tx())
+
+
+def train(step, trained, frozen, batch):
     """(state, metrics of each step)."""
-    step = make_step(stage_loss(TrainConfig(stage, "", 50, preset="tiny")), tx())
-    # The step gives its buffers away, and the fixtures' must stay.
-    state, history = init_state(jax.tree.map(jnp.copy, trained), tx()), []
-    for _ in range(steps):
+    state, history = start(trained), []
+    for _ in range(STEPS):
         state, metrics = step(state, frozen, batch)
         history.append(jax.device_get(metrics))
     return state, history
@@ -33,7 +40,12 @@ def train(stage, trained, frozen, batch, steps=STEPS):
 
 @pytest.fixture(scope="module")
 def on_one_device(base, batch):
-    return train("base", base, {}, batch)
+    return train(stage_step("base"), base, {}, batch)
+
+
+@pytest.fixture(scope="module")
+def twig_step():
+    return stage_step("twig")
 
 
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2), (1, 4, 2)])
@@ -41,7 +53,8 @@ def test_sharded_training_equals_one_device(on_one_device, base, batch, sizes):
     mesh = make_mesh(*sizes)
     with jax.set_mesh(mesh):
         placed = jax.device_put(base, shardings(base, mesh))
-        state, history = train("base", placed, {}, jax.device_put(batch, batch_sharding(mesh)))
+        rows = jax.device_put(batch, batch_sharding(mesh))
+        state, history = train(stage_step("base"), placed, {}, rows)
     expected, expected_history = on_one_device
     for found, wanted in zip(history, expected_history, strict=True):
         assert found["loss"] == pytest.approx(float(wanted["loss"]), rel=1e-5)
@@ -63,9 +76,9 @@ def test_sharded_training_equals_one_device(on_one_device, base, batch, sizes):
     )
 
 
-def test_only_the_twig_changes(base, twig, batch):
+def test_only_the_twig_changes(twig_step, base, twig, batch):
     before = jax.device_get((base, twig))
-    state, history = train("twig", twig, base, batch)
+    state, history = train(twig_step, twig, base, batch)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(base), before[0])
     changed = jax.tree.map(
         lambda a, b: bool(np.any(a != b)), jax.device_get(state.params), before[1]
@@ -78,14 +91,13 @@ def test_only_the_twig_changes(base, twig, batch):
     assert history[-1]["loss"] < history[0]["loss"]
 
 
-def test_a_step_that_is_not_finite_changes_nothing(base, twig, batch):
-    step = make_step(stage_loss(TrainConfig("twig", "", 50, preset="tiny")), tx())
-    state = init_state(jax.tree.map(jnp.copy, twig), tx())
+def test_a_step_that_is_not_finite_changes_nothing(twig_step, base, twig, batch):
+    state = start(twig)
     before = jax.device_get(state)
-    state, metrics = step(state, base, batch | {"pixels": batch["pixels"] * jnp.nan})
+    state, metrics = twig_step(state, base, batch | {"pixels": batch["pixels"] * jnp.nan})
     assert metrics["skipped"] == 1
     assert state.step == 1
     after = jax.device_get(state)
     jax.tree.map(np.testing.assert_array_equal, after[:2], before[:2])
-    state, metrics = step(state, base, batch)
+    state, metrics = twig_step(state, base, batch)
     assert metrics["skipped"] == 0 and state.step == 2

@@ -197,23 +197,29 @@ def canonical(names: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def _nearest(name: str, names: Iterable[str]) -> str:
-    """A hint at the most similar of `names`, looked for first at the same layer number."""
-    names = list(names)
-    numbers = re.findall(r"\d+", name)
-    same = [other for other in names if re.findall(r"\d+", other) == numbers]
-    close = difflib.get_close_matches(name, same or names, n=1)
-    return f" (nearest: {close[0]})" if close else ""
+def _nearest(name: str, *pools: Iterable[str]) -> str:
+    """A hint at the most similar name in the first pool that has one at all similar."""
+    for pool in pools:
+        close = difflib.get_close_matches(name, list(pool), n=1)
+        if close:
+            return f" (nearest: {close[0]})"
+    return ""
 
 
 def check_shapes(expected: Mapping[str, Shape], found: Mapping[str, Shape], where: str) -> None:
     """Raises ValueError that lists all missing, unexpected and misshaped tensors at once."""
     missing = [name for name in expected if name not in found]
     unexpected = [name for name in found if name not in expected]
-    problems = [f"missing {name}{_nearest(name, unexpected)}" for name in missing]
+
+    def same_layer(name: str, names: Iterable[str]) -> list[str]:
+        numbers = re.findall(r"\d+", name)
+        return [other for other in names if re.findall(r"\d+", other) == numbers]
+
+    problems = [f"missing {name}{_nearest(name, same_layer(name, unexpected))}" for name in missing]
     # A name that nothing else claims is the likeliest to have been meant.
     problems += [
-        f"unexpected {name}{_nearest(name, missing) or _nearest(name, expected)}"
+        f"unexpected {name}"
+        + _nearest(name, same_layer(name, missing), same_layer(name, expected), expected)
         for name in unexpected
     ]
     problems += [

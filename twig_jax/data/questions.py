@@ -23,9 +23,11 @@ from twig_jax.data.wordings import (
     DIRECTIONS,
     FAMILIES,
     FIND,
+    LOCATE,
     NEIGHBOUR,
     PLACES,
     SUM,
+    TRANSCRIBE,
     number,
 )
 
@@ -39,9 +41,14 @@ MIX = {
     "describe": 0.22,
     "describe_find": 0.08,
     "describe_neighbour": 0.1,
+    # For training alone: a whole page in order of places, or of values, names a place and its digit
+    # every few words, which is the densest way to learn looking up the one by the other.
+    "transcribe": 0.0,
+    "locate": 0.0,
 }
 KINDS = tuple(MIX)
-TASKS = {kind: "long" if kind.startswith("describe") else "short" for kind in KINDS}
+_LONG = ("describe", "describe_find", "describe_neighbour", "transcribe", "locate")
+TASKS = {kind: "long" if kind in _LONG else "short" for kind in KINDS}
 
 # Fields that do not depend on the page: `other` is in the question, `than` follows from `relation`.
 _WORDING_FIELDS = frozenset({"other", "than"})
@@ -326,6 +333,21 @@ def _describe_neighbour(page: Page, rng: np.random.Generator) -> Question | None
     return _described("describe_neighbour", digit, (anchor, digit), fields, rng)
 
 
+def _transcribe(page: Page, rng: np.random.Generator) -> Question:
+    read = [_fields(digit) for digit in page.digits]
+    answer = ", ".join(f"{f['row']} {f['column']} {f['value']}" for f in read)
+    content = (True,) * (3 * len(read))
+    return Question(TRANSCRIBE, answer, "transcribe", TASKS["transcribe"], page.digits, content)
+
+
+def _locate(page: Page, rng: np.random.Generator) -> Question:
+    cells = tuple(sorted(page.digits, key=lambda digit: digit.value))
+    read = [_fields(digit) for digit in cells]
+    answer = ", ".join(f"{f['value']} {f['row']} {f['column']}" for f in read)
+    content = (True,) * (3 * len(read))
+    return Question(LOCATE, answer, "locate", TASKS["locate"], cells, content)
+
+
 _MAKERS: dict[str, Callable[[Page, np.random.Generator], Question | None]] = {
     "cell": _cell,
     "find": _find,
@@ -335,4 +357,6 @@ _MAKERS: dict[str, Callable[[Page, np.random.Generator], Question | None]] = {
     "describe": _describe,
     "describe_find": _describe_find,
     "describe_neighbour": _describe_neighbour,
+    "transcribe": _transcribe,
+    "locate": _locate,
 }

@@ -58,6 +58,8 @@ COMPARE = (
     ("Is the digit in {place} {relation} than {other}?", "{verdict}"),
     ("Look at {place}. Is its digit {relation} than {other}?", "{verdict}"),
 )
+LOCATE = "Find the digits."
+TRANSCRIBE = "Read the digits."
 SUM = (
     ("Add up the digits in row {row}.", "{sum}"),
     ("What is the sum of the digits in row {row}?", "{sum}"),

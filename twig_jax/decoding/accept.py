@@ -22,13 +22,13 @@ def accept(
     """Accepts the longest prefix of drafts that the base agrees with, and its next token.
 
     `middle` and `top` hold the new nodes' keys and values [B, W, K, D], `logits` [B, W, V] the
-    base's at every node. Between 1 and count + 1 tokens are emitted a row; nothing follows an EOS.
+    base's at every node. A row emits between 1 and drafted + 1 tokens; nothing follows an EOS.
     """
     B, W = drafts.tokens.shape
     rows = jnp.arange(B)[:, None]
     node = jnp.arange(W)
     choice = logits.argmax(-1).astype(jnp.int32)  # [B, W]
-    agrees = (drafts.tokens[:, 1:] == choice[:, :-1]) & (node[:-1] < drafts.count[:, None])
+    agrees = (drafts.tokens[:, 1:] == choice[:, :-1]) & (node[:-1] < drafts.drafted[:, None])
     matched = jnp.cumprod(agrees.astype(jnp.int32), axis=1).sum(1)  # [B]
 
     # Accepted drafts equal the base's choices, so what is emitted is the choices' own beginning.
@@ -58,7 +58,7 @@ def accept(
     last = jnp.take_along_axis(drafts.states, pick[..., None], axis=1)[:, 0]
     iteration = jnp.where(state.done, _NOWHERE, state.iterations)[:, None]
     trace = state.trace
-    drafted = node[:-1] < drafts.count[:, None]
+    drafted = node[:-1] < drafts.drafted[:, None]
     trace = Trace(
         trace.drafts.at[rows, iteration, node[:-1]].set(
             jnp.where(drafted, drafts.tokens[:, 1:], -1), mode="drop"

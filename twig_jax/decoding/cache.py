@@ -9,9 +9,9 @@ Slots of a segment's cache are its prompt slots followed by G generated slots; e
     top, layers K_f .. L-1     [ text N                   | generated G ]
 
 With n[b] tokens emitted, the base's caches hold tokens 0 .. n-2 and token n-1 is pending: it is
-node 0 of the next iteration. The twig's cache holds tokens 0 .. n-3; token n-2 runs through the twig
-together with the pending one, from its saved layer-K state, so that the last draft of an iteration
-costs no twig pass of its own.
+node 0 of the next iteration. The twig's cache holds tokens 0 .. n-3; token n-2 runs through the
+twig together with the pending one, from its saved layer-K state, so that the last draft of an
+iteration costs no twig pass of its own.
 """
 
 from typing import NamedTuple

@@ -11,11 +11,11 @@ from twig_jax.models.attention import KV
 
 
 class Drafts(NamedTuple):
-    """The nodes of one iteration: node 0 is the pending token, nodes 1 .. count[b] are drafts."""
+    """The nodes of one iteration: node 0 is the pending token, nodes 1 .. drafted[b] are drafts."""
 
     tokens: jax.Array  # int32 [B, W]
     probs: jax.Array  # float32 [B, W - 1], the twig's probability of drafts 1 .. W-1
-    count: jax.Array  # int32 [B], drafts of each row
+    drafted: jax.Array  # int32 [B], drafts of each row
     states: jax.Array  # [B, W, d], after layer K - 1
     trunk: Cache  # scratch [B, W, K, D]
     twig: Cache  # scratch [B, W + 1, K, D]: slot 0 is token n - 2, slot 1 + j is node j
@@ -115,14 +115,14 @@ def draft(
         logits = program.twig_apply(weights, "logits", x[:, 1:])[:, 0]  # [B, V]
         token = logits.argmax(-1).astype(jnp.int32)
         prob = jnp.exp(logits.max(-1) - jax.nn.logsumexp(logits, axis=-1))
-        count = d.count + active.astype(jnp.int32)
+        drafted = d.drafted + active.astype(jnp.int32)
         d = d._replace(
             tokens=jax.lax.dynamic_update_slice_in_dim(d.tokens, token[:, None], node + 1, 1),
             probs=jax.lax.dynamic_update_slice_in_dim(d.probs, prob[:, None], node, 1),
-            count=count,
+            drafted=drafted,
             twig=twig,
         )
-        active &= (token != limits.eos) & (prob >= limits.theta) & (count < limit)
+        active &= (token != limits.eos) & (prob >= limits.theta) & (drafted < limit)
         d = trunk_step(program, weights, d, committed, positions + node + 1, node + 1)
         return node + 1, active, d
 

@@ -33,7 +33,7 @@ def iterate(program: Program, weights: Weights, state: State, limits: Limits) ->
     drafts = Drafts(
         tokens=jnp.zeros((B, W), jnp.int32).at[:, 0].set(state.pending),
         probs=jnp.zeros((B, W - 1), jnp.float32),
-        count=jnp.zeros((B,), jnp.int32),
+        drafted=jnp.zeros((B,), jnp.int32),
         states=jnp.zeros((B, W, state.last.shape[-1]), dtype),
         trunk=scratch(p, p.K, B, W, dtype),
         twig=scratch(p, p.twig.T if p.draft else 0, B, W + 1, dtype),

@@ -76,9 +76,7 @@ def prefill(
         else:
             kept = jnp.where(real, slots, P)
         text = text_indices(~take(~inputs.is_visual, kept) | (kept >= P), p.text_slots)
-    prompt = Prompt(
-        trunk=real, middle=kept < P, top=text < kept.shape[1], lengths=inputs.lengths
-    )
+    prompt = Prompt(trunk=real, middle=kept < P, top=text < kept.shape[1], lengths=inputs.lengths)
 
     with jax.named_scope("draft"):
         dtype = x.dtype
@@ -87,7 +85,7 @@ def prefill(
         drafts = Drafts(
             tokens=jnp.zeros((B, W), jnp.int32),
             probs=jnp.zeros((B, W - 1), jnp.float32),
-            count=jnp.zeros((B,), jnp.int32),
+            drafted=jnp.zeros((B,), jnp.int32),
             states=jnp.pad(first, ((0, 0), (0, W - 1), (0, 0))),
             trunk=jax.tree.map(
                 lambda a: jnp.pad(take(a, end[:, None]), ((0, 0), (0, W - 1), (0, 0), (0, 0))),
@@ -121,7 +119,6 @@ def prefill(
         )
         top: Cache = ()
         if p.K_f < p.L:
-            N = p.text_slots
             kept_text = jnp.where(text < Q, take(kept, jnp.minimum(text, Q - 1)), P)
             y = jnp.concatenate([take(y[:, :Q], text), y[:, Q:]], axis=1)
             place = jnp.concatenate([kept_text, node_positions], axis=1)
@@ -148,9 +145,7 @@ def prefill(
         trace=empty_trace(B, p.max_new, W),
     )
     nodes_of = slice(-W, None)
-    state = accept(
-        p, state, drafts, _part(middle, nodes_of), _part(top, nodes_of), logits, limits
-    )
+    state = accept(p, state, drafts, _part(middle, nodes_of), _part(top, nodes_of), logits, limits)
     return state, Signals(scores, kept), logits[:, 0]
 
 
@@ -190,9 +185,9 @@ def _prompt_and_nodes(
 ) -> jax.Array:
     """Mask bool [B, S + W, S + W] over prompt slots and the nodes that follow.
 
-        keys:    prompt             node 0 .. W-1
-        prompt   causal             -
-        nodes    before the last    causal          (the last prompt token is node 0)
+    keys:    prompt             node 0 .. W-1
+    prompt   causal             -
+    nodes    before the last    causal          (the last prompt token is node 0)
     """
     B, S = positions.shape
     among = (positions[:, None, :] <= positions[:, :, None]) & valid[:, None]

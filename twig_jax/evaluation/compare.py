@@ -2,16 +2,27 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from twig_jax.api import Model
-from twig_jax.decoding.generate import Result, Settings
+from twig_jax.decoding.generate import Generator, Result, Settings
 from twig_jax.evaluation.scoring import acceptance, ceiling, relacc, tokens_per_s
 from twig_jax.evaluation.tasks import Sample, answer, exact
 
 Progress = Callable[[str, int, int], None]  # what, done, of how many
+
+
+class Model(Protocol):
+    """What is compared: `api.Model` is one."""
+
+    @property
+    def generator(self) -> Generator:
+        """Base and twig."""
+
+    @property
+    def tokenizer(self) -> Any:
+        """The base's tokenizer."""
 
 
 @dataclass(frozen=True)
@@ -24,23 +35,24 @@ class Run:
 
     def settings(self, model: Model, common: Settings) -> Settings:
         """The call's settings; `pruned` is a share of the M tokens an image has a layer."""
-        average = model.config.vision.num_patches * (1 - self.pruned)
+        average = model.generator.config.vision.num_patches * (1 - self.pruned)
         return replace(common, mode=self.mode, avg_retained=round(average))
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table and of the result file; shares are fractions, None where not measured."""
+    """One line of the tables and the result file; shares are fractions, None is not measured."""
 
     task: str
     pruned: float
     mode: str
     selector: str | None
-    samples: int
+    samples: int  # that `exact` and `relacc` are over
     exact: float
     relacc: float | None = None
     relacc_low: float | None = None
     relacc_high: float | None = None
+    timed_samples: int = 0  # that all of the following are over
     tokens_per_s: float | None = None
     tokens_per_s_total: float | None = None
     relspd: float | None = None
@@ -67,7 +79,7 @@ def accuracy_rows(
     *,
     batch: int,
     progress: Progress = lambda *_: None,
-) -> tuple[list[Row], dict[Run, list[Result]]]:
+) -> list[Row]:
     """Exact match of every run on every sample, and RelAcc against the first run.
 
     A row each for task "short", "long" and "all".
@@ -112,7 +124,7 @@ def accuracy_rows(
                     retained=len(kept),
                 )
             )
-    return rows, results
+    return rows
 
 
 @dataclass(frozen=True)
@@ -170,64 +182,63 @@ def speed_rows(
     plains: Sequence[Result],
 ) -> list[Row]:
     """A row each for plain decoding and every timed run, for task "short", "long" and "all"."""
-    twig = model.generator.twig_config
+    twig, layers = model.generator.twig_config, model.generator.config.text.num_layers
     assert twig is not None
     rows = []
     flags = [content_tokens(model.tokenizer, sample) for sample in samples]
+    plain_speeds = np.mean([t.plain_speeds for t in timings.values()], axis=0)  # [samples]
+    plain = Timed(list(plains), plain_speeds, plain_speeds)
     for task in ("short", "long", "all"):
         of = [i for i, s in enumerate(samples) if task in ("all", s.question.task)]
         if not of:
             continue
-        right = [exact(model.tokenizer, samples[i], plains[i]) for i in of]
-        every = np.concatenate([t.plain_speeds[of] for t in timings.values()])
-        rows.append(
-            Row(
+        base = [exact(model.tokenizer, samples[i], plains[i]) for i in of]
+        for run, t in {Run("plain"): plain, **timings}.items():
+            results = [t.results[i] for i in of]
+            right = [
+                exact(model.tokenizer, samples[i], r) for i, r in zip(of, results, strict=True)
+            ]
+            share, low, high = relacc(right, base)
+            row = Row(
                 task,
-                0.0,
-                "plain",
-                None,
+                run.pruned,
+                run.mode,
+                run.selector if run.pruned else None,
                 len(of),
                 float(np.mean(right)),
-                tokens_per_s=float(every.mean()),
-                tokens_per_s_total=_total([plains[i] for i in of]),
-                relspd=1.0,
-                retained=model.config.vision.num_patches,
+                share,
+                low,
+                high,
+                timed_samples=len(of),
+                tokens_per_s=float(t.speeds[of].mean()),
+                tokens_per_s_total=_total(results),
+                relspd=float(t.speeds[of].mean() / t.plain_speeds[of].mean()),
+                retained=len(results[0].kept),
             )
-        )
-        for run, t in timings.items():
-            results = [t.results[i] for i in of]
-            a = acceptance(results, [flags[i] for i in of])
-            drafts = run.mode in ("ssd", "ttp_ssd")
-            rows.append(
-                Row(
-                    task,
-                    run.pruned,
-                    run.mode,
-                    run.selector if run.pruned else None,
-                    len(of),
-                    float(
-                        np.mean(
-                            [
-                                exact(model.tokenizer, samples[i], t.results[i])
-                                for i in of
-                            ]
-                        )
-                    ),
-                    tokens_per_s=float(t.speeds[of].mean()),
-                    tokens_per_s_total=_total(results),
-                    relspd=float(t.speeds[of].mean() / t.plain_speeds[of].mean()),
-                    ceiling=ceiling(twig, model.config.text.num_layers, a.drafted, a.accepted)
-                    if drafts
-                    else None,
-                    tokar=a.tokar if drafts else None,
-                    tokar_content=a.content if drafts else None,
-                    tokar_wording=a.wording if drafts else None,
-                    mean_drafted=a.drafted if drafts else None,
-                    mean_accepted=a.accepted if drafts else None,
-                    retained=len(results[0].kept),
+            if run.mode in ("ssd", "ttp_ssd"):
+                a = acceptance(results, [flags[i] for i in of])
+                row = replace(
+                    row,
+                    ceiling=ceiling(twig, layers, a.drafted, a.accepted),
+                    tokar=a.tokar,
+                    tokar_content=a.content,
+                    tokar_wording=a.wording,
+                    mean_drafted=a.drafted,
+                    mean_accepted=a.accepted,
                 )
-            )
+            rows.append(row)
     return rows
+
+
+def merged(accuracy: Sequence[Row], speed: Sequence[Row]) -> list[Row]:
+    """One row per task, mode, budget and selector: accuracy from the larger set of samples."""
+    accurate = {(r.task, r.pruned, r.mode, r.selector): r for r in accuracy}
+    rows = []
+    for row in speed:
+        better = accurate.pop((row.task, row.pruned, row.mode, row.selector), row)
+        fields = ("samples", "exact", "relacc", "relacc_low", "relacc_high")
+        rows.append(replace(row, **{f: getattr(better, f) for f in fields}))
+    return rows + list(accurate.values())
 
 
 def _total(results: Sequence[Result]) -> float:
@@ -238,9 +249,7 @@ def _total(results: Sequence[Result]) -> float:
 def content_tokens(tokenizer: Any, sample: Sample) -> list[bool]:
     """Which tokens of the known answer depend on the page."""
     flags: list[bool] = []
-    for word, content in zip(
-        sample.question.answer.split(), sample.question.content, strict=True
-    ):
+    for word, content in zip(sample.question.answer.split(), sample.question.content, strict=True):
         tokens = tokenizer.encode(f" {word}", add_special_tokens=False)
         flags += [content] + [False] * (len(tokens) - 1)
     return flags

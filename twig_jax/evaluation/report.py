@@ -1,4 +1,4 @@
-"""A self-contained HTML report of a comparison: charts, overlays of kept tokens, coloured drafts."""
+"""A self-contained HTML report: charts, overlays of kept tokens, answers with coloured drafts."""
 
 import base64
 import html
@@ -39,7 +39,9 @@ class Shown:
     first_visual: int  # prompt slot of the image's first visual token
 
 
-def overlay(image: np.ndarray, kept: np.ndarray, patches_per_side: int, zoom: int = 4) -> Image.Image:
+def overlay(
+    image: np.ndarray, kept: np.ndarray, patches_per_side: int, zoom: int = 4
+) -> Image.Image:
     """The page with every patch that was not kept faded, and kept ones framed.
 
     kept: int [R], indices of visual tokens within the image.
@@ -155,9 +157,7 @@ def charts(accuracy: Sequence[Row], speed: Sequence[Row]) -> list[str]:
                     f"{value(speed, 'relspd', task=task, mode='ssd') or float('nan'):.2f})",
                     labels,
                     {
-                        m: [
-                            value(speed, "relspd", task=task, pruned=b, mode=m) for b in budgets
-                        ]
+                        m: [value(speed, "relspd", task=task, pruned=b, mode=m) for b in budgets]
                         for m in modes
                     },
                 )
@@ -183,9 +183,9 @@ def write(
         f"<style>{_STYLE}</style><h1>twig_jax on digits</h1><p>{html.escape(summary)}</p>"
         + "".join(drawings)
         + "".join(tables)
-        + "<h2>What was kept, and who wrote the answer</h2><p class=note>Patches in full colour went "
-        "on through the deep layers; faded ones were pruned after the trunk. Words on blue were "
-        "drafted by the twig and accepted by the base; the base wrote the others itself.</p>"
+        + "<h2>What was kept, and who wrote the answer</h2><p class=note>Patches in full colour "
+        "went on through the deep layers; faded ones were pruned after the trunk. Words on blue "
+        "were drafted by the twig and accepted by the base; it wrote the others itself.</p>"
         + shown
         + "</html>"
     )

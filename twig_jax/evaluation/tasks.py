@@ -55,9 +55,7 @@ def load_samples(
     return samples
 
 
-def make_request(
-    tokenizer: Any, config: LlavaConfig, question: str, pixels: np.ndarray
-) -> Request:
+def make_request(tokenizer: Any, config: LlavaConfig, question: str, pixels: np.ndarray) -> Request:
     """A single-turn request; pixels float32 [I, H, W, 3], normalised."""
     text = conversation.prompt(_TEMPLATE, [(question, None)], images=len(pixels))
     ids, is_visual = prompt_ids(
@@ -94,7 +92,7 @@ def answer(
     selector: str = "twig",
     batch: int = 32,
 ) -> Iterator[Result]:
-    """Results in order. The last batch is filled up by repeating, so that one program serves all."""
+    """Results in order. The last batch is filled up by repeating: one program serves all."""
     computed = selector in COMPUTED
     settings = replace(settings, selector=selector if computed else "given")
     for first in range(0, len(samples), batch):

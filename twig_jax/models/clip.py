@@ -56,9 +56,7 @@ class VisionTower(nn.Module):
     def __call__(self, pixels: jax.Array) -> jax.Array:
         """Normalised pixels [B, H, W, 3] -> patch features [B, M, d_v]."""
         c = self.config
-        x = rearrange(
-            pixels, "B (h p) (w q) c -> B (h w) p q c", p=c.patch_size, q=c.patch_size
-        )
+        x = rearrange(pixels, "B (h p) (w q) c -> B (h w) p q c", p=c.patch_size, q=c.patch_size)
         x = jnp.einsum("BMpqc,pqcd->BMd", x, self.patch_embedding)
         cls = jnp.broadcast_to(self.class_embedding, (x.shape[0], 1, c.hidden_size))
         x = jnp.concatenate([cls, x], axis=1) + self.position_embedding

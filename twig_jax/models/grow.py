@@ -19,7 +19,9 @@ def deepen(base: Params, source: Sequence[int | None]) -> Params:
     text = base["text"]
     old = [n for n in text if n.startswith("layers_")]
     if [s for s in source if s is not None] != list(range(len(old))):
-        raise ValueError(f"{tuple(source)} must name each of the {len(old)} old layers once, in order")
+        raise ValueError(
+            f"{tuple(source)} must name each of the {len(old)} old layers once, in order"
+        )
     layers, nearest = {}, 0
     for i, s in enumerate(source):
         nearest = nearest if s is None else s

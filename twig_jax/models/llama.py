@@ -128,7 +128,7 @@ class Decoder(nn.Module):
                 x,
                 rope,
                 mask,
-                None if cached is None else Context(cached[i], cached_mask),
+                None if cached is None or cached_mask is None else Context(cached[i], cached_mask),
                 None if scratch is None else (scratch[i], jnp.asarray(index)),
             )
             out.append(kv)

@@ -22,7 +22,7 @@ def retained(
     if not 1 <= R <= images * M:
         low, high = K * M / L, M * K_f / L
         raise ValueError(
-            f"no number of kept tokens gives {average:g} visual tokens a layer on average: with K={K}, "
-            f"K_f={K_f}, L={L}, M={M} the average can be more than {low:g} and at most {high:g}"
+            f"no number of kept tokens gives {average:g} visual tokens a layer on average: with "
+            f"K={K}, K_f={K_f}, L={L}, M={M} it can be more than {low:g} and at most {high:g}"
         )
     return R

@@ -47,7 +47,7 @@ def fit(
     callback: Callback | None = None,
     progress: bool = True,
 ) -> Params:
-    """Trains `params` for `config.steps` steps, resuming from `config.out` where it has a checkpoint.
+    """Trains `params` for `config.steps` steps, resuming from a checkpoint in `config.out`.
 
     `frozen` are parameters the loss reads but never changes (the base, when the twig trains).
     `callback(step, params)` runs at every checkpoint; its figures are logged with the others, one
@@ -105,8 +105,8 @@ def fit(
                         if bad >= 10:
                             raise FloatingPointError(
                                 f"ten steps in a row up to step {n} had a loss that is not finite; "
-                                f"the checkpoint of step {manager.latest()} in {out} is good: lower "
-                                "the learning rate and start again from it"
+                                f"the checkpoint of step {manager.latest()} in {out} is good: "
+                                "lower the learning rate and start again from it"
                             )
                     line = {"step": n, "lr": float(learning_rate(n)), **summarise(fetched)}
                     line["step_time"] = (time.monotonic() - began) / len(pending)
@@ -123,7 +123,7 @@ def fit(
 
 
 def summarise(metrics: list[dict[str, Any]]) -> dict[str, float]:
-    """Means over steps; (sum, count) pairs become one share each, left out where nothing counted."""
+    """Means over steps; (sum, count) pairs become shares, left out where nothing counted."""
     line = {}
     for name in metrics[0]:
         values = np.stack([m[name] for m in metrics]).astype(np.float64)

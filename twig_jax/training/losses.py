@@ -27,17 +27,19 @@ def _inputs(model: Llava, params: Params, batch: Batch) -> tuple[jax.Array, jax.
     """Visual embeddings [B, M, d], those of the prefix [B, P0, d] and of the blocks [B·n, S, d]."""
     apply = {"params": params}
     visual = model.apply(apply, batch["pixels"], method="encode")
-    prefix = model.apply(
-        apply, batch["prefix"], batch["prefix_visual"], visual, method="merge"
-    )
+    prefix = model.apply(apply, batch["prefix"], batch["prefix_visual"], visual, method="merge")
     tokens = rearrange(batch["tokens"], "B n S -> (B n) S")
     nothing = jnp.zeros((tokens.shape[0], 0, prefix.shape[-1]), prefix.dtype)
-    return visual, prefix, model.apply(
-        apply, tokens, jnp.zeros(tokens.shape, bool), nothing, method="merge"
+    return (
+        visual,
+        prefix,
+        model.apply(apply, tokens, jnp.zeros(tokens.shape, bool), nothing, method="merge"),
     )
 
 
-def _run(run: Run, prefix: jax.Array, blocks: jax.Array, batch: Batch) -> tuple[jax.Array, ...]:
+def _run(
+    run: Run, prefix: jax.Array, blocks: jax.Array, batch: Batch
+) -> tuple[jax.Array, jax.Array]:
     """A range of layers over prefix and blocks; `run` is a bound `Decoder.run`."""
     B, P0, _ = prefix.shape
     positions = jnp.broadcast_to(jnp.arange(P0), (B, P0))
@@ -150,8 +152,8 @@ def twig_loss(config: LlavaConfig, twig: TwigConfig) -> Loss:
             return decoder.apply({"params": params}, *args, method="run", **kwargs)
 
         _, prefix, blocks = _inputs(model, frozen, batch)
-        states = _run(trunk, prefix, blocks, batch)
-        _, blocks = _run(branch, *jax.lax.stop_gradient(states), batch)
+        prefix, blocks = jax.lax.stop_gradient(_run(trunk, prefix, blocks, batch))
+        _, blocks = _run(branch, prefix, blocks, batch)
         return _cross_entropy(decoder.apply({"params": params}, blocks, method="logits"), batch)
 
     return loss

@@ -1,0 +1,194 @@
+"""Twig folders: official names, exact inverses, and only on their own base."""
+
+import dataclasses
+import json
+import warnings
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from twig_jax.checkpoints.hf import (
+    fingerprint,
+    read_llava,
+    read_twig,
+    write_llava,
+    write_twig,
+)
+from twig_jax.checkpoints.tables import flatten
+from twig_jax.config import TwigConfig
+
+
+@pytest.fixture
+def folder(tmp_path, twig, twig_config, base, config):
+    """A float32 twig folder."""
+    write_twig(tmp_path, twig, twig_config, base, config, "float32")
+    return tmp_path
+
+
+def edit(folder, **changes):
+    path = folder / "twig.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_round_trip(tmp_path, twig, twig_config, base, config, dtype):
+    write_twig(tmp_path, twig, twig_config, base, config, dtype)
+    found, params = read_twig(tmp_path, base, config)
+    assert found == twig_config
+    a, b = flatten(twig), flatten(params)
+    assert a.keys() == b.keys()
+    for path, x in a.items():
+        assert b[path].dtype.name == dtype
+        np.testing.assert_array_equal(np.asarray(x).astype(b[path].dtype), b[path], err_msg=path)
+    write_twig(tmp_path / "again", params, found, base, config, dtype)
+    for name in ("model.safetensors", "twig.json"):
+        assert (tmp_path / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+
+
+def test_official_names(folder, twig, twig_config):
+    stored = load_file(folder / "model.safetensors")
+    layer = (
+        "input_layernorm mlp.down_proj mlp.gate_proj mlp.up_proj post_attention_layernorm "
+        "self_attn.k_proj self_attn.o_proj self_attn.q_proj self_attn.v_proj"
+    ).split()
+    assert sorted(stored) == sorted(
+        ["lm_head.weight", "model.norm.weight"]
+        + [f"model.layers.{t}.{name}.weight" for t in range(twig_config.T) for name in layer]
+    )
+    kernel = np.asarray(twig["layers_1"]["gate_proj"]["kernel"])
+    np.testing.assert_array_equal(stored["model.layers.1.mlp.gate_proj.weight"], kernel.T)
+
+
+def test_notes(folder, base, config):
+    notes = json.loads((folder / "twig.json").read_text())
+    assert notes == {
+        "version": 1,
+        "K": 1,
+        "T": 2,
+        "K_f": 3,
+        "p_head": None,
+        "base_fingerprint": fingerprint(config, base, 1),
+    }
+
+
+@pytest.mark.parametrize("stored", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("cast", [None, "float16", "bfloat16"])
+def test_copies_of_one_base_agree(tmp_path, folder, base, config, stored, cast):
+    write_llava(tmp_path / "base", base, config, stored)
+    _, copy = read_llava(tmp_path / "base", cast)
+    assert fingerprint(config, copy, 1) == fingerprint(config, base, 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read_twig(folder, copy, config)
+
+
+def test_a_longer_vocabulary_is_the_same_base(base, config):
+    """Published copies pad theirs."""
+    text = dict(base["text"])
+    words = np.asarray(text["embed_tokens"]["embedding"])
+    rows = np.concatenate([np.tile(words, (60, 1)), words])  # more than are sampled
+    longer = np.concatenate([rows, np.ones((64, words.shape[1]), words.dtype)])
+    prints = []
+    for table in (rows, longer):
+        text["embed_tokens"] = {"embedding": table}
+        sized = dataclasses.replace(config.text, vocab_size=len(table))
+        prints.append(
+            fingerprint(dataclasses.replace(config, text=sized), {**base, "text": text}, 1)
+        )
+    assert prints[0] == prints[1]
+
+
+def other_seed(base, config, draw):
+    return draw(jax.eval_shape(lambda: base), seed=5), config
+
+
+def tuned(base, config, draw):
+    """A little training of everything: noise of 3 % of each tensor's size."""
+    noise = draw(jax.eval_shape(lambda: base), seed=5)
+    return jax.tree.map(lambda x, n: x + 0.03 * n, base, noise), config
+
+
+def other_trunk(base, config, draw):
+    layer = jax.tree.map(lambda x: x[::-1], base["text"]["layers_0"])
+    return {**base, "text": {**base["text"], "layers_0": layer}}, config
+
+
+def other_projector(base, config, draw):
+    return {**base, "projector": jax.tree.map(lambda x: -x, base["projector"])}, config
+
+
+def other_angles(base, config, draw):
+    text = dataclasses.replace(config.text, rope_theta=501.0)
+    return base, dataclasses.replace(config, text=text)
+
+
+OTHERS = [other_seed, tuned, other_trunk, other_projector, other_angles]
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_another_base_is_refused(folder, base, config, twig_config, draw, other):
+    base, config = other(base, config, draw)
+    with pytest.raises(ValueError, match="grew on another base"):
+        read_twig(folder, base, config)
+    found, _ = read_twig(folder, base, config, allow_base_mismatch=True)
+    assert found == twig_config
+
+
+def test_layers_above_the_trunk_may_differ(folder, base, config, draw):
+    text = draw(jax.eval_shape(lambda: base["text"]), seed=5)
+    own = {name: base["text"][name] for name in ("embed_tokens", "layers_0")}
+    read_twig(folder, {**base, "text": {**text, **own}}, config)
+
+
+def test_a_twig_that_does_not_name_its_base(folder, base, config, twig_config):
+    edit(folder, base_fingerprint=None)
+    with pytest.warns(UserWarning, match="does not say what base"):
+        found, _ = read_twig(folder, base, config)
+    assert found == twig_config
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"version": 2}, "only version 1"),
+        ({"p_head": {"gates": 2}}, "without a p_head"),
+        ({"K": None}, "whole numbers for K"),
+        ({"K_f": 4}, "K_f=4, L=3"),
+        ({"K": 3}, "K=3"),
+        ({"T": 3}, r"missing model\.layers\.2\.self_attn\.q_proj\.weight"),
+        ({"T": 1}, r"unexpected model\.layers\.1\.self_attn\.q_proj\.weight"),
+    ],
+)
+def test_notes_that_do_not_fit(folder, base, config, changes, message):
+    edit(folder, **changes)
+    with pytest.raises(ValueError, match=message):
+        read_twig(folder, base, config, allow_base_mismatch=True)
+
+
+@pytest.mark.parametrize("name", ["twig.json", "model.safetensors"])
+def test_missing_files(folder, base, config, name):
+    (folder / name).unlink()
+    with pytest.raises(FileNotFoundError, match=name):
+        read_twig(folder, base, config)
+
+
+def test_everything_wrong_is_listed_at_once(folder, base, config):
+    stored = load_file(folder / "model.safetensors")
+    stored["model.embed_tokens.weight"] = np.zeros((40, 24), np.float32)
+    stored["lm_head.weight"] = np.zeros((39, 24), np.float32)
+    del stored["model.norm.weight"]
+    save_file(stored, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"missing model\.norm\.weight") as error:
+        read_twig(folder, base, config)
+    for part in ("unexpected model.embed_tokens.weight", "shape [39, 24], expected [40, 24]"):
+        assert part in str(error.value)
+
+
+def test_a_twig_that_does_not_fit_is_not_written(tmp_path, twig, base, config):
+    with pytest.raises(ValueError, match="missing layers_2"):
+        write_twig(tmp_path / "out", twig, TwigConfig(K=0, T=3, K_f=3), base, config)
+    with pytest.raises(ValueError, match="K_f=9"):
+        write_twig(tmp_path / "out", twig, TwigConfig(K=1, T=2, K_f=9), base, config)
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,63 @@
+"""Scores on examples worked out by hand."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+
+from twig_jax.config import TwigConfig
+from twig_jax.decoding.generate import Result
+from twig_jax.evaluation.scoring import acceptance, ceiling, relacc, tokens_per_s
+
+RESULT = Result(
+    tokens=np.arange(7),
+    stopped_by="eos",
+    accepted=np.zeros(7, bool),
+    drafts=[np.array([0, 1, 9]), np.array([3, 4, 5])],
+    probs=[],
+    matched=np.array([2, 3]),
+    kept=np.zeros(0),
+    scores=np.zeros(0),
+    logits=np.zeros(0),
+    prefill_s=0.5,
+    decode_s=1.5,
+    batch=1,
+)
+
+
+def test_acceptance_by_kind_of_word():
+    # Places 0, 1, 2 were drafted first (0 and 1 accepted), then 3, 4, 5 (all accepted).
+    flags = [True, False, True, False, True, True, False]
+    a = acceptance([RESULT], [flags])
+    assert a.tokar == 5 / 6
+    assert a.content == 3 / 4  # places 0, 2, 4, 5, of which 2 was rejected
+    assert a.wording == 2 / 2
+    assert (a.drafted, a.accepted) == (3.0, 2.5)
+
+
+def test_acceptance_without_drafts_is_not_a_number():
+    nothing = dataclasses.replace(RESULT, drafts=[np.array([], int)], matched=np.array([0]))
+    assert math.isnan(acceptance([nothing], [[True]]).tokar)
+
+
+def test_speed_counts_eos_and_prefill():
+    assert tokens_per_s(RESULT) == 4.0
+    assert tokens_per_s(dataclasses.replace(RESULT, stopped_by="length")) == 3.5
+
+
+def test_relacc_is_a_ratio_with_an_interval_around_it():
+    base = [True] * 80 + [False] * 20
+    ours = [True] * 72 + [False] * 28
+    ratio, low, high = relacc(ours, base)
+    assert ratio == pytest.approx(0.9)
+    assert low < ratio < high
+    assert (low, high) == pytest.approx((0.83, 0.96), abs=0.02)
+    assert relacc(base, base) == (1.0, 1.0, 1.0)
+
+
+def test_the_ceiling_follows_from_layer_counts():
+    # Nothing drafted: an iteration is one pass over all layers for one token.
+    assert ceiling(TwigConfig(1, 2, 12), 16, 0, 0) == 1.0
+    # Five drafts, all accepted: 6 tokens for 1·6 + 2·5 + 15 = 31 layers.
+    assert ceiling(TwigConfig(1, 2, 12), 16, 5, 5) == pytest.approx(6 * 16 / 31)

@@ -1,0 +1,116 @@
+"""The demo, as a user starts it, on few samples."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from twig_jax.api import DIGITS
+from twig_jax.data import digits, questions
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    """One real device, and a compilation cache of its own that the tests here share."""
+    cache = tmp_path_factory.mktemp("cache")
+    # Compiling less carefully is quicker; the flags for eight devices are left out.
+    flags = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    return {**os.environ, "XLA_FLAGS": flags, "JAX_COMPILATION_CACHE_DIR": str(cache)}
+
+
+def launch(environment, *arguments):
+    command = [sys.executable, "-m", "launch.demo", *map(str, arguments)]
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900
+    )
+
+
+@pytest.fixture(scope="module")
+def run(environment, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo")
+    few = ("--samples", 4, "--timed_samples", 2, "--repeats", 1, "--batch", 4, "--gamma", 3)
+    few = (*few, "--pruned", "0.889")
+    result = launch(environment, *few, "--html", folder / "demo.html", "--json", "-")
+    assert result.returncode == 0, result.stderr[-2000:]
+    return json.loads(result.stdout), result.stderr, (folder / "demo.html").read_text()
+
+
+def test_the_results_follow_the_contract(run):
+    content, _, _ = run
+    assert {"schema", "device", "versions", "settings", "results"} <= content.keys()
+    rows = content["results"]
+    assert {r["pruned"] for r in rows} == {0.0, 0.889}
+    assert {r["mode"] for r in rows} == {"plain", "ssd", "ttp", "ttp_ssd"}
+    assert {r["selector"] for r in rows if r["pruned"]} == {"twig", "random", "fastv", "oracle"}
+    assert {r["task"] for r in rows} == {"short", "long", "all"}
+    keys = [(r["task"], r["pruned"], r["mode"], r["selector"]) for r in rows]
+    assert len(set(keys)) == len(keys)
+    for row in rows:
+        assert row["retained"] == (11 if row["pruned"] else 144)
+        assert 0 <= row["exact"] <= 1
+    drafted = [r for r in rows if r["mode"] == "ttp_ssd" and r["selector"] == "twig"]
+    for row in drafted:
+        assert 0 <= row["tokar"] <= 1
+        assert row["mean_accepted"] <= row["mean_drafted"] <= 3
+        assert row["relspd"] > 0
+        assert row["ceiling"] > 0
+
+
+def test_accelerated_answers_equal_plain_ones(run):
+    content, printed, _ = run
+    assert content["lossless"] == {"ssd = plain": True, "ttp_ssd = ttp at 88.9%": True}
+    assert printed.count("equal") >= 2
+
+
+def test_the_report_stands_alone(run):
+    _, _, html = run
+    assert html.count("data:image/png;base64,") == 4
+    assert html.count("<svg") >= 2
+    assert "http://" not in html.replace("http://www.w3.org", "").replace("http://purl.org", "")
+    assert 'class="draft"' in html
+
+
+def test_one_image(environment, tmp_path):
+    page, question = questions.example("test", 0, 3, mix={"cell": 1.0})
+    Image.fromarray(page.image).save(tmp_path / "page.png")
+    result = launch(
+        environment, "--image", tmp_path / "page.png", "--prompt", question.text, "--json", "-"
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    content = json.loads(result.stdout)
+    assert content["text"]
+    assert len(content["kept"]) == 11
+
+
+@pytest.mark.parametrize("broken", ["missing.png", "corrupt.png"])
+def test_a_bad_image_is_named(environment, tmp_path, broken):
+    page = digits.page("test", 0, 0)
+    Image.fromarray(page.image).save(tmp_path / "whole.png")
+    (tmp_path / "corrupt.png").write_bytes((tmp_path / "whole.png").read_bytes()[:300])
+    result = launch(environment, "--image", tmp_path / broken, "--prompt", "Find the two.")
+    assert result.returncode == 1
+    assert broken in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_the_shipped_model_reads_pages():
+    """A floor, far below what docs/digits.md reports, that catches a broken asset or tokenizer."""
+    from twig_jax import api
+    from twig_jax.decoding.generate import Settings
+    from twig_jax.evaluation import tasks
+
+    model = api.load()
+    samples = tasks.load_samples(model.tokenizer, model.config, 16, task="short")
+    results = tasks.answer(
+        model.generator, samples, Settings(mode="plain", max_new_tokens=8), batch=16
+    )
+    right = [tasks.exact(model.tokenizer, s, r) for s, r in zip(samples, results, strict=True)]
+    assert np.mean(right) > 0.4
+    assert sum(f.stat().st_size for f in DIGITS.rglob("*") if f.is_file()) < 20e6

@@ -1,0 +1,58 @@
+"""Training runs, as a user starts them, for a few steps."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+
+
+def launch(*arguments):
+    command = [sys.executable, "-m", "launch.train", *map(str, arguments)]
+    environment = {**os.environ, "XLA_FLAGS": FLAGS}
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900
+    )
+
+
+def test_a_twig_grows_and_is_exported(tmp_path):
+    sets = [
+        f"--set={s}"
+        for s in (
+            "steps=2",
+            f"out={tmp_path / 'run'}",
+            "data.batch_size=8",
+            "data.blocks=1",
+            "log_every=1",
+            "save_every=2",
+        )
+    ]
+    result = launch("--config", "configs/digits_twig.py", *sets, "--export", tmp_path / "twig")
+    assert result.returncode == 0, result.stderr[-2000:]
+    lines = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [x["step"] for x in lines] == [1, 2, 2]
+    assert "validation/tokar" in lines[-1]
+    assert {p.name for p in (tmp_path / "twig").iterdir()} == {"model.safetensors", "twig.json"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config", "configs/none.py"], "no configuration file"),
+        (["--config", "configs/digits_twig.py", "--set", "optim.rate=1"], "no setting"),
+        (
+            ["--config", "configs/digits_twig.py", "--set", "base=/nowhere"],
+            "neither a training run",
+        ),
+    ],
+)
+def test_mistakes_are_named(arguments, message):
+    result = launch(*arguments)
+    assert result.returncode == 1
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
