@@ -63,7 +63,7 @@ def train(
     base_config, twig_config = config.model()
     base = start_from(config) if model is None else model.generator.weights.base
     if config.stage == "twig":
-        twig = init_twig(base, base_config.text, twig_config, config.twig_init)
+        twig = init_twig(base, base_config.text, twig_config, config.twig_init, config.seed)
         callback = _saying(validation(config, base), say)
         twig = fit(config, twig, base, callback=callback)
         if export:

@@ -35,6 +35,20 @@ def test_twig_starts_as_layers_of_the_base(base, config, how, K, T, layers):
     equal(twig, {**expected, "norm": text["norm"], "lm_head": text["lm_head"]})
 
 
+def test_twig_may_start_at_random(base, config):
+    shape = TwigConfig(K=1, T=2, K_f=4)
+    twig = init_twig(base, config.text, shape, "random", seed=1)
+    assert jax.tree.map(jnp.shape, twig) == jax.tree.map(
+        jnp.shape, init_twig(base, config.text, shape)
+    )
+    equal(twig["lm_head"], base["text"]["lm_head"])
+    equal(twig, init_twig(base, config.text, shape, "random", seed=1))
+    other = init_twig(base, config.text, shape, "random", seed=2)
+    assert (twig["layers_0"]["q_proj"]["kernel"] != other["layers_0"]["q_proj"]["kernel"]).any()
+    with pytest.raises(ValueError, match="next, last, random"):
+        init_twig(base, config.text, shape, "first")
+
+
 def test_twig_does_not_share_buffers_with_the_base(base, config):
     """Training donates the twig's buffers; the base's must stay."""
     twig = init_twig(base, config.text, TwigConfig(K=1, T=2, K_f=4))

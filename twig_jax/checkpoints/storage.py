@@ -118,6 +118,7 @@ def write_weights(folder: Path, tensors: Mapping[str, np.ndarray]) -> None:
     partial = folder / f"{WEIGHTS}.partial"
     try:
         save_file(dict(tensors), partial, metadata={"format": "pt"})
+        partial.chmod(0o644)  # safetensors leaves it readable by its owner alone
         partial.replace(folder / WEIGHTS)
     finally:
         partial.unlink(missing_ok=True)

@@ -84,7 +84,7 @@ def chart(title: str, labels: Sequence[str], series: dict[str, Sequence[float | 
     axes.legend(frameon=False, fontsize=8)
     figure.tight_layout()
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg")
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
     plt.close(figure)
     return buffer.getvalue()[buffer.getvalue().index("<svg") :]
 

@@ -13,16 +13,25 @@ def twig_decoder(text: TextConfig, twig: TwigConfig) -> Decoder:
     return Decoder(text, twig.T, embeds=False)
 
 
-def init_twig(base: Params, text: TextConfig, twig: TwigConfig, how: str = "next") -> Params:
-    """A twig's first parameters, copied from the base (paper, section 3.2).
+def init_twig(
+    base: Params, text: TextConfig, twig: TwigConfig, how: str = "next", seed: int = 0
+) -> Params:
+    """A twig's first parameters (paper, section 3.2 and its ablation).
 
-    `how`: "next" takes base layers K .. K+T-1, "last" the last T layers. Norm and head are the
-    base's. Raises ValueError where the base has too few layers.
+    `how`: "next" copies base layers K .. K+T-1, "last" the last T layers, "random" draws them from
+    `seed`. Norm and head are copies of the base's. Raises ValueError for another `how`, or where
+    the base has too few layers.
     """
     twig.check(text.num_layers)
-    first = {"next": twig.K, "last": text.num_layers - twig.T}[how]
+    head = {"norm": base["text"]["norm"], "lm_head": base["text"]["lm_head"]}
+    if how == "random":
+        x = jnp.zeros((1, 1, text.hidden_size))
+        drawn = twig_decoder(text, twig).init(jax.random.key(seed), x)["params"]
+        return jax.tree.map(jnp.array, {**drawn, **head})
+    if how not in ("next", "last"):
+        raise ValueError(f"no way to start a twig called {how!r}; there are: next, last, random")
+    first = twig.K if how == "next" else text.num_layers - twig.T
     if first + twig.T > text.num_layers or first < 0:
         raise ValueError(f"a base of {text.num_layers} layers has no layers {first} + {twig.T}")
     layers = {f"layers_{t}": base["text"][f"layers_{first + t}"] for t in range(twig.T)}
-    tree = {**layers, "norm": base["text"]["norm"], "lm_head": base["text"]["lm_head"]}
-    return jax.tree.map(jnp.array, tree)
+    return jax.tree.map(jnp.array, {**layers, **head})

@@ -41,7 +41,7 @@ def make_step(loss: Loss, tx: optax.GradientTransformation) -> Any:
         (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(
             state.params, frozen, batch
         )
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         good = jnp.isfinite(value) & jnp.isfinite(norm)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         new = (optax.apply_updates(state.params, updates), opt_state)
