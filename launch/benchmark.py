@@ -15,6 +15,8 @@ from pathlib import Path
 
 from absl import app, flags
 
+from launch import run
+
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "folder with a LLaVA model, or digits")
 _TWIG = flags.DEFINE_string("twig", None, "twig folder")
 _PRESET = flags.DEFINE_string("preset", None, "shapes with random weights, as llava-1.5-7b")
@@ -235,4 +237,4 @@ def report(results: dict) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    run(main)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from absl import app, flags
 
+from launch import run
 from twig_jax.evaluation.compare import Run
 
 _IMAGE = flags.DEFINE_string("image", None, "answer one question about this image file")
@@ -329,4 +330,4 @@ def _write_json(content: dict) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    run(main)

@@ -12,6 +12,8 @@ from typing import Any
 
 from absl import app, flags
 
+from launch import run
+
 _CONFIG = flags.DEFINE_string("config", None, "file with get_config(), see configs/")
 _SET = flags.DEFINE_multi_string("set", [], "override, as in optim.lr=2e-4; repeatable")
 _EXPORT = flags.DEFINE_string("export", None, "write the trained model to this folder at the end")
@@ -161,4 +163,4 @@ def _saying(callback: Any, say: Callable[[str], None]) -> Any:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    run(main)
