@@ -101,6 +101,25 @@ def test_a_bad_image_is_named(environment, tmp_path, broken):
     assert "Traceback" not in result.stderr
 
 
+def test_growing_the_twig_again(environment, tmp_path):
+    result = launch(environment, "--grow", "--grow_steps", 1, "--out", tmp_path / "run")
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "validation/tokar" in result.stdout
+    assert (tmp_path / "run" / "metrics.jsonl").is_file()
+
+
+def test_the_benchmark(environment):
+    command = [sys.executable, "-m", "launch.benchmark", "--checkpoint", "digits", "--json", "-"]
+    few = ["--repeats", "1", "--max_new_tokens", "4", "--gamma", "2"]
+    result = subprocess.run(
+        [*command, *few], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    rows = json.loads(result.stdout)["results"]
+    assert [r["mode"] for r in rows] == ["plain", "ttp", "ssd", "ttp_ssd"]
+    assert all(r["floor_share"] > 0 for r in rows)
+
+
 def test_the_shipped_model_reads_pages():
     """A floor, far below what docs/digits.md reports, that catches a broken asset or tokenizer."""
     from twig_jax import api
