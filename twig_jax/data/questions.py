@@ -25,6 +25,7 @@ from twig_jax.data.wordings import (
     FIND,
     LOCATE,
     NEIGHBOUR,
+    NEIGHBOURS,
     PLACES,
     SUM,
     TRANSCRIBE,
@@ -42,12 +43,21 @@ MIX = {
     "describe_find": 0.08,
     "describe_neighbour": 0.1,
     # For training alone: a whole page in order of places, or of values, names a place and its digit
-    # every few words, which is the densest way to learn looking up the one by the other.
+    # every few words, which is the densest way to learn looking up the one by the other; so does a
+    # list of all neighbours on one side.
     "transcribe": 0.0,
     "locate": 0.0,
+    "neighbours": 0.0,
 }
 KINDS = tuple(MIX)
-_LONG = ("describe", "describe_find", "describe_neighbour", "transcribe", "locate")
+_LONG = (
+    "describe",
+    "describe_find",
+    "describe_neighbour",
+    "transcribe",
+    "locate",
+    "neighbours",
+)
 TASKS = {kind: "long" if kind in _LONG else "short" for kind in KINDS}
 
 # Fields that do not depend on the page: `other` is in the question, `than` follows from `relation`.
@@ -348,6 +358,18 @@ def _locate(page: Page, rng: np.random.Generator) -> Question:
     return Question(LOCATE, answer, "locate", TASKS["locate"], cells, content)
 
 
+def _neighbours(page: Page, rng: np.random.Generator) -> Question | None:
+    direction = _pick(tuple(DIRECTIONS), rng)
+    pairs = [(a, b) for a, side, b in _pairs(page) if side == direction]
+    if not pairs:
+        return None
+    answer = ", ".join(f"{DIGIT_WORDS[a.value]} {DIGIT_WORDS[b.value]}" for a, b in pairs)
+    cells = tuple(dict.fromkeys(digit for pair in pairs for digit in pair))
+    content = (True,) * (2 * len(pairs))
+    ask = NEIGHBOURS.format(direction=direction)
+    return Question(ask, answer, "neighbours", TASKS["neighbours"], cells, content)
+
+
 _MAKERS: dict[str, Callable[[Page, np.random.Generator], Question | None]] = {
     "cell": _cell,
     "find": _find,
@@ -359,4 +381,5 @@ _MAKERS: dict[str, Callable[[Page, np.random.Generator], Question | None]] = {
     "describe_neighbour": _describe_neighbour,
     "transcribe": _transcribe,
     "locate": _locate,
+    "neighbours": _neighbours,
 }

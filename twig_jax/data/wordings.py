@@ -59,6 +59,7 @@ COMPARE = (
     ("Look at {place}. Is its digit {relation} than {other}?", "{verdict}"),
 )
 LOCATE = "Find the digits."
+NEIGHBOURS = "Read the digits {direction} the digits."
 TRANSCRIBE = "Read the digits."
 SUM = (
     ("Add up the digits in row {row}.", "{sum}"),
