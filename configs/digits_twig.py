@@ -12,6 +12,6 @@ def get_config() -> TrainConfig:
         base="twig_jax/assets/digits/base",
         out="runs/digits_twig",
         steps=1500,
-        optim=OptimConfig(lr=1e-3, b2=0.98, clip=1.0),
+        optim=OptimConfig(lr=1e-3, clip=1.0),
         data=DataConfig(batch_size=32, blocks=3),
     )

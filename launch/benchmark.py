@@ -7,15 +7,14 @@ With --preset the weights are random: speeds of plain and ttp are real, those of
 on how often a random twig is right, which is stated beside them.
 """
 
-import json
 import statistics
 import sys
 import time
-from pathlib import Path
 
 from absl import app, flags
 
 from launch import run
+from launch.output import aligned, write_json
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "folder with a LLaVA model, or digits")
 _TWIG = flags.DEFINE_string("twig", None, "twig folder")
@@ -44,12 +43,9 @@ def main(argv: list[str]) -> None:
         results = measure()
     except (FileNotFoundError, ValueError) as error:
         sys.exit(f"benchmark: {error}")
-    if _JSON.value == "-":
-        print(json.dumps(results, indent=1))
-        return
-    report(results)
-    if _JSON.value:
-        Path(_JSON.value).write_text(json.dumps(results, indent=1) + "\n")
+    if _JSON.value != "-":
+        report(results)
+    write_json(_JSON.value, results)
 
 
 def load_generator():
@@ -94,9 +90,8 @@ def bandwidth() -> float:
 def measure() -> dict:
     """Runs every mode in turn, `repeats` times, after one call each that compiles."""
     import jax
-    import numpy as np
 
-    from twig_jax.decoding.generate import Request, Settings
+    from twig_jax.decoding.generate import Settings
     from twig_jax.evaluation.scoring import ceiling
     from twig_jax.runtime import environment
 
@@ -104,7 +99,7 @@ def measure() -> dict:
     config = generator.config
     M = config.vision.num_patches
     average = M / 9 if _AVG_RETAINED.value is None else _AVG_RETAINED.value
-    requests = random_requests(config, M, np, Request)
+    requests = random_requests(config)
     settings = {
         mode: Settings(
             mode=mode,
@@ -187,8 +182,13 @@ def measure() -> dict:
     }
 
 
-def random_requests(config, M, np, Request) -> list:
-    """Prompts of random words around one image of noise, and answers cut by length alone."""
+def random_requests(config) -> list:
+    """`--batch` prompts of random words around one image of noise."""
+    import numpy as np
+
+    from twig_jax.decoding.generate import Request
+
+    M = config.vision.num_patches
     rng = np.random.default_rng(0)
     size = config.vision.image_size
     text = rng.integers(4, config.text.vocab_size - 1, (_BATCH.value, _TEXT.value))
@@ -224,12 +224,10 @@ def report(results: dict) -> None:
         ("accepted", "mean_accepted", "{:.2f}"),
         ("first call s", "first_call_s", "{:.1f}"),
     )
-    lines = [[head for head, _, _ in columns]]
-    for r in results["results"]:
-        lines.append(["" if r[k] is None else f.format(r[k]) for _, k, f in columns])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
-    for line in lines:
-        print("  ".join(cell.rjust(w) for cell, w in zip(line, widths, strict=True)))
+    lines = [
+        ["" if r[k] is None else f.format(r[k]) for _, k, f in columns] for r in results["results"]
+    ]
+    print(aligned([head for head, _, _ in columns], lines))
     print(
         "Medians of interleaved runs. floor: the decoder's weights read once per iteration at the "
         "measured bandwidth; an iteration emits accepted + 1 tokens."

@@ -5,14 +5,13 @@ python -m launch.demo --image page.png --prompt "What digit is in row B, column 
 python -m launch.demo --grow                           # grow the twig again from the base
 """
 
-import json
 import sys
 import time
-from pathlib import Path
 
 from absl import app, flags
 
 from launch import run
+from launch.output import aligned, write_json
 from twig_jax.evaluation.compare import Run
 
 _IMAGE = flags.DEFINE_string("image", None, "answer one question about this image file")
@@ -77,17 +76,17 @@ def answer_one() -> None:
     except (FileNotFoundError, ValueError) as error:
         sys.exit(f"demo: {error}")
     say(model.text(result))
-    if _JSON.value:
-        _write_json(
-            {
-                "prompt": _PROMPT.value,
-                "text": model.text(result),
-                "ids": result.tokens.tolist(),
-                "drafted": sum(len(d) for d in result.drafts),
-                "accepted": int(result.matched.sum()),
-                "kept": result.kept.tolist(),
-            }
-        )
+    write_json(
+        _JSON.value,
+        {
+            "prompt": _PROMPT.value,
+            "text": model.text(result),
+            "ids": result.tokens.tolist(),
+            "drafted": sum(len(d) for d in result.drafts),
+            "accepted": int(result.matched.sum()),
+            "kept": result.kept.tolist(),
+        },
+    )
 
 
 def grow() -> None:
@@ -165,7 +164,7 @@ def compare() -> None:
     speed_table = _speed_table(speed)
     for headers, lines in (accuracy_table, speed_table):
         say()
-        say(_aligned(headers, lines))
+        say(aligned(headers, lines))
 
     say()
     say(
@@ -212,25 +211,25 @@ def compare() -> None:
         digits.PATCHES_PER_SIDE,
     )
     say(f"report: {_HTML.value}; {seconds:.0f} s in all, compilation included")
-    if _JSON.value:
-        _write_json(
-            {
-                "schema": 1,
-                **environment(),
-                "settings": {
-                    "samples": len(samples),
-                    "timed_samples": _TIMED.value,
-                    "repeats": _REPEATS.value,
-                    "gamma": _GAMMA.value,
-                    "theta": _THETA.value,
-                    "seed": _SEED.value,
-                    "max_new_tokens": MAX_NEW,
-                    "dtype": "float32",
-                },
-                "lossless": {name: not wrong for name, wrong in checks},
-                "results": [row.as_json() for row in c.merged(accuracy, speed)],
-            }
-        )
+    write_json(
+        _JSON.value,
+        {
+            "schema": 1,
+            **environment(),
+            "settings": {
+                "samples": len(samples),
+                "timed_samples": _TIMED.value,
+                "repeats": _REPEATS.value,
+                "gamma": _GAMMA.value,
+                "theta": _THETA.value,
+                "seed": _SEED.value,
+                "max_new_tokens": MAX_NEW,
+                "dtype": "float32",
+            },
+            "lossless": {name: not wrong for name, wrong in checks},
+            "results": [row.as_json() for row in c.merged(accuracy, speed)],
+        },
+    )
     if any(wrong for _, wrong in checks):
         sys.exit("demo: an accelerated answer differs from plain decoding of the same model")
 
@@ -311,22 +310,6 @@ def _speed_table(rows: list) -> tuple[list[str], list[list[str]]]:
         if r.task != "all"
     ]
     return headers, lines
-
-
-def _aligned(headers: list[str], lines: list[list[str]]) -> str:
-    widths = [max(len(line[i]) for line in [headers, *lines]) for i in range(len(headers))]
-    return "\n".join(
-        "  ".join(cell.rjust(w) for cell, w in zip(line, widths, strict=True))
-        for line in [headers, *lines]
-    )
-
-
-def _write_json(content: dict) -> None:
-    text = json.dumps(content, indent=1)
-    if _JSON.value == "-":
-        print(text)
-    elif _JSON.value:
-        Path(_JSON.value).write_text(text + "\n")
 
 
 if __name__ == "__main__":

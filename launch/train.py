@@ -128,7 +128,7 @@ def validation(config: Any, base: Any, n: int = 64) -> Callable[[int, Any], dict
     tokenizer = load_tokenizer(DIGITS)
     samples = tasks.load_samples(tokenizer, base_config, n, split="validation")
 
-    def run(step: int, params: Any) -> dict[str, float]:
+    def validate(step: int, params: Any) -> dict[str, float]:
         if config.stage == "twig":
             generator = Generator(base_config, base, twig_config, params)
             settings = Settings(mode="ssd", max_new_tokens=64)
@@ -150,16 +150,16 @@ def validation(config: Any, base: Any, n: int = 64) -> Callable[[int, Any], dict
             figures["validation/mean_accepted"] = a.accepted
         return {k: round(v, 4) for k, v in figures.items()}
 
-    return run
+    return validate
 
 
 def _saying(callback: Any, say: Callable[[str], None]) -> Any:
-    def run(step: int, params: Any) -> dict[str, float]:
+    def told(step: int, params: Any) -> dict[str, float]:
         figures = callback(step, params)
         say(f"step {step}: {json.dumps(figures)}")
         return figures
 
-    return run
+    return told
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
+from sklearn.datasets import load_digits
 
 from twig_jax.data import digits
 
@@ -37,8 +38,7 @@ def test_splits_are_disjoint_complete_and_stratified():
 
 
 def test_scans_are_those_of_scikit_learn():
-    datasets = pytest.importorskip("sklearn.datasets")
-    source = datasets.load_digits()
+    source = load_digits()
     scans = digits.scans()
     np.testing.assert_array_equal(scans.images[:, 1:-1, 1:-1] * 16, source.images)
     np.testing.assert_array_equal(scans.labels, source.target)

@@ -4,6 +4,7 @@ import io
 
 import numpy as np
 import pytest
+import transformers
 from PIL import Image
 
 from twig_jax.data import images
@@ -124,7 +125,6 @@ def test_preprocess_pads_with_the_mean(width, height):
 @pytest.mark.parametrize("size", [(40, 30), (30, 41), (7, 90)])
 @pytest.mark.parametrize("pad", [True, False])
 def test_preprocess_equals_the_reference_processor(size, pad):
-    transformers = pytest.importorskip("transformers")
     reference = getattr(transformers, "CLIPImageProcessorPil", transformers.CLIPImageProcessor)
     processor = reference(size={"shortest_edge": 24}, crop_size={"height": 24, "width": 24})
     image = picture(*size)

@@ -152,7 +152,7 @@ def test_every_answer_follows_from_the_page(asked):
     assert {question.kind for _, question in asked} == tested
 
 
-def test_whole_pages_are_read_by_place_and_by_value():
+def test_whole_pages_are_read_by_place_by_value_and_by_neighbour():
     for index in range(20):
         page, by_place = questions.example("train", 1, index, mix={"transcribe": 1.0})
         told = {(d.row, d.column): SMALL[d.value] for d in page.digits}
@@ -163,6 +163,16 @@ def test_whole_pages_are_read_by_place_and_by_value():
         values = sorted((d.value, d.row, d.column) for d in page.digits)
         expected = ", ".join(f"{SMALL[v]} {'ABCD'[r]} {c + 1}" for v, r, c in values)
         assert by_value.answer == expected
+        page, beside = questions.example("train", 1, index, mix={"neighbours": 1.0})
+        (side,) = [side for side in STEPS if f" {side} the " in beside.text]
+        found = {(d.row, d.column): d.value for d in page.digits}
+        pairs = [
+            (d.value, found[d.row + STEPS[side][0], d.column + STEPS[side][1]])
+            for d in page.digits
+            if (d.row + STEPS[side][0], d.column + STEPS[side][1]) in found
+            and list(found.values()).count(d.value) == 1
+        ]
+        assert beside.answer == ", ".join(f"{SMALL[a]} {SMALL[b]}" for a, b in pairs)
         assert by_place.content == by_value.content == (True,) * 3 * len(values)
 
 

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from twig_jax.assets.digits import make_assets
 from twig_jax.data import conversation, wordings
 from twig_jax.data.digits import ASSETS
 from twig_jax.data.tokens import load_tokenizer, prompt_ids
@@ -112,9 +113,6 @@ def test_load_tokenizer_names_a_folder_without_one(tmp_path):
 
 
 def test_the_assets_can_be_recreated(tmp_path, monkeypatch):
-    pytest.importorskip("sklearn")
-    from twig_jax.assets.digits import make_assets
-
     monkeypatch.setattr(make_assets, "FOLDER", tmp_path)
     make_assets.make_scans()
     make_assets.make_tokenizer()

@@ -75,7 +75,7 @@ def prefill(
             )
         else:
             kept = jnp.where(real, slots, P)
-        text = text_indices(~take(~inputs.is_visual, kept) | (kept >= P), p.text_slots)
+        text = text_indices(~take(~inputs.is_visual, kept), p.text_slots)
     prompt = Prompt(trunk=real, middle=kept < P, top=text < kept.shape[1], lengths=inputs.lengths)
 
     with jax.named_scope("draft"):
@@ -119,7 +119,7 @@ def prefill(
         )
         top: Cache = ()
         if p.K_f < p.L:
-            kept_text = jnp.where(text < Q, take(kept, jnp.minimum(text, Q - 1)), P)
+            kept_text = jnp.where(text < Q, take(kept, text), P)
             y = jnp.concatenate([take(y[:, :Q], text), y[:, Q:]], axis=1)
             place = jnp.concatenate([kept_text, node_positions], axis=1)
             y, top = p.layers(

@@ -101,30 +101,45 @@ def accuracy_rows(
         right[run] = [
             exact(model.tokenizer, s, r) for s, r in zip(samples, results[run], strict=True)
         ]
-    rows = []
-    for run in runs:
-        for task in ("short", "long", "all"):
-            of = [i for i, s in enumerate(samples) if task in ("all", s.question.task)]
-            if not of:
-                continue
-            ours = [right[run][i] for i in of]
-            share, low, high = relacc(ours, [right[runs[0]][i] for i in of])
-            kept = results[run][of[0]].kept
-            rows.append(
-                Row(
-                    task,
-                    run.pruned,
-                    run.mode,
-                    run.selector if run.pruned else None,
-                    len(of),
-                    float(np.mean(ours)),
-                    share,
-                    low,
-                    high,
-                    retained=len(kept),
-                )
-            )
-    return rows
+    return [
+        _scored(run, task, of, [results[run][i] for i in of], right[run], right[runs[0]])
+        for run in runs
+        for task, of in _tasks(samples)
+    ]
+
+
+def _tasks(samples: Sequence[Sample]) -> list[tuple[str, list[int]]]:
+    """Which samples belong to task "short", "long" and "all"; tasks without any are left out."""
+    every = {
+        task: [i for i, s in enumerate(samples) if task in ("all", s.question.task)]
+        for task in ("short", "long", "all")
+    }
+    return [(task, of) for task, of in every.items() if of]
+
+
+def _scored(
+    run: Run,
+    task: str,
+    of: Sequence[int],
+    results: Sequence[Result],
+    right: Sequence[bool],
+    base: Sequence[bool],
+) -> Row:
+    """A run's accuracy on samples `of`; `right` and `base` are over all samples."""
+    ours = [right[i] for i in of]
+    share, low, high = relacc(ours, [base[i] for i in of])
+    return Row(
+        task=task,
+        pruned=run.pruned,
+        mode=run.mode,
+        selector=run.selector if run.pruned else None,
+        samples=len(of),
+        exact=float(np.mean(ours)),
+        relacc=share,
+        relacc_low=low,
+        relacc_high=high,
+        retained=len(results[0].kept),
+    )
 
 
 @dataclass(frozen=True)
@@ -188,32 +203,20 @@ def speed_rows(
     flags = [content_tokens(model.tokenizer, sample) for sample in samples]
     plain_speeds = np.mean([t.plain_speeds for t in timings.values()], axis=0)  # [samples]
     plain = Timed(list(plains), plain_speeds, plain_speeds)
-    for task in ("short", "long", "all"):
-        of = [i for i, s in enumerate(samples) if task in ("all", s.question.task)]
-        if not of:
-            continue
-        base = [exact(model.tokenizer, samples[i], plains[i]) for i in of]
-        for run, t in {Run("plain"): plain, **timings}.items():
+    everything = {Run("plain"): plain, **timings}
+    right = {
+        run: [exact(model.tokenizer, s, r) for s, r in zip(samples, t.results, strict=True)]
+        for run, t in everything.items()
+    }
+    for task, of in _tasks(samples):
+        for run, t in everything.items():
             results = [t.results[i] for i in of]
-            right = [
-                exact(model.tokenizer, samples[i], r) for i, r in zip(of, results, strict=True)
-            ]
-            share, low, high = relacc(right, base)
-            row = Row(
-                task,
-                run.pruned,
-                run.mode,
-                run.selector if run.pruned else None,
-                len(of),
-                float(np.mean(right)),
-                share,
-                low,
-                high,
+            row = replace(
+                _scored(run, task, of, results, right[run], right[Run("plain")]),
                 timed_samples=len(of),
                 tokens_per_s=float(t.speeds[of].mean()),
                 tokens_per_s_total=_total(results),
                 relspd=float(t.speeds[of].mean() / t.plain_speeds[of].mean()),
-                retained=len(results[0].kept),
             )
             if run.mode in ("ssd", "ttp_ssd"):
                 a = acceptance(results, [flags[i] for i in of])
