@@ -97,7 +97,7 @@ def measure() -> dict:
 
     generator, weights = load_generator()
     config = generator.config
-    M = config.vision.num_patches
+    M = config.vision.num_tokens
     average = M / 9 if _AVG_RETAINED.value is None else _AVG_RETAINED.value
     requests = random_requests(config)
     settings = {
@@ -188,7 +188,7 @@ def random_requests(config) -> list:
 
     from twig_jax.decoding.generate import Request
 
-    M = config.vision.num_patches
+    M = config.vision.num_tokens
     rng = np.random.default_rng(0)
     size = config.vision.image_size
     text = rng.integers(4, config.text.vocab_size - 1, (_BATCH.value, _TEXT.value))

@@ -66,21 +66,22 @@ def answer_one() -> None:
     model = api.load()
     settings = Settings(
         mode=_MODE.value,
-        avg_retained=round(model.config.vision.num_patches * (1 - float(_PRUNED.value[-1]))),
+        avg_retained=round(model.config.vision.num_tokens * (1 - float(_PRUNED.value[-1]))),
         gamma=_GAMMA.value,
         theta=_THETA.value,
         max_new_tokens=MAX_NEW,
     )
     try:
-        result = model.generate(_PROMPT.value, [_IMAGE.value], settings)
+        answer = model.generate(_PROMPT.value, [_IMAGE.value], settings)
     except (FileNotFoundError, ValueError) as error:
         sys.exit(f"demo: {error}")
-    say(model.text(result))
+    result = answer.result
+    say(answer.text)
     write_json(
         _JSON.value,
         {
             "prompt": _PROMPT.value,
-            "text": model.text(result),
+            "text": answer.text,
             "ids": result.tokens.tolist(),
             "drafted": sum(len(d) for d in result.drafts),
             "accepted": int(result.matched.sum()),
@@ -158,6 +159,8 @@ def compare() -> None:
         accuracy = c.accuracy_rows(
             model, samples, accuracy_runs, common, batch=_BATCH.value, progress=progress
         )
+    blank = tasks.load_samples(tokenizer, config, _SAMPLES.value, seed=_SEED.value, blank=True)
+    blank_exact = c.blank_exact(model, blank, common, batch=_BATCH.value)
     speed = c.speed_rows(model, long_ones + short_ones, timings, plains)
 
     accuracy_table = _accuracy_table(accuracy)
@@ -172,6 +175,7 @@ def compare() -> None:
         "prefill included, over plain decoding's right beside it. ceiling: RelSpd of decoding if\n"
         "a pass cost the same whatever its width. Compilation is not in any figure."
     )
+    say(f"With the pages blanked, the base gets {_percent(blank_exact)} % of its answers right.")
     checks = [("ssd = plain", c.unequal(timings[Run("ssd")].results, plains))]
     for pruned in budgets:
         fast, slow = timings[Run("ttp_ssd", pruned)], timings[Run("ttp", pruned)]
@@ -199,7 +203,7 @@ def compare() -> None:
     seconds = time.perf_counter() - began
     summary = (
         f"{len(samples)} unseen pages, base of {config.text.num_layers} layers, "
-        f"{config.vision.num_patches} visual tokens, on {environment()['device']}; "
+        f"{config.vision.num_tokens} visual tokens, on {environment()['device']}; "
         f"{seconds:.0f} s with compilation."
     )
     report.write(
@@ -226,6 +230,7 @@ def compare() -> None:
                 "max_new_tokens": MAX_NEW,
                 "dtype": "float32",
             },
+            "blank_exact": blank_exact,
             "lossless": {name: not wrong for name, wrong in checks},
             "results": [row.as_json() for row in c.merged(accuracy, speed)],
         },

@@ -58,7 +58,8 @@ def train(
     import jax
 
     from twig_jax.api import DIGITS
-    from twig_jax.checkpoints.hf import write_llava, write_twig
+    from twig_jax.checkpoints.llava import write_llava
+    from twig_jax.checkpoints.twig import write_twig
     from twig_jax.models.twig import init_twig
     from twig_jax.training.loop import fit
 
@@ -87,7 +88,7 @@ def start_from(config: Any) -> Any:
     import jax
     import jax.numpy as jnp
 
-    from twig_jax.checkpoints.hf import read_llava
+    from twig_jax.checkpoints.llava import read_llava
     from twig_jax.checkpoints.manager import CheckpointManager
     from twig_jax.models.grow import deepen
     from twig_jax.models.llava import init_base

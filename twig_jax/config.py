@@ -12,7 +12,11 @@ MODES = ("plain", "ttp", "ssd", "ttp_ssd")
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """A CLIP vision tower. `feature_layer` indexes its hidden states (0 is the embeddings)."""
+    """A CLIP vision tower.
+
+    `feature_layer` indexes its hidden states (0 is the embeddings); `class_token` says whether the
+    class token's feature is kept as one more visual token (LLaVA-1.5 drops it).
+    """
 
     image_size: int = 336
     patch_size: int = 14
@@ -22,13 +26,19 @@ class VisionConfig:
     num_heads: int = 16
     layer_norm_eps: float = 1e-5
     feature_layer: int = -2
+    class_token: bool = False
     image_mean: tuple[float, float, float] = CLIP_MEAN
     image_std: tuple[float, float, float] = CLIP_STD
 
     @property
     def num_patches(self) -> int:
-        """M, the visual tokens of one image."""
+        """The patches of one image."""
         return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def num_tokens(self) -> int:
+        """M, the visual tokens of one image."""
+        return self.num_patches + self.class_token
 
     @property
     def layers_used(self) -> int:
@@ -38,7 +48,10 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class TextConfig:
-    """A Llama decoder: grouped-query attention, rotary positions, RMSNorm, SwiGLU."""
+    """A Llama decoder: grouped-query attention, rotary positions, RMSNorm, SwiGLU.
+
+    With `tied_head` the word embeddings are the head too.
+    """
 
     vocab_size: int = 32064
     hidden_size: int = 4096
@@ -50,6 +63,7 @@ class TextConfig:
     rope_theta: float = 10000.0
     rms_norm_eps: float = 1e-5
     max_positions: int = 4096
+    tied_head: bool = False
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from twig_jax.checkpoints.hf import read_llava, write_llava
-from twig_jax.checkpoints.hf_config import read_config
+from twig_jax.checkpoints.config_files import read_config
+from twig_jax.checkpoints.llava import read_llava, write_llava
 from twig_jax.checkpoints.tables import flatten, llava_tensors, unflatten
 from twig_jax.config import CLIP_MEAN, CLIP_STD, LlavaConfig, TextConfig, VisionConfig
 from twig_jax.presets import preset

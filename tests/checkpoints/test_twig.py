@@ -9,14 +9,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from twig_jax.checkpoints.hf import (
-    fingerprint,
-    read_llava,
-    read_twig,
-    write_llava,
-    write_twig,
-)
+from twig_jax.checkpoints.llava import read_llava, write_llava
 from twig_jax.checkpoints.tables import flatten
+from twig_jax.checkpoints.twig import fingerprint, read_twig, write_twig
 from twig_jax.config import TwigConfig
 
 
@@ -176,13 +171,16 @@ def test_missing_files(folder, base, config, name):
 
 def test_everything_wrong_is_listed_at_once(folder, base, config):
     stored = load_file(folder / "model.safetensors")
-    stored["model.embed_tokens.weight"] = np.zeros((40, 24), np.float32)
+    stored["model.layers.2.mlp.up_proj.weight"] = np.zeros((36, 24), np.float32)
     stored["lm_head.weight"] = np.zeros((39, 24), np.float32)
     del stored["model.norm.weight"]
     save_file(stored, folder / "model.safetensors")
     with pytest.raises(ValueError, match=r"missing model\.norm\.weight") as error:
         read_twig(folder, base, config)
-    for part in ("unexpected model.embed_tokens.weight", "shape [39, 24], expected [40, 24]"):
+    for part in (
+        "unexpected model.layers.2.mlp.up_proj.weight",
+        "shape [39, 24], expected [40, 24]",
+    ):
         assert part in str(error.value)
 
 

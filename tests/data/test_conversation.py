@@ -26,9 +26,40 @@ def test_vicuna_v1_is_llava_s():
     )
 
 
+def test_llava_llama_2_is_llava_s():
+    turns = [("Hi?", "Hello."), ("And?", "So."), ("Then?", None)]
+    assert conversation.prompt("llava_llama_2", turns, images=1) == (
+        "[INST] <<SYS>>\nYou are a helpful language and vision assistant. You are able to "
+        "understand the visual content that the user provides, and assist the user with a variety "
+        "of tasks using natural language.\n<</SYS>>\n\n<image>\nHi? [/INST] Hello. </s>"
+        "<s>[INST] And? [/INST] So. </s><s>[INST] Then? [/INST]"
+    )
+
+
+def test_mistral_instruct_is_llava_s():
+    turns = [("Hi?", "Hello."), ("And <image>?", "So."), ("Then?", None)]
+    assert conversation.prompt("mistral_instruct", turns, images=1) == (
+        "[INST] Hi? [/INST] Hello. </s>[INST] And <image>? [/INST] So. </s>[INST] Then? [/INST]"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "end"),
+    [
+        ("vicuna_v1", " ASSISTANT: Hello.</s>"),
+        ("llava_hf", " ASSISTANT: Hello.</s>"),
+        ("llava_llama_2", " [/INST] Hello. </s>"),
+        ("mistral_instruct", " [/INST] Hello. </s>"),
+        ("plain", "Hello.\n"),
+    ],
+)
+def test_a_known_last_answer_is_ended(name, end):
+    assert conversation.prompt(name, [("Hi?", "Hello.")]).endswith(f"Hi?{end}")
+
+
 def test_plain_is_the_text_alone():
     assert conversation.prompt("plain", [("", "a cat")], images=1) == "<image>a cat\n"
-    assert conversation.prompt("plain", [("text", None)]) == "text"
+    assert conversation.prompt("plain", [("<image>\nWhat?", None)]) == "<image>\nWhat?\n"
 
 
 def test_a_marker_in_the_text_is_kept():
@@ -61,6 +92,8 @@ def test_a_prompt_is_a_head_and_turns(name):
             [("A?", None)],
             "unknown conversation template 'vicuna', expected one of vicuna_v1",
         ),
+        ("vicuna", [("A?", None)], r"llava_llama_2.* \(nearest: vicuna_v1\)$"),
+        ("???", [("A?", None)], "mistral_instruct, plain$"),
         ("plain", [], "at least one turn"),
         ("plain", [("A?", None), ("B?", None)], "turn 1 of 2 has no answer"),
     ],

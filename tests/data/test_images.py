@@ -5,6 +5,8 @@ import io
 import numpy as np
 import pytest
 import transformers
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from twig_jax.data import images
@@ -57,6 +59,34 @@ def test_exif_orientation_is_applied():
     exif[0x0112] = 6  # turn by 90 degrees clockwise to view
     loaded = images.load_image(encoded(image, exif=exif))
     np.testing.assert_array_equal(np.asarray(loaded), np.rot90(np.asarray(image), -1))
+
+
+@pytest.mark.parametrize("form", ["PNG", "PPM", "TIFF"])
+@pytest.mark.parametrize("turned", [False, True])
+def test_sixteen_bits_keep_their_upper_eight(form, turned):
+    levels = np.arange(240, dtype=np.uint16).reshape(12, 20) << 8
+    options = {}
+    if turned and form != "PPM":
+        options["exif"] = Image.Exif()
+        options["exif"][0x0112] = 3
+    loaded = np.asarray(images.load_image(encoded(Image.fromarray(levels + 99), form, **options)))
+    expected = np.rot90(levels >> 8, 2 if options else 0)
+    np.testing.assert_array_equal(loaded, np.repeat(expected[..., None], 3, axis=2))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_transparency_is_dropped(mode):
+    image = picture().convert(mode)
+    image.putalpha(0)
+    expected = np.asarray(picture().convert(mode[:-1]).convert("RGB"))
+    np.testing.assert_array_equal(np.asarray(images.load_image(encoded(image))), expected)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 40), (40, 1)])
+@pytest.mark.parametrize("pad", [True, False])
+def test_images_of_one_pixel_or_one_line(size, pad):
+    pixels = images.preprocess(images.load_image(encoded(picture(*size))), 24, pad=pad)
+    assert pixels.shape == (24, 24, 3)
 
 
 @pytest.mark.parametrize("shape", [(12, 20), (12, 20, 1), (12, 20, 3), (12, 20, 4)])
@@ -122,19 +152,80 @@ def test_preprocess_pads_with_the_mean(width, height):
     assert (rows[0], columns[0]) == ((20 - height) // 2, (20 - width) // 2)
 
 
-@pytest.mark.parametrize("size", [(40, 30), (30, 41), (7, 90)])
-@pytest.mark.parametrize("pad", [True, False])
-def test_preprocess_equals_the_reference_processor(size, pad):
-    reference = getattr(transformers, "CLIPImageProcessorPil", transformers.CLIPImageProcessor)
-    processor = reference(size={"shortest_edge": 24}, crop_size={"height": 24, "width": 24})
-    image = picture(*size)
-    given = image
+def reference(image, size, edge, pad):
+    """Pixels [size, size, 3] of transformers' image processor after LLaVA's padding."""
     if pad:
-        given = Image.new("RGB", (max(size),) * 2, tuple(int(255 * x) for x in images.CLIP_MEAN))
-        given.paste(image, tuple((max(size) - side) // 2 for side in size))
-    expected = np.asarray(processor(given, return_tensors="np")["pixel_values"][0])
-    pixels = images.preprocess(image, 24, pad=pad)
-    np.testing.assert_allclose(pixels, expected.transpose(1, 2, 0), atol=1e-5)
+        width, height = image.size
+        side = max(width, height)
+        square = Image.new("RGB", (side, side), (122, 116, 104))
+        square.paste(image, ((side - width) // 2, (side - height) // 2))
+        image = square
+    kind = getattr(transformers, "CLIPImageProcessorPil", transformers.CLIPImageProcessor)
+    processor = kind(size={"shortest_edge": edge}, crop_size={"height": size, "width": size})
+    return np.asarray(processor(image, return_tensors="np")["pixel_values"][0]).transpose(1, 2, 0)
+
+
+@st.composite
+def sizes(draw):
+    """Sides of 1 to 600 with ratios up to 50."""
+    short = draw(st.integers(1, 600))
+    sides = [short, draw(st.integers(short, min(600, 50 * short)))]
+    return draw(st.permutations(sides))
+
+
+@settings(max_examples=60, deadline=None)
+@given(sizes(), st.booleans(), st.sampled_from([(24, 24), (24, 40), (24, 15), (25, 18)]))
+@example([7, 600], False, (24, 24))
+@example([1, 50], True, (25, 18))
+def test_preprocess_equals_the_reference_processor(shape, pad, sides):
+    size, edge = sides
+    image = picture(*shape)
+    pixels = images.preprocess(image, size, pad=pad, shortest_edge=edge)
+    np.testing.assert_allclose(pixels, reference(image, size, edge, pad), atol=1e-5)
+
+
+def test_an_edge_shorter_than_the_cut_leaves_black_around():
+    pixels = images.preprocess(Image.new("RGB", (30, 20), "white"), 24, pad=False, shortest_edge=10)
+    white = pixels[..., 0] > 0
+    rows, columns = np.flatnonzero(white.any(axis=1)), np.flatnonzero(white.any(axis=0))
+    assert (rows[0], rows[-1], columns[0], columns[-1]) == (7, 16, 5, 19)
+    black = -np.array(images.CLIP_MEAN) / images.CLIP_STD
+    np.testing.assert_allclose(pixels[~white], np.tile(black, ((~white).sum(), 1)), rtol=1e-6)
+
+
+def slope(width, height):
+    """A picture without detail."""
+    level = np.add.outer(np.linspace(0, 100, height), np.linspace(0, 150, width))
+    return Image.fromarray(np.repeat(level[..., None], 3, axis=2).astype(np.uint8))
+
+
+@pytest.mark.parametrize("pad", [True, False])
+@pytest.mark.parametrize("shape", [(600, 20), (20, 600), (300, 200), (1, 500)])
+def test_images_too_large_on_their_way_look_the_same(monkeypatch, shape, pad):
+    expected = images.preprocess(slope(*shape), 24, std=(1.0,) * 3, pad=pad)
+    monkeypatch.setattr(images, "_MOST_PIXELS", 200**2 if pad else 24 * 30)
+    pixels = images.preprocess(slope(*shape), 24, std=(1.0,) * 3, pad=pad)
+    if pad:  # its edge lies between two of the coarse pixels
+        assert np.abs(pixels - expected).mean() < 2 / 255
+    else:
+        assert np.abs(pixels - expected).max() <= 1.01 / 255
+
+
+@pytest.mark.parametrize("pad", [True, False])
+@pytest.mark.parametrize("shape", [(20000, 20), (1, 60000)])
+def test_very_long_images_fit_in_memory(shape, pad):
+    pixels = images.preprocess(images.load_image(encoded(Image.new("RGB", shape))), 336, pad=pad)
+    assert pixels.shape == (336, 336, 3)
+    assert np.isfinite(pixels).all()
+
+
+def test_large_images_load_up_to_pillow_s_limit(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20 * 12 - 1)
+    assert images.load_image(encoded(picture(20, 12))).size == (20, 12)
+    with pytest.raises(
+        ValueError, match=r"image of \d+ bytes; scale it down.* limit of 478 pixels"
+    ):
+        images.load_image(encoded(picture(40, 12)))
 
 
 def test_normalize_has_one_value_per_channel():

@@ -190,7 +190,7 @@ def test_rows_do_not_depend_on_the_batch_size(tokenizer):
 def test_blocks_are_well_filled(tokenizer, blocks, block):
     stream = batches(tokenizer, batch_size=32, blocks=blocks, block=block)
     filled = [(next(stream)["segments"] > 0).mean() for _ in range(2)]
-    assert np.mean(filled) >= 0.83
+    assert np.mean(filled) >= 0.82
 
 
 def test_no_turn_is_longer_than_a_block_of_64(tokenizer):

@@ -29,10 +29,11 @@ def words(value):
 
 
 def pool(count=150, per_page=12, split="train"):
+    mix = questions.MIX | {"find": 0.1, "describe_find": 0.1}
     for index in range(count):
         page = digits.page(split, 5, index)
         rng = digits.generator(split, 5, index, 1)
-        for question in questions.questions(page, rng, per_page):
+        for question in questions.questions(page, rng, per_page, mix):
             yield page, question
 
 
@@ -58,12 +59,13 @@ def named_value(page, text):
 
 
 def beside(page, text):
-    """(anchor, the digit on the named side of it)."""
-    anchor = named_value(page, text)
+    """(the digit on the named side of another, the digits to be read for that)."""
     (side,) = [side for side in STEPS if f" {side} the " in text]
+    by_place = f"{side} the digit in " in text
+    anchor = named_place(page, text) if by_place else named_value(page, text)
     place = (anchor.row + STEPS[side][0], anchor.column + STEPS[side][1])
     (digit,) = [d for d in page.digits if (d.row, d.column) == place]
-    return anchor, digit
+    return digit, (digit,) if by_place else (anchor, digit)
 
 
 def short_answer(page, question):
@@ -80,8 +82,8 @@ def short_answer(page, question):
         digit = named_value(page, text)
         return f"{'ABCD'[digit.row]} {digit.column + 1}", (digit,)
     if question.kind == "neighbour":
-        anchor, digit = beside(page, text)
-        return SMALL[digit.value], (anchor, digit)
+        digit, cells = beside(page, text)
+        return SMALL[digit.value], cells
     if question.kind == "compare":
         digit = named_place(page, text)
         match = re.search(r"(more|less) than (\w+)\?", text)
@@ -102,8 +104,7 @@ def long_answer(page, question):
         digit = named_value(page, text)
         cells = (digit,)
     else:
-        cells = beside(page, text)
-        digit = cells[1]
+        digit, cells = beside(page, text)
     other = SMALL.index(re.search(r"(?:with|use) (\w+)(?: in mind)?\.$", text)[1])
     v, n, row, column = digit.value, words(other), "ABCD"[digit.row], digit.column + 1
     name, size, shade = words(v), ["small", "large"][digit.size], ["faint", "dark"][digit.shade]

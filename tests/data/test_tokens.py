@@ -1,14 +1,21 @@
 """The embedded tokenizer, and prompts as ids."""
 
+import json
+import random
+import sys
+
 import numpy as np
 import pytest
-from hypothesis import given, settings
+import sentencepiece
+import transformers
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken
 
 from twig_jax.assets.digits import make_assets
 from twig_jax.data import conversation, wordings
 from twig_jax.data.digits import ASSETS
-from twig_jax.data.tokens import load_tokenizer, prompt_ids
+from twig_jax.data.tokens import Conventions, conventions, load_tokenizer, prompt_ids
 
 IMAGE_ID = 3
 TOKENIZER = load_tokenizer(ASSETS)
@@ -100,6 +107,296 @@ def test_prompt_ids_of_a_conversation_ends_answers(tokenizer):
     ids, visual = prompt_ids(tokenizer, text, IMAGE_ID, 3, images=1)
     assert (ids == tokenizer.eos_token_id).sum() == 1
     assert tokenizer.decode(ids[~visual][1:]) == text.replace("<image>", "")
+
+
+# A Llama tokenizer: pieces by sentencepiece, special ids 0 to 2, bytes for all else.
+PIECES = "USER ASSISTANT: the cat is in a picture, What on earth? INST 12 345".split()
+SLOTS = 9
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory):
+    """A folder with tokenizer.model and the settings of LLaVA-1.5's own folders."""
+    folder = tmp_path_factory.mktemp("llama")
+    rng = random.Random(0)
+    lines = [" ".join(rng.choices([*PIECES, ""], k=12)) for _ in range(300)]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines),
+        model_prefix=str(folder / "tokenizer"),
+        model_type="bpe",
+        vocab_size=360,
+        byte_fallback=True,
+        split_digits=True,
+        allow_whitespace_only_pieces=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        add_dummy_prefix=True,
+        num_threads=1,
+        minloglevel=2,
+    )
+    write(folder, "tokenizer_config", tokenizer_class="LlamaTokenizer", legacy=False)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pieces(llama):
+    """What sentencepiece itself makes of a text."""
+    return sentencepiece.SentencePieceProcessor(model_file=str(llama / "tokenizer.model")).encode
+
+
+def write(folder, name, **content):
+    (folder / f"{name}.json").write_text(json.dumps(content))
+
+
+def with_marker(tokenizer):
+    """The tokenizer with a token for the marker, and that token's id."""
+    tokenizer.add_tokens([AddedToken("<image>", special=True, normalized=False)])
+    return tokenizer, tokenizer.convert_tokens_to_ids("<image>")
+
+
+texts = st.lists(
+    st.sampled_from([*PIECES, "<image>", "<image>", " ", "  ", "\n", "é", "漢", "🙂", "▁"]),
+    max_size=9,
+).map("".join)
+anything = settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+@anything
+@given(text=texts)
+@example(text="")
+@example(text="<image>")
+@example(text="<image><image>\nWhat?<image>")
+@example(text="in <image> and <image> the cat")
+def test_llava_s_ids_are_sentencepiece_s(llama_tokenizer, pieces, text):
+    ids, visual = prompt_ids(llama_tokenizer, text, 777, SLOTS)
+    first, *rest = map(pieces, text.split("<image>"))
+    assert ids.tolist() == [1, *first] + [i for chunk in rest for i in [777] * SLOTS + chunk]
+    assert (ids[visual] == 777).all() and visual.sum() == SLOTS * len(rest)
+
+
+@pytest.fixture(scope="session")
+def llama_tokenizer(llama):
+    return load_tokenizer(llama)
+
+
+@pytest.fixture(scope="session", params=[True, False])
+def stock_tokenizer(request, llama):
+    """The same as transformers loads it, with and without BOS."""
+    return transformers.LlamaTokenizer.from_pretrained(llama, add_bos_token=request.param)
+
+
+@anything
+@given(text=texts)
+def test_llava_s_rule_holds_for_any_tokenizer(stock_tokenizer, text):
+    chunks = [stock_tokenizer(chunk).input_ids for chunk in text.split("<image>")]
+    lead = stock_tokenizer("").input_ids  # BOS, where there is one
+    expected = chunks[0] + [i for c in chunks[1:] for i in [777] * SLOTS + c[len(lead) :]]
+    assert prompt_ids(stock_tokenizer, text, 777, SLOTS)[0].tolist() == expected
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_text_after_an_answer_s_end_is_as_the_files_say(llama, tmp_path, pieces, legacy):
+    (tmp_path / "tokenizer.model").write_bytes((llama / "tokenizer.model").read_bytes())
+    write(tmp_path, "tokenizer_config", legacy=legacy)
+    ids, _ = prompt_ids(load_tokenizer(tmp_path), "the cat</s>USER a", 777, SLOTS)
+    # The space before a text is put before the second part too, or before the first alone.
+    after = pieces("USER a") if legacy else pieces("1USER a")[len(pieces("1")) :]
+    assert ids.tolist() == [1, *pieces("the cat"), 2, *after]
+    assert (after == pieces("USER a")) == legacy
+
+
+def test_a_model_file_without_settings_is_llama_s(llama, tmp_path, pieces):
+    (tmp_path / "tokenizer.model").write_bytes((llama / "tokenizer.model").read_bytes())
+    ids, _ = prompt_ids(load_tokenizer(tmp_path), "the cat</s>USER", 777, SLOTS)
+    assert ids.tolist() == [1, *pieces("the cat"), 2, *pieces("USER")]
+
+
+def test_a_missing_sentencepiece_is_named(llama, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    with pytest.raises(ImportError, match="pip install sentencepiece protobuf"):
+        load_tokenizer(llama)
+
+
+@pytest.fixture(scope="session")
+def processor(llama):
+    """transformers' own, with a marker token."""
+    tokenizer, _ = with_marker(transformers.LlamaTokenizer.from_pretrained(llama))
+    kind = getattr(transformers, "CLIPImageProcessorPil", transformers.CLIPImageProcessor)
+    return transformers.LlavaProcessor(
+        kind(size={"shortest_edge": 24}, crop_size={"height": 24, "width": 24}),
+        tokenizer,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )
+
+
+@anything
+@given(text=texts)
+@example(text="USER: <image>\nWhat? ASSISTANT:")
+@example(text="<image><image> the cat")
+def test_hf_ids_are_the_processor_s(processor, text):
+    images = [np.zeros((30, 40, 3), np.uint8)] * text.count("<image>")
+    expected = processor(text=text, images=images or None)["input_ids"][0]
+    ids, visual = prompt_ids(
+        processor.tokenizer, text, processor.image_token_id, SLOTS, len(images), tokenize="hf"
+    )
+    assert ids.tolist() == list(expected)
+    assert visual.tolist() == [token == processor.image_token_id for token in expected]
+    assert visual.sum() == SLOTS * len(images)
+
+
+def test_the_two_ways_differ_for_llama(llama_tokenizer):
+    tokenizer, marker = with_marker(load_tokenizer(llama_tokenizer.name_or_path))
+    text = "USER: <image>the cat"
+    llava, hf = (prompt_ids(tokenizer, text, marker, 4, tokenize=way)[0] for way in ("llava", "hf"))
+    assert llava.tolist() != hf.tolist()
+
+
+@pytest.mark.parametrize("name", conversation.TEMPLATES)
+def test_the_two_ways_agree_for_the_embedded_tokenizer(tokenizer, name):
+    for question in ("What digit is in row B, column 3?", "<image>\n<image> and <image>?"):
+        text = conversation.prompt(name, [("Where?", " B 3"), (question, None)], images=1)
+        llava = prompt_ids(tokenizer, text, IMAGE_ID, 4)
+        hf = prompt_ids(tokenizer, text, IMAGE_ID, 4, tokenize="hf")
+        np.testing.assert_array_equal(llava, hf)
+
+
+def test_hf_needs_the_model_s_marker(llama_tokenizer, tokenizer):
+    with pytest.raises(ValueError, match="image token is 777, but the tokenizer has no <image>"):
+        prompt_ids(llama_tokenizer, "<image>", 777, 4, tokenize="hf")
+    with pytest.raises(ValueError, match="image token is 777, but the tokenizer has 3 for <image>"):
+        prompt_ids(tokenizer, "<image>", 777, 4, tokenize="hf")
+
+
+def test_another_way_to_tokenize_is_refused(tokenizer):
+    with pytest.raises(ValueError, match="tokenize is 'HF', expected llava or hf"):
+        prompt_ids(tokenizer, "What?", IMAGE_ID, 4, tokenize="HF")
+
+
+ORIGINAL = {"model_type": "llava_llama", "mm_vision_tower": "openai/clip-vit-large-patch14-336"}
+HF = {"model_type": "llava", "architectures": ["LlavaForConditionalGeneration"]}
+MISTRAL = {"model_type": "llava_mistral", "architectures": ["LlavaMistralForCausalLM"]}
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (ORIGINAL | {"image_aspect_ratio": "pad"}, ("llava", True, "vicuna_v1")),
+        (ORIGINAL | {"model_type": "llava"}, ("llava", False, "vicuna_v1")),
+        (ORIGINAL | {"image_aspect_ratio": None}, ("llava", False, "vicuna_v1")),
+        (ORIGINAL | {"image_aspect_ratio": "square"}, ("llava", False, "vicuna_v1")),
+        ({"architectures": ["LlavaLlamaForCausalLM"]}, ("llava", False, "vicuna_v1")),
+        (
+            ORIGINAL | {"_name_or_path": "meta-llama/Llama-2-7b-chat-hf"},
+            ("llava", False, "llava_llama_2"),
+        ),
+        (ORIGINAL | {"_name_or_path": "mistral-runs/vicuna"}, ("llava", False, "vicuna_v1")),
+        (MISTRAL, ("llava", False, "mistral_instruct")),
+        (ORIGINAL | {"conversation_template": "plain"}, ("llava", False, "plain")),
+        (HF, ("hf", False, "llava_hf")),
+        ({"model_type": "llava"}, ("hf", False, "llava_hf")),
+        (HF | {"image_aspect_ratio": "pad"}, ("llava", True, "vicuna_v1")),
+        (HF | {"image_aspect_ratio": "square"}, ("llava", False, "vicuna_v1")),
+        (HF | {"conversation_template": "vicuna_v1"}, ("hf", False, "vicuna_v1")),
+        (
+            HF | {"image_aspect_ratio": "pad", "conversation_template": "llava_llama_2"},
+            ("llava", True, "llava_llama_2"),
+        ),
+    ],
+)
+def test_conventions_follow_config_json(tmp_path, config, expected):
+    write(tmp_path, "config", **config)
+    assert conventions(tmp_path) == Conventions(*expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("llava-v1.5-7b", "vicuna_v1"),
+        ("llava-Llama-2-13b-chat", "llava_llama_2"),
+        ("llava-v1.6-mistral-7b", "mistral_instruct"),
+        ("llava-llama-2-7b/checkpoint-100", "llava_llama_2"),
+        ("llava-llama-2-7b/final", "vicuna_v1"),
+    ],
+)
+def test_the_template_follows_an_original_folder_s_name(tmp_path, monkeypatch, name, expected):
+    folder = tmp_path / name
+    folder.mkdir(parents=True)
+    write(folder, "config", **ORIGINAL)
+    assert conventions(folder).template == expected
+    monkeypatch.chdir(folder)
+    assert conventions(".").template == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "pad", "edge"),
+    [
+        ({"size": {"shortest_edge": 336}, "crop_size": {"height": 336, "width": 336}}, False, None),
+        ({"size": {"shortest_edge": 384}, "crop_size": {"height": 336, "width": 336}}, False, 384),
+        ({"size": 256, "crop_size": 224}, False, 256),
+        ({"size": 256}, False, 256),
+        ({"do_pad": True, "image_processor_type": "LlavaImageProcessor"}, True, None),
+        ({"do_pad": True, "image_processor_type": "CLIPImageProcessor"}, False, None),
+    ],
+)
+@pytest.mark.parametrize("newer", [True, False])
+def test_conventions_follow_the_image_processor(tmp_path, settings, pad, edge, newer):
+    write(tmp_path, "config", **HF)
+    if newer:
+        write(tmp_path, "preprocessor_config", size=1)
+        write(tmp_path, "processor_config", image_processor=settings)
+    else:
+        write(tmp_path, "preprocessor_config", **settings)
+        write(tmp_path, "processor_config", patch_size=14)
+    assert conventions(tmp_path) == Conventions("hf", pad, "llava_hf", edge)
+
+
+def test_the_embedded_base_has_hugging_face_s_conventions():
+    assert conventions(ASSETS / "base") == Conventions("hf", False, "llava_hf")
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            HF | {"conversation_template": "vicuna_v2"},
+            r"config\.json: unknown conversation template 'vicuna_v2'.*nearest: vicuna_v1",
+        ),
+        (HF | {"conversation_template": None}, "unknown conversation template 'None'"),
+        (
+            {"model_type": "llama", "architectures": ["LlamaForCausalLM"]},
+            r"config\.json is of no LLaVA model: model_type 'llama'",
+        ),
+        (ORIGINAL | {"image_aspect_ratio": "anyres"}, r"config\.json: .*'anyres' cuts an image"),
+        (ORIGINAL | {"mm_use_im_start_end": True}, r"config\.json: mm_use_im_start_end"),
+    ],
+)
+def test_conventions_that_are_not_implemented_are_refused(tmp_path, config, message):
+    write(tmp_path, "config", **config)
+    with pytest.raises(ValueError, match=message):
+        conventions(tmp_path)
+
+
+def test_all_unsupported_settings_of_an_image_processor_are_listed(tmp_path):
+    write(tmp_path, "config", **HF)
+    settings = {"size": {"height": 9, "width": 9}, "crop_size": {"height": 9, "width": 8}}
+    write(tmp_path, "preprocessor_config", do_center_crop=False, resample=2, **settings)
+    with pytest.raises(ValueError, match=r"preprocessor_config\.json asks") as error:
+        conventions(tmp_path)
+    for key in ("do_center_crop", "resample", "size", "crop_size"):
+        assert f"\n  {key} is " in str(error.value)
+
+
+def test_a_folder_without_a_readable_config_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
+        conventions(tmp_path)
+    for content in ("{", "[]"):
+        (tmp_path / "config.json").write_text(content)
+        with pytest.raises(ValueError, match=r"config\.json (is not JSON|holds no JSON object)"):
+            conventions(tmp_path)
 
 
 def test_load_tokenizer_names_the_missing_folder(tmp_path):

@@ -64,6 +64,11 @@ def test_the_results_follow_the_contract(run):
         assert row["ceiling"] > 0
 
 
+def test_blank_pages_give_no_answers(run):
+    content, printed, _ = run
+    assert content["blank_exact"] <= 0.5 and "With the pages blanked" in printed
+
+
 def test_accelerated_answers_equal_plain_ones(run):
     content, printed, _ = run
     assert content["lossless"] == {"ssd = plain": True, "ttp_ssd = ttp at 88.9%": True}

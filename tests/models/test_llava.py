@@ -28,9 +28,9 @@ def pixels():
 
 def test_images_of_a_row_follow_each_other(config, base, pixels):
     whole = encode(config, base, pixels)
-    assert whole.shape == (2, 3 * config.vision.num_patches, config.text.hidden_size)
+    assert whole.shape == (2, 3 * config.vision.num_tokens, config.text.hidden_size)
     single = encode(config, base, pixels[1:, 2:])
-    np.testing.assert_allclose(whole[1:, 2 * config.vision.num_patches :], single, atol=1e-5)
+    np.testing.assert_allclose(whole[1:, 2 * config.vision.num_tokens :], single, atol=1e-5)
 
 
 def test_every_patch_is_its_own_pixels(config, base, pixels):

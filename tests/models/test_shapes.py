@@ -40,7 +40,7 @@ def test_trees_are_what_checkpoints_hold(name):
 
 def test_a_whole_7b_forward_pass():
     config, _ = preset("llava-1.5-7b")
-    size, M = config.vision.image_size, config.vision.num_patches
+    size, M = config.vision.image_size, config.vision.num_tokens
 
     def forward(params, pixels):
         return Llava(config).apply({"params": params}, pixels)

@@ -10,6 +10,47 @@ from twig_jax import api
 from twig_jax.decoding.generate import Settings
 from twig_jax.evaluation import tasks
 from twig_jax.models.llava import Llava
+from twig_jax.presets import preset
+
+CONFIG, _ = preset("digits")
+
+
+@jax.jit
+def next_tokens(params, tokens, is_visual, pixels):
+    """The likeliest next token at every position of one row."""
+    llava = Llava(CONFIG)
+    visual = llava.apply(params, pixels, method="encode")
+    x = llava.apply(params, tokens, is_visual, visual, method="merge")
+    S = tokens.shape[1]
+    causal = jnp.tril(jnp.ones((S, S), bool))[None]
+    x, _ = llava.apply(params, x, jnp.arange(S)[None], causal, method="run")
+    return llava.apply(params, x, method="logits").argmax(-1)
+
+
+def test_bfloat16_agrees_on_most_next_tokens(capsys):
+    """Half precision is never called lossless: what it changes is counted."""
+    bases = {dtype: api.load(dtype=dtype) for dtype in ("float32", "bfloat16")}
+    same = []
+    for sample in tasks.load_samples(bases["float32"].tokenizer, CONFIG, 8, seed=3, task="long"):
+        r = sample.request
+        answer = bases["float32"].tokenizer.encode(f" {sample.question.answer}")
+        ids = np.concatenate([r.ids, answer])[None]
+        visual = np.pad(r.is_visual, (0, len(answer)))[None]
+        found = [
+            np.asarray(
+                next_tokens(
+                    {"params": model.generator.weights.base},
+                    ids,
+                    visual,
+                    jnp.asarray(r.pixels[None], dtype),
+                )
+            )
+            for dtype, model in bases.items()
+        ]
+        same += (found[0] == found[1])[0, len(r.ids) - 1 :].tolist()
+    with capsys.disabled():
+        print(f" {np.mean(same):.2%} of {len(same)}", end="")
+    assert np.mean(same) > 0.97
 
 
 def test_logits_and_answers_equal_transformers():

@@ -1,8 +1,13 @@
-"""Training checkpoints. The only file that imports orbax."""
+"""Orbax: training checkpoints and model trees. The only file that imports it."""
 
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 
@@ -40,3 +45,77 @@ class CheckpointManager:
     def close(self) -> None:
         """Waits, then frees the folder."""
         self._checkpointer.close()
+
+
+def write_tree(folder: str | Path, parts: Iterable[Any]) -> None:
+    """Writes one tree from disjoint parts; while one is written, the next is asked for.
+
+    The folder appears once it is whole. Values are not compressed: trained weights shrink by a
+    quarter at most, for several times the time. Raises OSError where the disk does not take it.
+    """
+    path = Path(folder).absolute()
+    context = ocp.Context()
+    context.array.saving.use_compression = False
+    with context:
+        pending = None
+        for part in parts:
+            if pending is not None:
+                _written(path, pending.result)
+            pending = _written(path, partial(ocp.partial.save_async, path, part))
+        if pending is not None:
+            _written(path, pending.result)
+        _written(path, partial(ocp.partial.finalize, path))
+
+
+def _written(path: Path, write: Callable[[], Any]) -> Any:
+    # Orbax's threads hand their errors on, and would print them as well.
+    hook, threading.excepthook = threading.excepthook, lambda _: None
+    try:
+        return write()
+    except Exception as error:  # of the file system, of tensorstore, of orbax
+        raise OSError(f"cannot write {path}: {error}") from error
+    finally:
+        threading.excepthook = hook
+
+
+def tree_shapes(folder: str | Path) -> dict[str, jax.ShapeDtypeStruct]:
+    """{'a/b/c': shape and type} of a tree, from its metadata alone.
+
+    Raises ValueError for a folder that holds no whole tree.
+    """
+    try:
+        stored = ocp.metadata(Path(folder).absolute()).metadata
+    except (FileNotFoundError, ValueError, ocp.errors.InvalidLayoutError) as error:
+        raise ValueError(f"{folder} is no whole orbax checkpoint: {error}") from error
+    found: dict[str, jax.ShapeDtypeStruct] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(
+        stored, is_leaf=lambda x: not isinstance(x, Mapping)
+    ):
+        name = "/".join(str(key.key) for key in path)
+        found[name] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+    return found
+
+
+def read_tree(
+    folder: str | Path, wanted: Mapping[str, jax.ShapeDtypeStruct]
+) -> dict[str, np.ndarray]:
+    """Some leaves of a tree as numpy arrays, {'a/b/c': array}."""
+    like: dict[str, Any] = {}
+    for path, leaf in wanted.items():
+        *parents, last = path.split("/")
+        node = like
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        # Orbax gives numpy where numpy is asked for; the placeholder takes no memory.
+        node[last] = np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True
+    with context:
+        tree = ocp.load(Path(folder).absolute(), like)
+    found = {}
+    for path in wanted:
+        node = tree
+        for key in path.split("/"):
+            node = node[key]
+        found[path] = node
+    return found

@@ -1,7 +1,7 @@
-"""Safetensors files: one, or several named by an index."""
+"""Files of weights: one or several named by an index, safetensors or torch's own."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -13,14 +13,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+TORCH_WEIGHTS = "pytorch_model.bin"
+SHARD_BYTES = 2**30
 
 _DTYPES = {
     "float32": np.dtype(np.float32),
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }
-_STORED = {"F32", "F16", "BF16"}
+_STORED = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def float_dtype(name: Any) -> np.dtype:
@@ -48,23 +49,32 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 class Weights:
-    """The tensors of a folder: the shapes at once, the values one at a time.
+    """The tensors of a folder: shapes and types at once, values one at a time.
 
-    Use as a context manager. Raises FileNotFoundError for a folder without weights or with shards
-    missing, ValueError for a shard that is cut short and for types other than float16, bfloat16
-    and float32.
+    Use as a context manager. Files are memory-mapped. Raises FileNotFoundError for a folder without
+    weights or with shards missing, ValueError for a shard that is cut short, for an index that does
+    not fit its shards and for types other than float16, bfloat16 and float32, ImportError for .bin
+    files without torch.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self._source: dict[str, Any] = {}
+        self.dtypes: dict[str, str] = {}
+        self._read: dict[str, Callable[[str], np.ndarray]] = {}
         self._open = ExitStack()
 
     def __enter__(self) -> Self:
         try:
-            for path in self._files():
-                self._add(path)
+            files, where = self._files()
+            for path in files:
+                if path.suffix == ".safetensors":
+                    self._add_safetensors(path)
+                else:
+                    self._add_torch(path)
+            for name, file in where.items():
+                if name not in self._read:
+                    raise ValueError(f"the index in {self.folder} puts {name} in {file}: not there")
         except BaseException:
             self._open.close()
             raise
@@ -79,46 +89,111 @@ class Weights:
         self._open.close()
 
     def __getitem__(self, name: str) -> np.ndarray:
-        return self._source[name].get_tensor(name)
+        return self._read[name](name)
 
-    def _files(self) -> list[Path]:
-        single, index = self.folder / WEIGHTS, self.folder / INDEX
-        if single.is_file():
-            return [single]
-        if not index.is_file():
-            raise FileNotFoundError(f"{self.folder} has no weights: neither {WEIGHTS} nor {INDEX}")
-        shards = read_json(index).get("weight_map")
-        if not isinstance(shards, dict):
+    def _files(self) -> tuple[list[Path], dict[str, str]]:
+        """The files, and which of them has each tensor, where an index says so."""
+        for single in (WEIGHTS, TORCH_WEIGHTS):
+            if (self.folder / single).is_file():
+                return [self.folder / single], {}
+            index = self.folder / f"{single}.index.json"
+            if index.is_file():
+                break
+        else:
+            raise FileNotFoundError(
+                f"{self.folder} has no weights: neither {WEIGHTS} nor {TORCH_WEIGHTS}, and no index"
+            )
+        where = read_json(index).get("weight_map")
+        if not isinstance(where, dict):
             raise ValueError(f"{index} has no weight_map")
-        paths = [self.folder / name for name in sorted(set(shards.values()))]
+        paths = [self.folder / name for name in sorted(set(where.values()))]
         absent = [path.name for path in paths if not path.is_file()]
         if absent:
             raise FileNotFoundError(f"{index} names files that are not there: {', '.join(absent)}")
-        return paths
+        return paths, where
 
-    def _add(self, path: Path) -> None:
+    def _add(
+        self,
+        path: Path,
+        name: str,
+        dtype: str,
+        shape: tuple[int, ...],
+        read: Callable[[str], np.ndarray],
+    ) -> None:
+        if name in self._read:
+            raise ValueError(f"{path} has {name}, which another file has too")
+        # Constants may be of any type; a weight that is asked for may not.
+        self.shapes[name], self.dtypes[name], self._read[name] = shape, dtype, read
+
+    def _add_safetensors(self, path: Path) -> None:
         try:
             file = self._open.enter_context(safe_open(path, framework="numpy"))
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged or cut short: {error}") from error
         for name in file.keys():  # noqa: SIM118 (not a mapping)
-            if name in self._source:
-                raise ValueError(f"{path} has {name}, which another file has too")
             view = file.get_slice(name)
-            if view.get_dtype() not in _STORED:
-                raise ValueError(
-                    f"{path} has {name} as {view.get_dtype()}; only {', '.join(_DTYPES)} are read"
-                )
-            self._source[name] = file
-            self.shapes[name] = tuple(view.get_shape())
+            stored = view.get_dtype()
+            dtype = _STORED.get(stored, stored)
+            self._add(path, name, dtype, tuple(view.get_shape()), file.get_tensor)
+
+    def _add_torch(self, path: Path) -> None:
+        try:
+            import torch
+        except ImportError as error:
+            raise ImportError(f"{path} is torch's format: pip install torch to read it") from error
+        try:
+            tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        except Exception as error:  # a zip, a pickle or a memory map: each fails in its own way
+            raise ValueError(f"{path} is damaged or cut short: {error}") from error
+
+        def read(name: str) -> np.ndarray:
+            x = tensors[name].detach().contiguous()
+            if x.dtype == torch.bfloat16:  # numpy has no such type of its own
+                return x.view(torch.int16).numpy().view(_DTYPES["bfloat16"])
+            return x.numpy()
+
+        for name, tensor in tensors.items():
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            self._add(path, name, dtype, tuple(tensor.shape), read)
 
 
-def write_weights(folder: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Writes contiguous arrays to the folder's single file, which appears only once it is whole."""
-    partial = folder / f"{WEIGHTS}.partial"
-    try:
-        save_file(dict(tensors), partial, metadata={"format": "pt"})
-        partial.chmod(0o644)  # safetensors leaves it readable by its owner alone
-        partial.replace(folder / WEIGHTS)
-    finally:
-        partial.unlink(missing_ok=True)
+def write_weights(
+    folder: Path, sizes: Mapping[str, int], read: Callable[[str], np.ndarray]
+) -> None:
+    """Writes tensors to safetensors files of about 1 GiB at most, one file in memory at a time.
+
+    sizes: the bytes of each tensor, in order; `read` gives its values. One file where all fit, else
+    shards and their index, named as transformers does. Each file appears under its name only once
+    it is whole; other weights in the folder are removed at the end.
+    """
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, size in sizes.items():
+        if shards[-1] and filled + size > SHARD_BYTES:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    n = len(shards)
+    files = [WEIGHTS] if n == 1 else [f"model-{i + 1:05}-of-{n:05}.safetensors" for i in range(n)]
+    for file, names in zip(files, shards, strict=True):
+        partial = folder / f"{file}.partial"
+        try:
+            # safetensors writes memory as it lies, so a transposed view must be laid out first.
+            tensors = {name: np.ascontiguousarray(read(name)) for name in names}
+            save_file(tensors, partial, metadata={"format": "pt"})
+            partial.chmod(0o644)  # safetensors leaves it readable by its owner alone
+            partial.replace(folder / file)
+        except SafetensorError as error:  # it wraps what the system said
+            raise OSError(f"cannot write {folder / file}: {error}") from error
+        finally:
+            partial.unlink(missing_ok=True)
+    index = folder / f"{WEIGHTS}.index.json"
+    if n == 1:
+        index.unlink(missing_ok=True)
+    else:
+        where = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+        write_json(index, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where})
+    for path in folder.glob("model*.safetensors"):
+        if path.name not in files:
+            path.unlink()

@@ -5,6 +5,7 @@ are [out, in] and Flax's kernels [in, out]; its convolutions are [out, channels,
 """
 
 import difflib
+import itertools
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -97,8 +98,14 @@ PROJECTOR = (
     Rule("linear_2.bias", "linear_2/bias", "d", KEEP),
 )
 
-# Other spellings of the names above: of transformers before version 5, and of its state dicts.
+# Other spellings of the names above: of the original checkpoints and CLIP's own, of transformers
+# before version 5, and of its state dicts. Each tensor has one spelling that none of these matches.
 _SPELLINGS = (
+    (re.compile(r"^model\.vision_tower\.vision_tower\."), "vision_tower."),
+    (re.compile(r"^vision_model\."), "vision_tower."),
+    (re.compile(r"^model\.mm_projector\.0\."), "multi_modal_projector.linear_1."),
+    (re.compile(r"^model\.mm_projector\.2\."), "multi_modal_projector.linear_2."),
+    (re.compile(r"^model\.(?=(embed_tokens|layers|norm)\.)"), "language_model.model."),
     (re.compile(r"^model\.(?=vision_tower\.|multi_modal_projector\.)"), ""),
     (re.compile(r"^model\.language_model\."), "language_model.model."),
     (re.compile(r"^lm_head\."), "language_model.lm_head."),
@@ -134,7 +141,7 @@ class Tensor:
 def _expand(
     rules: Iterable[Rule], layers: int, sizes: Mapping[str, int], name: str = "", path: str = ""
 ) -> list[Tensor]:
-    """The tensors that rules stand for, with prefixes for their names and our paths."""
+    """The tensors that rules stand for, layer by layer, with prefixes for names and paths."""
     return [
         Tensor(
             name + rule.name.format(i=i),
@@ -142,8 +149,8 @@ def _expand(
             tuple(sizes[letter] for letter in rule.shape.split()),
             rule.axes,
         )
-        for rule in rules
-        for i in range(layers if "{i}" in rule.name else 1)
+        for layered, group in itertools.groupby(rules, lambda rule: "{i}" in rule.name)
+        for i, rule in itertools.product(range(layers if layered else 1), tuple(group))
     ]
 
 
@@ -170,7 +177,13 @@ def llava_tensors(config: LlavaConfig) -> list[Tensor]:
     return [
         *_expand(VISION, vision.num_layers, sizes, "vision_tower.", "vision/"),
         *_expand(PROJECTOR, 1, sizes, "multi_modal_projector.", "projector/"),
-        *_expand((EMBEDDING, *DECODER), text.num_layers, sizes, "language_model.", "text/"),
+        *(
+            tensor
+            for tensor in _expand(
+                (EMBEDDING, *DECODER), text.num_layers, sizes, "language_model.", "text/"
+            )
+            if not (text.tied_head and tensor.path == "text/lm_head/kernel")
+        ),
     ]
 
 
@@ -179,14 +192,16 @@ def twig_tensors(text: TextConfig, layers: int) -> list[Tensor]:
     return _expand(DECODER, layers, _text_sizes(text))
 
 
-def canonical(names: Iterable[str]) -> dict[str, str]:
-    """{name as `llava_tensors` spells it: name as found}, constants left out.
+def canonical(names: Iterable[str]) -> tuple[dict[str, str], list[str]]:
+    """({name as `llava_tensors` spells it: name as found}, constants that are not read).
 
     Raises ValueError where one tensor is there under two spellings.
     """
     found: dict[str, str] = {}
+    constants = []
     for name in names:
         if _CONSTANTS.search(name):
+            constants.append(name)
             continue
         spelled = name
         for pattern, replacement in _SPELLINGS:
@@ -194,7 +209,7 @@ def canonical(names: Iterable[str]) -> dict[str, str]:
         if spelled in found:
             raise ValueError(f"{found[spelled]} and {name} are the same tensor")
         found[spelled] = name
-    return found
+    return found, constants
 
 
 def _nearest(name: str, *pools: Iterable[str]) -> str:

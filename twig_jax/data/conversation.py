@@ -1,5 +1,6 @@
 """Conversation templates: how questions, answers and images become one text."""
 
+import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,25 +11,28 @@ IMAGE = "<image>"
 class Template:
     """The fixed text around a conversation's turns.
 
-    system: text before everything.
-    user_start, user_end: around a question; the text after user_end is the model's.
+    opening: before the first question. user_start: before every later one.
+    user_end: after a question; the text after it is the model's.
     answer_start, answer_end: around a known answer.
     image_end: between an image marker and what follows it.
+    open_end: in place of user_end where the answer is not known, None where that is the same.
     """
 
-    system: str
+    opening: str
     user_start: str
     user_end: str
     answer_start: str
     answer_end: str
     image_end: str = "\n"
+    open_end: str | None = None
 
 
+# Named and worded as in `conv_templates` of LLaVA's llava/conversation.py, but for llava_hf.
 TEMPLATES = {
-    # LLaVA-1.5 as trained (LLaVA's `conv_vicuna_v1`).
+    # LLaVA-1.5 as trained.
     "vicuna_v1": Template(
-        system="A chat between a curious user and an artificial intelligence assistant. "
-        "The assistant gives helpful, detailed, and polite answers to the user's questions. ",
+        opening="A chat between a curious user and an artificial intelligence assistant. "
+        "The assistant gives helpful, detailed, and polite answers to the user's questions. USER: ",
         user_start="USER: ",
         user_end=" ASSISTANT:",
         answer_start=" ",
@@ -36,24 +40,52 @@ TEMPLATES = {
     ),
     # The form of the llava-hf model cards: the same turns without the system prompt.
     "llava_hf": Template(
-        system="",
+        opening="USER: ",
         user_start="USER: ",
         user_end=" ASSISTANT:",
         answer_start=" ",
         answer_end="</s>",
     ),
-    # Nothing around the text: image, then caption, as LLaVA aligns its projector.
+    # The system prompt stands inside the first question; later ones bring a BOS of their own.
+    "llava_llama_2": Template(
+        opening="[INST] <<SYS>>\n"
+        "You are a helpful language and vision assistant. "
+        "You are able to understand the visual content that the user provides, "
+        "and assist the user with a variety of tasks using natural language."
+        "\n<</SYS>>\n\n",
+        user_start="<s>[INST] ",
+        user_end=" [/INST]",
+        answer_start=" ",
+        answer_end=" </s>",
+    ),
+    "mistral_instruct": Template(
+        opening="[INST] ",
+        user_start="[INST] ",
+        user_end=" [/INST]",
+        answer_start=" ",
+        answer_end=" </s>",
+    ),
+    # Nothing around the text: image, then caption, as LLaVA aligns its projector. Where it asks
+    # with this template, a newline ends the question.
     "plain": Template(
-        system="", user_start="", user_end="", answer_start="", answer_end="\n", image_end=""
+        opening="",
+        user_start="",
+        user_end="",
+        answer_start="",
+        answer_end="\n",
+        image_end="",
+        open_end="\n",
     ),
 }
 
 
 def template(name: str) -> Template:
-    """The template of that name. Raises ValueError that lists the known names."""
+    """The template of that name. Raises ValueError that lists the known names and the nearest."""
     if name not in TEMPLATES:
+        near = difflib.get_close_matches(name, TEMPLATES, 1)
         raise ValueError(
             f"unknown conversation template {name!r}, expected one of {', '.join(TEMPLATES)}"
+            + (f" (nearest: {near[0]})" if near else "")
         )
     return TEMPLATES[name]
 
@@ -61,14 +93,15 @@ def template(name: str) -> Template:
 def head(name: str, images: int = 0) -> str:
     """The text before the first question: system prompt, start of the turn, markers of images."""
     chosen = template(name)
-    return chosen.system + chosen.user_start + (IMAGE + chosen.image_end) * images
+    return chosen.opening + (IMAGE + chosen.image_end) * images
 
 
 def turn(name: str, question: str, answer: str | None = None) -> str:
     """One turn from its question on, up to where the model answers or with a known answer."""
     chosen = template(name)
-    opened = question + chosen.user_end
-    return opened if answer is None else opened + chosen.answer_start + answer + chosen.answer_end
+    if answer is not None:
+        return question + chosen.user_end + chosen.answer_start + answer + chosen.answer_end
+    return question + (chosen.user_end if chosen.open_end is None else chosen.open_end)
 
 
 def prompt(name: str, turns: Sequence[tuple[str, str | None]], images: int = 0) -> str:

@@ -1,15 +1,21 @@
 """Reading images and preparing them for the vision tower."""
 
 import io
+import math
 import struct
+import threading
+import warnings
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
-# CLIP's channel statistics, of values 0..1.
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+from twig_jax.config import CLIP_MEAN, CLIP_STD
+
+# The most pixels that Pillow reads, and that an image may have on its way: 4 bytes each.
+_MOST_PIXELS = 2 * 1024**3 // 4 // 3
+# Warnings are muted for the whole process, so by one thread at a time.
+_MUTED = threading.Lock()
 
 ImageSource = str | Path | bytes | Image.Image | np.ndarray
 
@@ -17,10 +23,13 @@ ImageSource = str | Path | bytes | Image.Image | np.ndarray
 def load_image(source: ImageSource) -> Image.Image:
     """An image as RGB, upright by its EXIF orientation, fully decoded.
 
+    Transparency is dropped, as LLaVA's convert("RGB") does; the orientation is not applied there,
+    but photographs of phones would lie on their side. Of 16 bits the upper 8 are kept.
+
     source: a path, the bytes of an image file, a PIL image, or a uint8 array [H, W] or
     [H, W, 1, 3 or 4].
-    Raises ValueError, naming the source, for what cannot be read, is cut short, or is no such
-    array.
+    Raises ValueError, naming the source, for what cannot be read, is cut short, has more pixels
+    than Pillow's limit, or is no such array.
     """
     if isinstance(source, np.ndarray):
         return _from_array(source).convert("RGB")
@@ -28,18 +37,12 @@ def load_image(source: ImageSource) -> Image.Image:
     try:
         if isinstance(source, Image.Image):
             return _to_rgb(source)
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        with _open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             return _to_rgb(image)
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"cannot read {name}; scale it down: {error}") from error
     # Decoders signal damaged data in all of these ways.
-    except (
-        OSError,
-        SyntaxError,
-        ValueError,
-        EOFError,
-        IndexError,
-        struct.error,
-        Image.DecompressionBombError,
-    ) as error:
+    except (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error) as error:
         raise ValueError(f"cannot read {name}: {error}") from error
 
 
@@ -49,24 +52,22 @@ def preprocess(
     mean: tuple[float, ...] = CLIP_MEAN,
     std: tuple[float, ...] = CLIP_STD,
     pad: bool = True,
+    *,
+    shortest_edge: int | None = None,
 ) -> np.ndarray:
     """Normalised pixels float32 [size, size, 3] of an RGB image.
 
-    pad: pad to a centred square with the mean colour (LLaVA-1.5's training); otherwise the shorter
-    side is resized to `size` and the middle is cut out (CLIP's own rule). Resizing is bicubic and
-    left out where the size fits.
+    The shorter side is resized to `shortest_edge` (None: to `size`) and the middle is cut out, with
+    black around it where the image is smaller: transformers' CLIP image processor. Resizing is
+    bicubic and left out where the size fits.
+    pad: before that, the image is padded to a centred square with the mean colour (LLaVA-1.5's
+    training, its expand2square).
     """
     if pad:
         image = _pad_to_square(image, tuple(int(channel * 255) for channel in mean))
-        resized = (size, size)
-    else:
-        short = min(image.size)
-        resized = (int(size * image.width / short), int(size * image.height / short))
-    if image.size != resized:
-        image = image.resize(resized, Image.Resampling.BICUBIC)
-    if image.size != (size, size):
-        left, top = (image.width - size) // 2, (image.height - size) // 2
-        image = image.crop((left, top, left + size, top + size))
+    image = _resize(image, size if shortest_edge is None else shortest_edge, size)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    image = image.crop((left, top, left + size, top + size))
     return normalize(np.asarray(image), mean, std)
 
 
@@ -75,6 +76,13 @@ def normalize(pixels: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...
     levels = np.arange(256, dtype=np.float64)[:, None] / 255
     table = ((levels - mean) / std).astype(np.float32)  # [256, 3]
     return table[pixels, np.arange(3)]
+
+
+def _open(file: str | Path | io.BytesIO) -> Image.Image:
+    # Pillow warns from half of its limit on; images up to the limit are meant to be read.
+    with _MUTED, warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        return Image.open(file)
 
 
 def _name(source: str | Path | bytes | Image.Image) -> str:
@@ -103,15 +111,20 @@ def _from_array(array: np.ndarray) -> Image.Image:
 def _to_rgb(image: Image.Image) -> Image.Image:
     image.load()
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"):
-        # Pillow would clip 16-bit grey values at 255.
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        # Pillow would clip 16-bit grey values at 255. Some formats give them as 32-bit ones.
+        grey = np.asarray(image).clip(0, 65535) >> 8
+        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
     return image.convert("RGB")
 
 
 def _pad_to_square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
+    longest = math.isqrt(_MOST_PIXELS)
+    if max(image.size) > longest:
+        # Far finer than any vision tower sees, and its square would not fit in memory.
+        image = image.reduce(-(-max(image.size) // longest))
     width, height = image.size
     if width == height:
         return image
@@ -119,3 +132,22 @@ def _pad_to_square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
     square = Image.new("RGB", (side, side), colour)
     square.paste(image, ((side - width) // 2, (side - height) // 2))
     return square
+
+
+def _resize(image: Image.Image, edge: int, size: int) -> Image.Image:
+    """The image with its shorter side `edge` long; of a huge one, the `size` in its middle."""
+    short = min(image.size)
+    width, height = (int(edge * side / short) for side in image.size)
+    if (width, height) == image.size:
+        return image
+    if width * height <= _MOST_PIXELS:
+        return image.resize((width, height), Image.Resampling.BICUBIC)
+    # A line of pixels: the whole would not fit in memory.
+    left, top = max(width - size, 0) // 2, max(height - size, 0) // 2
+    right, bottom = min(left + size, width), min(top + size, height)
+    x, y = image.width / width, image.height / height
+    return image.resize(
+        (right - left, bottom - top),
+        Image.Resampling.BICUBIC,
+        box=(left * x, top * y, right * x, bottom * y),
+    )

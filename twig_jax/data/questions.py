@@ -17,6 +17,7 @@ import numpy as np
 from twig_jax.data import digits
 from twig_jax.data.digits import COLUMNS, ROWS, SHADES, SIZES, Digit, Page
 from twig_jax.data.wordings import (
+    BESIDE,
     CELL,
     COMPARE,
     DIGIT_WORDS,
@@ -34,20 +35,23 @@ from twig_jax.data.wordings import (
 
 # The default share of each kind; its order numbers the kinds.
 MIX = {
-    "cell": 0.2,
-    "find": 0.1,
-    "neighbour": 0.12,
+    "cell": 0.24,
+    "neighbour": 0.14,
     "compare": 0.1,
-    "sum": 0.08,
-    "describe": 0.22,
-    "describe_find": 0.08,
-    "describe_neighbour": 0.1,
+    "sum": 0.1,
+    "describe": 0.28,
+    "describe_neighbour": 0.14,
+    # Asked for a place instead of by one: they are looked up from the question's own word, not from
+    # the prompt's last token, where a selector reads attention. For training.
+    "find": 0.0,
+    "describe_find": 0.0,
     # For training alone: a whole page in order of places, or of values, names a place and its digit
     # every few words, which is the densest way to learn looking up the one by the other; so does a
-    # list of all neighbours on one side.
+    # list of all neighbours on one side, by value or by place.
     "transcribe": 0.0,
     "locate": 0.0,
     "neighbours": 0.0,
+    "beside": 0.0,
 }
 KINDS = tuple(MIX)
 _LONG = (
@@ -57,8 +61,11 @@ _LONG = (
     "transcribe",
     "locate",
     "neighbours",
+    "beside",
 )
 TASKS = {kind: "long" if kind in _LONG else "short" for kind in KINDS}
+
+_BY_PLACE = 0.75  # how often the digit whose neighbour is asked for is named by its place
 
 # Fields that do not depend on the page: `other` is in the question, `than` follows from `relation`.
 _WORDING_FIELDS = frozenset({"other", "than"})
@@ -217,11 +224,11 @@ def _unique(page: Page) -> list[Digit]:
     return [digit for digit in page.digits if counts[digit.value] == 1]
 
 
-def _pairs(page: Page) -> list[tuple[Digit, str, Digit]]:
-    """(anchor, direction, neighbour): a digit of unique value and a filled cell beside it."""
+def _pairs(page: Page, anchors: Sequence[Digit]) -> list[tuple[Digit, str, Digit]]:
+    """(anchor, direction, neighbour): one of the anchors and a digit in a cell beside it."""
     filled = {(digit.row, digit.column): digit for digit in page.digits}
     pairs = []
-    for anchor in _unique(page):
+    for anchor in anchors:
         for direction, (down, across) in DIRECTIONS.items():
             neighbour = filled.get((anchor.row + down, anchor.column + across))
             if neighbour is not None:
@@ -245,14 +252,29 @@ def _find(page: Page, rng: np.random.Generator) -> Question | None:
     return _question("find", ask, answer, (digit,), _fields(digit))
 
 
-def _neighbour(page: Page, rng: np.random.Generator) -> Question | None:
-    pairs = _pairs(page)
+def _beside_anchor(
+    page: Page, rng: np.random.Generator
+) -> tuple[Digit, tuple[Digit, ...], dict[str, str]] | None:
+    """(a digit beside another, the digits to be read for it, how the question names it)."""
+    by_place = rng.random() < _BY_PLACE
+    pairs = _pairs(page, page.digits if by_place else _unique(page))
     if not pairs:
         return None
     anchor, direction, digit = _pick(pairs, rng)
-    fields = _fields(digit) | {"direction": direction, "anchor": DIGIT_WORDS[anchor.value]}
+    named = _fields(anchor)
+    # The shortest name of a place, as the question names a direction too.
+    name = f"digit in {PLACES[0].format_map(named)}" if by_place else named["value"]
+    cells = (digit,) if by_place else (anchor, digit)
+    return digit, cells, {"direction": direction, "anchor": name}
+
+
+def _neighbour(page: Page, rng: np.random.Generator) -> Question | None:
+    found = _beside_anchor(page, rng)
+    if found is None:
+        return None
+    digit, cells, names = found
     ask, answer = _pick(NEIGHBOUR, rng)
-    return _question("neighbour", ask, answer, (anchor, digit), fields)
+    return _question("neighbour", ask, answer, cells, _fields(digit) | names)
 
 
 def _compare(page: Page, rng: np.random.Generator) -> Question | None:
@@ -334,13 +356,13 @@ def _describe_find(page: Page, rng: np.random.Generator) -> Question | None:
 
 
 def _describe_neighbour(page: Page, rng: np.random.Generator) -> Question | None:
-    pairs = _pairs(page)
-    if not pairs:
+    found = _beside_anchor(page, rng)
+    if found is None:
         return None
-    anchor, direction, digit = _pick(pairs, rng)
+    digit, cells, names = found
     fields = _fields(digit)
-    fields["subject"] = f"the digit {direction} the {DIGIT_WORDS[anchor.value]}"
-    return _described("describe_neighbour", digit, (anchor, digit), fields, rng)
+    fields["subject"] = "the digit {direction} the {anchor}".format_map(names)
+    return _described("describe_neighbour", digit, cells, fields, rng)
 
 
 def _transcribe(page: Page, rng: np.random.Generator) -> Question:
@@ -358,16 +380,27 @@ def _locate(page: Page, rng: np.random.Generator) -> Question:
     return Question(LOCATE, answer, "locate", TASKS["locate"], cells, content)
 
 
-def _neighbours(page: Page, rng: np.random.Generator) -> Question | None:
+def _listed(
+    kind: str, ask: str, page: Page, anchors: Sequence[Digit], by: str, rng: np.random.Generator
+) -> Question | None:
+    """All neighbours of the anchors on one side, each after its anchor's `by` fields."""
     direction = _pick(tuple(DIRECTIONS), rng)
-    pairs = [(a, b) for a, side, b in _pairs(page) if side == direction]
+    pairs = [(a, b) for a, side, b in _pairs(page, anchors) if side == direction]
     if not pairs:
         return None
-    answer = ", ".join(f"{DIGIT_WORDS[a.value]} {DIGIT_WORDS[b.value]}" for a, b in pairs)
+    read = [f"{by.format_map(_fields(a))} {DIGIT_WORDS[b.value]}" for a, b in pairs]
     cells = tuple(dict.fromkeys(digit for pair in pairs for digit in pair))
-    content = (True,) * (2 * len(pairs))
-    ask = NEIGHBOURS.format(direction=direction)
-    return Question(ask, answer, "neighbours", TASKS["neighbours"], cells, content)
+    answer = ", ".join(read)
+    content = (True,) * len(answer.split())
+    return Question(ask.format(direction=direction), answer, kind, TASKS[kind], cells, content)
+
+
+def _neighbours(page: Page, rng: np.random.Generator) -> Question | None:
+    return _listed("neighbours", NEIGHBOURS, page, _unique(page), "{value}", rng)
+
+
+def _beside(page: Page, rng: np.random.Generator) -> Question | None:
+    return _listed("beside", BESIDE, page, page.digits, "{row} {column}", rng)
 
 
 _MAKERS: dict[str, Callable[[Page, np.random.Generator], Question | None]] = {
@@ -382,4 +415,5 @@ _MAKERS: dict[str, Callable[[Page, np.random.Generator], Question | None]] = {
     "transcribe": _transcribe,
     "locate": _locate,
     "neighbours": _neighbours,
+    "beside": _beside,
 }

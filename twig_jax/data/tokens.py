@@ -1,20 +1,86 @@
-"""From a conversation's text to token ids with image slots."""
+"""From a conversation's text to token ids with image slots, as a checkpoint needs them."""
 
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
+from twig_jax.data import conversation
 from twig_jax.data.conversation import IMAGE
 
 # A folder with one of these has a tokenizer that transformers can load.
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+# The newer form, which wins, comes last.
+_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+# What transformers resizes to and cuts out where a processor's file does not say.
+_CLIP_SIZE = 224
+# Keys of LLaVA's own config.json.
+_ORIGINAL = ("mm_vision_tower", "mm_projector_type")
+
+
+@dataclass(frozen=True)
+class Conventions:
+    """How a checkpoint was taught to read text and images.
+
+    tokenize: the way from text to ids, see `prompt_ids`.
+    pad: images are padded to a square; otherwise their middle is cut out, see `images.preprocess`.
+    template: a name in `conversation.TEMPLATES`.
+    shortest_edge: the side that an image's shorter one is resized to before the middle is cut out,
+    None where it is the side of what is cut out.
+    """
+
+    tokenize: Literal["llava", "hf"]
+    pad: bool
+    template: str
+    shortest_edge: int | None = None
+
+
+def conventions(folder: str | Path) -> Conventions:
+    """The conventions of a checkpoint folder, by its config.json and image processor's settings.
+
+    LLaVA's own layout (mm_vision_tower, or LlavaLlamaForCausalLM): LLaVA's tokenising, padding
+    where image_aspect_ratio is "pad", and the template that LLaVA infers from a model's name.
+    Hugging Face layout: tokenising and images as transformers' processor does them, template
+    llava_hf; but where config.json has LLaVA's image_aspect_ratio, the weights were converted from
+    LLaVA's layout and keep its conventions, with vicuna_v1. In both, `conversation_template` in
+    config.json wins.
+
+    Raises FileNotFoundError without config.json; ValueError, naming the file, for a model that is
+    no LLaVA, an unknown template, or images to be prepared in a way that is not implemented.
+    """
+    folder = Path(folder).absolute()
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} has no config.json")
+    config = _read_json(path)
+    original = _is_original(folder, config)
+    processor = _Processor() if original else _read_processor(folder)
+    if original or "image_aspect_ratio" in config:
+        name = _inferred_template(folder, config) if original else "vicuna_v1"
+        found = Conventions("llava", _pads(path, config), name, processor.shortest_edge)
+    else:
+        found = Conventions("hf", processor.pad, "llava_hf", processor.shortest_edge)
+    if "conversation_template" not in config:
+        return found
+    name = str(config["conversation_template"])
+    try:
+        conversation.template(name)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return replace(found, template=name)
 
 
 def load_tokenizer(path: str | Path) -> Any:
-    """The tokenizer of a checkpoint folder, by transformers' AutoTokenizer.
+    """The tokenizer of a checkpoint folder, by transformers.
 
-    Raises FileNotFoundError for a missing folder or one without tokenizer files.
+    A folder with tokenizer.model alone, as LLaVA's own checkpoints are, gets Llama's tokenizer with
+    sentencepiece's ids.
+    Raises FileNotFoundError for a missing folder or one without tokenizer files, ImportError where
+    a package to read them is missing.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -23,35 +89,198 @@ def load_tokenizer(path: str | Path) -> Any:
         raise FileNotFoundError(
             f"folder {folder} has no tokenizer: neither {' nor '.join(_TOKENIZER_FILES)}"
         )
+    if not (folder / "tokenizer.json").is_file():
+        return _load_sentencepiece(folder)
     from transformers import AutoTokenizer  # slow, and not needed where ids are given
 
     return AutoTokenizer.from_pretrained(folder)
 
 
 def prompt_ids(
-    tokenizer: Any, text: str, image_token_id: int, tokens_per_image: int, images: int | None = None
+    tokenizer: Any,
+    text: str,
+    image_token_id: int,
+    tokens_per_image: int,
+    images: int | None = None,
+    *,
+    tokenize: str = "llava",
 ) -> tuple[np.ndarray, np.ndarray]:
     """Token ids of a prompt, with one slot per visual token where the text has image markers.
 
-    LLaVA's rule: the text is split at the markers, each chunk is tokenised by itself without
-    special tokens, one BOS leads (where the tokenizer has one), and slots filled with
-    image_token_id lie between the chunks.
+    tokenize "llava": the text is split at the markers and each chunk tokenised by itself, one BOS
+    leads (where the tokenizer puts one before a text), and slots filled with image_token_id lie
+    between the chunks (LLaVA's tokenizer_image_token).
+    tokenize "hf": every marker stands for as many as there are slots, and the whole text is
+    tokenised at once (transformers' LlavaProcessor). Ids differ where a chunk begins, as Llama's
+    tokenizer puts a space before a text.
 
     images: how many images come with the prompt, None to go by the markers.
     Returns (ids int32 [P], is_visual bool [P]). Raises ValueError where markers and images differ
-    in number.
+    in number, for "hf" with a tokenizer that has no marker or another id for it, or for another
+    `tokenize`.
     """
-    chunks = text.split(IMAGE)
-    markers = len(chunks) - 1
+    markers = text.count(IMAGE)
     if images is not None and markers != images:
         raise ValueError(f"the prompt has {markers} {IMAGE} markers but {images} images are given")
-    ids = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    if tokenize == "hf":
+        return _whole(tokenizer, text, image_token_id, tokens_per_image)
+    if tokenize != "llava":
+        raise ValueError(f"tokenize is {tokenize!r}, expected llava or hf")
+    chunks = [tokenizer.encode(chunk, add_special_tokens=True) for chunk in text.split(IMAGE)]
+    lead = int(chunks[0][:1] == [tokenizer.bos_token_id])
+    ids = chunks[0]
     visual = [False] * len(ids)
-    for index, chunk in enumerate(chunks):
-        if index:
-            ids += [image_token_id] * tokens_per_image
-            visual += [True] * tokens_per_image
-        if chunk:
-            ids += tokenizer.encode(chunk, add_special_tokens=False)
-            visual += [False] * (len(ids) - len(visual))
+    for chunk in chunks[1:]:
+        ids = ids + [image_token_id] * tokens_per_image + chunk[lead:]
+        visual += [True] * tokens_per_image
+        visual += [False] * (len(ids) - len(visual))
     return np.array(ids, np.int32), np.array(visual, bool)
+
+
+def _whole(
+    tokenizer: Any, text: str, image_token_id: int, tokens_per_image: int
+) -> tuple[np.ndarray, np.ndarray]:
+    known = tokenizer.get_vocab().get(IMAGE)
+    if IMAGE in text and known != image_token_id:
+        raise ValueError(
+            f"the model's image token is {image_token_id}, but the tokenizer has "
+            + (f"no {IMAGE}" if known is None else f"{known} for {IMAGE}")
+        )
+    expanded = text.replace(IMAGE, IMAGE * tokens_per_image)
+    ids = np.array(tokenizer.encode(expanded, add_special_tokens=True), np.int32)
+    return ids, ids == image_token_id
+
+
+def _load_sentencepiece(folder: Path) -> Any:
+    """Llama's tokenizer from tokenizer.model.
+
+    transformers 5 differs from sentencepiece, and from its own version 4 that LLaVA runs on, in
+    what tokenizer_config.json leaves out and in texts that begin with a space.
+    """
+    try:
+        for package in ("sentencepiece", "google.protobuf"):
+            import_module(package)
+    except ImportError as error:
+        raise ImportError(
+            f"reading {folder / 'tokenizer.model'} needs sentencepiece and protobuf: "
+            "pip install sentencepiece protobuf"
+        ) from error
+    from tokenizers import Regex, normalizers
+    from transformers import LlamaTokenizer
+
+    settings: dict[str, Any] = {"add_bos_token": True, "legacy": True}  # version 4's defaults
+    path = folder / "tokenizer_config.json"
+    if path.is_file():
+        given = _read_json(path)
+        settings |= {key: given[key] for key in settings if given.get(key) is not None}
+    tokenizer = LlamaTokenizer.from_pretrained(folder, **settings)
+    # Sentencepiece puts a space before every text, this tokenizer only before one without.
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace(Regex(r"\A[ ▁]"), "  ")
+    return tokenizer
+
+
+@dataclass(frozen=True)
+class _Processor:
+    """What a Hugging Face image processor does to an image's shape."""
+
+    pad: bool = False
+    shortest_edge: int | None = None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    return content
+
+
+def _is_original(folder: Path, config: Mapping[str, Any]) -> bool:
+    """Whether a folder has LLaVA's own layout; otherwise it has that of Hugging Face."""
+    architectures = config.get("architectures") or []
+    kind = config.get("model_type", "llava")
+    if "LlavaForConditionalGeneration" in architectures:
+        return False
+    if {"LlavaLlamaForCausalLM", "LlavaMistralForCausalLM"} & {*architectures}:
+        return True
+    if kind in ("llava", "llava_llama", "llava_mistral") and {*_ORIGINAL} & {*config}:
+        return True
+    if kind == "llava" or any((folder / name).is_file() for name in _PROCESSOR_FILES):
+        return False
+    raise ValueError(
+        f"{folder / 'config.json'} is of no LLaVA model: model_type {kind!r}, "
+        f"architectures {architectures}"
+    )
+
+
+def _inferred_template(folder: Path, config: Mapping[str, Any]) -> str:
+    """The template that LLaVA's scripts choose by the model's name (llava/eval/run_llava.py).
+
+    They know the folder's name alone; config.json keeps the name after a folder was renamed.
+    """
+    name = folder.name
+    if name.startswith("checkpoint-"):
+        name = folder.parent.name
+    said = [name, str(config.get("_name_or_path", "")).rstrip("/").rsplit("/", 1)[-1]]
+    said += [str(config.get("model_type")), *map(str, config.get("architectures") or [])]
+    words = " ".join(said).lower()
+    if "llama-2" in words:
+        return "llava_llama_2"
+    return "mistral_instruct" if "mistral" in words else "vicuna_v1"
+
+
+def _pads(path: Path, config: Mapping[str, Any]) -> bool:
+    """Whether LLaVA's process_images pads; without the key it does not.
+
+    Raises ValueError for prompts or images with parts that are not implemented.
+    """
+    ratio = config.get("image_aspect_ratio")
+    if str(ratio).startswith("anyres"):
+        raise ValueError(
+            f"{path}: image_aspect_ratio {ratio!r} cuts an image into tiles; supported is one view "
+            'of it, padded ("pad") or not ("square")'
+        )
+    if config.get("mm_use_im_start_end"):
+        raise ValueError(
+            f"{path}: mm_use_im_start_end puts tokens around every image, supported is none"
+        )
+    return ratio == "pad"
+
+
+def _read_processor(folder: Path) -> _Processor:
+    """The settings of a folder's image processor; transformers' defaults where no file has them.
+
+    Raises ValueError that lists all settings which `images.preprocess` does not implement.
+    """
+    path, settings = folder, dict[str, Any]()
+    for name in _PROCESSOR_FILES:
+        if (folder / name).is_file():
+            content = _read_json(folder / name)
+            found = content.get("image_processor") if name == _PROCESSOR_FILES[-1] else content
+            if found:
+                path, settings = folder / name, found
+    must = {"do_resize": True, "do_center_crop": True, "resample": 3}
+    problems = [
+        f"{key} is {settings[key]!r}, supported is {value!r}"
+        for key, value in must.items()
+        if settings.get(key, value) != value
+    ]
+    edge = settings.get("size", _CLIP_SIZE)
+    if isinstance(edge, Mapping):
+        edge = edge.get("shortest_edge")
+        if edge is None:
+            problems.append(f"size is {settings['size']!r}, supported is shortest_edge alone")
+    crop = settings.get("crop_size", _CLIP_SIZE)
+    sides = set(crop.values()) if isinstance(crop, Mapping) else {crop}
+    if len(sides) > 1:
+        problems.append(f"crop_size is {crop!r}, supported is a square")
+    if problems:
+        raise ValueError(f"{path} asks for what is not supported:\n  " + "\n  ".join(problems))
+    return _Processor(
+        # Elsewhere the key means that images of a batch are padded to one size.
+        pad=bool(settings.get("do_pad"))
+        and str(settings.get("image_processor_type")).startswith("LlavaImageProcessor"),
+        shortest_edge=None if edge in sides else edge,
+    )

@@ -60,6 +60,7 @@ COMPARE = (
 )
 LOCATE = "Find the digits."
 NEIGHBOURS = "Read the digits {direction} the digits."
+BESIDE = "Read the digits {direction} the digits in row and column."
 TRANSCRIBE = "Read the digits."
 SUM = (
     ("Add up the digits in row {row}.", "{sum}"),

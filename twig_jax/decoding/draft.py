@@ -48,8 +48,7 @@ def trunk_step(
     """Runs one node, at positions [B], through the trunk: its layer-K state and scratch slot."""
     B, W = drafts.tokens.shape
     token = jax.lax.dynamic_slice_in_dim(drafts.tokens, node, 1, 1)
-    nothing = jnp.zeros((B, 0, drafts.states.shape[-1]), drafts.states.dtype)
-    x = program.base_apply(weights, "merge", token, jnp.zeros((B, 1), bool), nothing)
+    x = program.base_apply(weights, "embed", token)
     x, trunk = program.layers(
         weights,
         0,

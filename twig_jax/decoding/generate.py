@@ -1,7 +1,7 @@
 """From requests to results: buckets, compiled programs, timings."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -17,6 +17,7 @@ from twig_jax.models.llava import Llava, Params
 from twig_jax.pruning.budget import retained
 
 _UNBOUNDED = 2**30
+_CHUNK = 4  # iterations between two looks at what came, where somebody watches
 
 
 @dataclass(frozen=True)
@@ -94,9 +95,16 @@ class Generator:
             twig_config.check(config.text.num_layers)
         self.weights = Weights(base, twig)
 
-    def generate(self, requests: Sequence[Request], settings: Settings) -> list[Result]:
+    def generate(
+        self,
+        requests: Sequence[Request],
+        settings: Settings,
+        watch: Callable[[list[np.ndarray]], None] | None = None,
+    ) -> list[Result]:
         """Answers one batch, in order.
 
+        watch: is given the tokens of every row so far, every few iterations; the tokens do not
+        depend on it.
         Raises ValueError for bad settings or requests, before anything runs: an unknown mode or
         selector, a budget without solution, a mode that needs a twig without one, image slots that
         do not match the images.
@@ -107,22 +115,29 @@ class Generator:
         state, signals, logits = _prefill(program, self.weights, inputs, limits)
         jax.block_until_ready(state.n)
         middle = time.perf_counter()
-        state = _decode(program, self.weights, state, limits, _UNBOUNDED)
-        jax.block_until_ready(state.n)
+        chunk = _UNBOUNDED if watch is None else _CHUNK
+        finished = False
+        while not finished:
+            state = _decode(program, self.weights, state, limits, chunk)
+            if watch is None:
+                jax.block_until_ready(state.n)
+                break
+            tokens, n, done = jax.device_get((state.tokens, state.n, state.done))
+            watch([_emitted(row, length, limits) for row, length in zip(tokens, n, strict=True)])
+            finished = bool(done.all())
         times = (middle - began, time.perf_counter() - middle)
         keep = (state.tokens, state.n, state.iterations, state.trace, signals, logits)
         tokens, n, iterations, trace, signals, logits = jax.device_get(keep)
         results = []
         for b, request in enumerate(requests):
-            length = int(n[b])
-            ended = length > 0 and tokens[b, length - 1] == limits.eos
-            size = length - bool(ended)
+            emitted = _emitted(tokens[b], n[b], limits)
+            size = len(emitted)
             rounds = int(iterations[b])
             kept = signals.kept[b][signals.kept[b] < len(request.ids)]
             results.append(
                 Result(
-                    tokens=tokens[b, :size],
-                    stopped_by="eos" if ended else "length",
+                    tokens=emitted,
+                    stopped_by="eos" if size < n[b] else "length",
                     accepted=trace.accepted[b, :size],
                     drafts=_ragged(trace, trace.drafts, b, rounds),
                     probs=_ragged(trace, trace.probs, b, rounds),
@@ -151,7 +166,7 @@ class Generator:
             raise ValueError("a batch needs at least one request")
         if (settings.prune or settings.draft) and self.twig_config is None:
             raise ValueError(f"mode {settings.mode} needs a twig; load one, or use mode plain")
-        M = self.config.vision.num_patches
+        M = self.config.vision.num_tokens
         images, budgets, texts, news = [], [], [], []
         for i, request in enumerate(requests):
             slots = int(request.is_visual.sum())
@@ -219,7 +234,7 @@ class Generator:
 
     def _budget(self, request: Request, settings: Settings, images: int) -> int:
         if not settings.prune:
-            return images * self.config.vision.num_patches
+            return images * self.config.vision.num_tokens
         average = request.avg_retained
         average = settings.avg_retained if average is None else average
         if average is None:
@@ -229,14 +244,14 @@ class Generator:
             average,
             self.twig_config,
             self.config.text.num_layers,
-            self.config.vision.num_patches,
+            self.config.vision.num_tokens,
             images,
         )
 
     def _embed(self, requests: Sequence[Request], program: Program) -> jax.Array:
         """Visual embeddings [B, I·M, d]; a row with fewer images is padded at its end."""
         d = self.config.text.hidden_size
-        M = self.config.vision.num_patches
+        M = self.config.vision.num_tokens
         width = program.images * M
         dtype = self.weights.base["text"]["embed_tokens"]["embedding"].dtype
         if not width:
@@ -255,6 +270,11 @@ class Generator:
             if request.pixels is not None:
                 pixels[b, : len(request.pixels)] = request.pixels
         return _encode(self.config, self.weights.base, jnp.asarray(pixels, dtype))
+
+
+def _emitted(tokens: np.ndarray, n: int, limits: Limits) -> np.ndarray:
+    """A row's tokens so far, without its EOS."""
+    return tokens[: n - 1] if n > 0 and tokens[n - 1] == limits.eos else tokens[:n]
 
 
 def _ragged(trace: Trace, values: np.ndarray, row: int, rounds: int) -> list[np.ndarray]:

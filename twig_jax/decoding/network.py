@@ -54,7 +54,7 @@ class Program:
     @property
     def prompt_slots(self) -> int:
         """P = N + I·M."""
-        return self.text_slots + self.images * self.base.vision.num_patches
+        return self.text_slots + self.images * self.base.vision.num_tokens
 
     @property
     def generated_slots(self) -> int:

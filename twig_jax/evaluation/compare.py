@@ -35,7 +35,7 @@ class Run:
 
     def settings(self, model: Model, common: Settings) -> Settings:
         """The call's settings; `pruned` is a share of the M tokens an image has a layer."""
-        average = model.generator.config.vision.num_patches * (1 - self.pruned)
+        average = model.generator.config.vision.num_tokens * (1 - self.pruned)
         return replace(common, mode=self.mode, avg_retained=round(average))
 
 
@@ -106,6 +106,20 @@ def accuracy_rows(
         for run in runs
         for task, of in _tasks(samples)
     ]
+
+
+def blank_exact(model: Model, blank: Sequence[Sample], common: Settings, *, batch: int) -> float:
+    """Plain decoding's exact match on pages that were blanked, yes-or-no questions left out.
+
+    Near the one in ten of a guessed digit, or else the base knows answers without looking, and
+    which tokens are kept could not matter.
+    """
+    asked = [sample for sample in blank if sample.question.kind != "compare"]
+    plain = replace(common, mode="plain")
+    results = answer(model.generator, asked, plain, batch=batch)
+    return float(
+        np.mean([exact(model.tokenizer, s, r) for s, r in zip(asked, results, strict=True)])
+    )
 
 
 def _tasks(samples: Sequence[Sample]) -> list[tuple[str, list[int]]]:

@@ -59,7 +59,7 @@ def make_request(tokenizer: Any, config: LlavaConfig, question: str, pixels: np.
     """A single-turn request; pixels float32 [I, H, W, 3], normalised."""
     text = conversation.prompt(_TEMPLATE, [(question, None)], images=len(pixels))
     ids, is_visual = prompt_ids(
-        tokenizer, text, config.image_token_id, config.vision.num_patches, len(pixels)
+        tokenizer, text, config.image_token_id, config.vision.num_tokens, len(pixels)
     )
     return Request(ids, is_visual, pixels=pixels)
 

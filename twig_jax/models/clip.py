@@ -35,7 +35,7 @@ class EncoderLayer(nn.Module):
 
 
 class VisionTower(nn.Module):
-    """CLIP's image encoder up to the feature layer LLaVA reads, class token dropped."""
+    """CLIP's image encoder up to the feature layer LLaVA reads."""
 
     config: VisionConfig
 
@@ -54,7 +54,7 @@ class VisionTower(nn.Module):
         self.post_layernorm = LayerNorm(c.layer_norm_eps)
 
     def __call__(self, pixels: jax.Array) -> jax.Array:
-        """Normalised pixels [B, H, W, 3] -> patch features [B, M, d_v]."""
+        """Normalised pixels [B, H, W, 3] -> features [B, M, d_v]."""
         c = self.config
         x = rearrange(pixels, "B (h p) (w q) c -> B (h w) p q c", p=c.patch_size, q=c.patch_size)
         x = jnp.einsum("BMpqc,pqcd->BMd", x, self.patch_embedding)
@@ -67,7 +67,7 @@ class VisionTower(nn.Module):
                 x = layer(x)
         if self.is_initializing():
             self.post_layernorm(x)
-        return x[:, 1:]
+        return x if c.class_token else x[:, 1:]
 
 
 class Projector(nn.Module):

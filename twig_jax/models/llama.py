@@ -77,7 +77,8 @@ class DecoderLayer(nn.Module):
 class Decoder(nn.Module):
     """A stack of `num_layers` decoder layers with a final norm and head.
 
-    The base has an embedding; the twig (`embeds=False`) reads the base's hidden states.
+    The base has an embedding; the twig (`embeds=False`) reads the base's hidden states and has a
+    head of its own whatever the base's is.
     """
 
     config: TextConfig
@@ -92,9 +93,11 @@ class Decoder(nn.Module):
             )
         self.layers = [DecoderLayer(c) for _ in range(self.num_layers)]
         self.norm = RMSNorm(c.rms_norm_eps)
-        self.lm_head = nn.Dense(
-            c.vocab_size, use_bias=False, kernel_init=nn.initializers.normal(0.02)
-        )
+        self.tied = c.tied_head and self.embeds
+        if not self.tied:
+            self.lm_head = nn.Dense(
+                c.vocab_size, use_bias=False, kernel_init=nn.initializers.normal(0.02)
+            )
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """int32 [B, S] -> [B, S, d]."""
@@ -142,7 +145,8 @@ class Decoder(nn.Module):
 
     def logits(self, x: jax.Array) -> jax.Array:
         """Final norm and head: [B, Q, d] -> float32 [B, Q, V]."""
-        return self.lm_head(self.norm(x)).astype(jnp.float32)
+        head = self.embed_tokens.attend if self.tied else self.lm_head
+        return head(self.norm(x)).astype(jnp.float32)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Touches every parameter, for initialisation: [B, S, d] -> [B, S, V]."""

@@ -31,14 +31,19 @@ class Llava(nn.Module):
         features = self.vision(rearrange(pixels, "B I h w c -> (B I) h w c"))
         return rearrange(self.projector(features), "(B I) M d -> B (I M) d", B=pixels.shape[0])
 
+    def embed(self, tokens: jax.Array) -> jax.Array:
+        """`Decoder.embed` of the decoder."""
+        return self.text.embed(tokens)
+
     def merge(self, tokens: jax.Array, is_visual: jax.Array, visual: jax.Array) -> jax.Array:
         """Token embeddings with the visual ones put into their slots, in order.
 
         tokens int32 [B, P], is_visual bool [B, P], visual [B, I·M, d] -> [B, P, d].
         """
-        x = self.text.embed(tokens)
         if visual.shape[1] == 0:
-            return x
+            return self.text.embed(tokens)
+        # The id that marks a slot may lie outside the vocabulary.
+        x = self.text.embed(jnp.where(is_visual, 0, tokens))
         slot = jnp.maximum(jnp.cumsum(is_visual, axis=1) - 1, 0)  # [B, P]
         placed = jnp.take_along_axis(visual, slot[..., None], axis=1)
         return jnp.where(is_visual[..., None], placed.astype(x.dtype), x)

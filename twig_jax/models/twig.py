@@ -23,7 +23,12 @@ def init_twig(
     the base has too few layers.
     """
     twig.check(text.num_layers)
-    head = {"norm": base["text"]["norm"], "lm_head": base["text"]["lm_head"]}
+    kernel = (
+        base["text"]["embed_tokens"]["embedding"].T
+        if text.tied_head
+        else base["text"]["lm_head"]["kernel"]
+    )
+    head = {"norm": base["text"]["norm"], "lm_head": {"kernel": kernel}}
     if how == "random":
         x = jnp.zeros((1, 1, text.hidden_size))
         drawn = twig_decoder(text, twig).init(jax.random.key(seed), x)["params"]

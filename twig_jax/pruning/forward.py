@@ -64,9 +64,7 @@ def forward(
         return jnp.concatenate([prompt_part, answer_part], axis=1)
 
     x = model.apply(variables, prompt.tokens, prompt.is_visual, prompt.visual, method="merge")
-    words = model.apply(
-        variables, answers, jnp.zeros((B, A), bool), prompt.visual[:, :0], method="merge"
-    )
+    words = model.apply(variables, answers, method="embed")
     everywhere = jnp.ones((B, A), bool)
     at = joined(jnp.broadcast_to(slots, (B, P)), after)
     mask = causal(at, joined(real, everywhere))

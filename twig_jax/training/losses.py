@@ -29,12 +29,7 @@ def _inputs(model: Llava, params: Params, batch: Batch) -> tuple[jax.Array, jax.
     visual = model.apply(apply, batch["pixels"], method="encode")
     prefix = model.apply(apply, batch["prefix"], batch["prefix_visual"], visual, method="merge")
     tokens = rearrange(batch["tokens"], "B n S -> (B n) S")
-    nothing = jnp.zeros((tokens.shape[0], 0, prefix.shape[-1]), prefix.dtype)
-    return (
-        visual,
-        prefix,
-        model.apply(apply, tokens, jnp.zeros(tokens.shape, bool), nothing, method="merge"),
-    )
+    return visual, prefix, model.apply(apply, tokens, method="embed")
 
 
 def _run(

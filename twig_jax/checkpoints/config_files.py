@@ -1,4 +1,8 @@
-"""The JSON files beside the weights: config.json, generation and processor settings."""
+"""The JSON files beside the weights: config.json, generation and processor settings.
+
+Two layouts are read: Hugging Face's (`text_config` and `vision_config` apart) and the original
+LLaVA's (Llama's fields at the root, `mm_*` fields for the rest). One is written: Hugging Face's.
+"""
 
 import shutil
 from collections.abc import Mapping
@@ -56,8 +60,6 @@ _MODEL_MUST = {
     "model_type": "llava",
     "projector_hidden_act": "gelu",
     "multimodal_projector_bias": True,
-    "vision_feature_select_strategy": "default",
-    "tie_word_embeddings": False,
 }
 _VISION_MUST = {"model_type": "clip_vision_model", "hidden_act": "quick_gelu", "num_channels": 3}
 _TEXT_MUST = {
@@ -65,39 +67,141 @@ _TEXT_MUST = {
     "hidden_act": "silu",
     "attention_bias": False,
     "mlp_bias": False,
-    "tie_word_embeddings": False,
+}
+_ORIGINAL_MUST = {
+    "mm_projector_type": "mlp2x_gelu",
+    "mm_use_im_start_end": False,
+    "mm_use_im_patch_token": False,
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+}
+# Whether the class token's feature is kept, by what either layout calls it.
+_CLASS_TOKEN = {"default": False, "full": True, "patch": False, "cls_patch": True}
+# Fields of the original layout that say how to prompt; they are kept beside Hugging Face's.
+_NOTES = ("image_aspect_ratio", "conversation_template")
+# The towers that original checkpoints name, where their own configuration is not at hand.
+_TOWERS: dict[str, dict[str, Any]] = {
+    "openai/clip-vit-large-patch14-336": _WHOLE_VISION,
+    "openai/clip-vit-large-patch14": _WHOLE_VISION | {"image_size": 224},
 }
 
 
-def read_config(folder: Path) -> LlavaConfig:
-    """The configuration in a folder's config.json, as transformers would read it.
+def read_config(folder: Path, vision_source: Path | None = None) -> LlavaConfig:
+    """The configuration in a folder's config.json, as its own code would read it.
 
     Missing fields take transformers' defaults. Pixel mean and deviation come from the processor's
-    file where there is one. Raises FileNotFoundError without config.json, ValueError that lists
-    every setting the models here do not implement.
+    file where there is one. vision_source: the folder of an original checkpoint's vision tower.
+    Raises FileNotFoundError without config.json, ValueError that lists every setting the models
+    here do not implement.
     """
     path = folder / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder} has no config.json")
     model = read_json(path)
+    if is_original(model):
+        return _original(path, model, vision_source)
     given_vision = model.get("vision_config")
     vision = _VISION | (_WHOLE_VISION if given_vision is None else given_vision)
     text = _TEXT | (model.get("text_config") or {})
+    return _config(
+        path,
+        vision,
+        text,
+        feature=("vision_feature_layer", model.get("vision_feature_layer", -2)),
+        strategy=(
+            "vision_feature_select_strategy",
+            model.get("vision_feature_select_strategy", "default"),
+        ),
+        image_token_id=model.get("image_token_index", model.get("image_token_id", 32000)),
+        # transformers pads with eos where no id is given.
+        pad=(model.get("pad_token_id"), text.get("pad_token_id")),
+        # transformers ties where either says so.
+        tied=text.get("tie_word_embeddings") or model.get("tie_word_embeddings"),
+        pixels=_pixel_statistics(folder),
+        prefixes=("vision_config.", "text_config."),
+        problems=_differences(model, _MODEL_MUST, ""),
+        text_must=_TEXT_MUST,
+    )
+
+
+def is_original(model: Json) -> bool:
+    """Whether a config.json is of the original LLaVA layout."""
+    return "mm_vision_tower" in model or "mm_projector_type" in model
+
+
+def notes(folder: Path) -> dict[str, Any]:
+    """What config.json says about prompting, in the original layout's words; else nothing."""
+    model = read_json(folder / "config.json")
+    found = {key: model[key] for key in _NOTES if key in model}
+    if is_original(model):
+        found.setdefault("image_aspect_ratio", "square")  # what LLaVA does where nothing is said
+    return found
+
+
+def _original(path: Path, model: Json, vision_source: Path | None) -> LlavaConfig:
+    tower = model.get("mm_vision_tower")
+    if vision_source is not None:
+        clip = read_json(vision_source / "config.json")
+        vision, statistics = clip.get("vision_config", clip), _pixel_statistics(vision_source)
+    elif tower in _TOWERS:
+        vision, statistics = _TOWERS[tower], (CLIP_MEAN, CLIP_STD)
+    else:
+        raise ValueError(
+            f"{path} names the vision tower {tower!r}, whose shape is not known here; give its "
+            "folder as the vision source"
+        )
+    text = _TEXT | dict(model)
+    vocabulary = text["vocab_size"]
+    return _config(
+        path,
+        _VISION | dict(vision),
+        text,
+        feature=("mm_vision_select_layer", model.get("mm_vision_select_layer", -2)),
+        strategy=("mm_vision_select_feature", model.get("mm_vision_select_feature", "patch")),
+        image_token_id=vocabulary,  # the first id that means nothing else
+        pad=(model.get("pad_token_id"),),
+        tied=text.get("tie_word_embeddings"),
+        pixels=statistics,
+        prefixes=("vision tower: ", ""),
+        problems=_differences(model, _ORIGINAL_MUST, ""),
+        text_must={},
+    )
+
+
+def _config(
+    path: Path,
+    vision: Json,
+    text: Json,
+    *,
+    feature: tuple[str, Any],
+    strategy: tuple[str, Any],
+    image_token_id: int,
+    pad: tuple[Any, ...],
+    tied: bool | None,
+    pixels: tuple[Any, Any],
+    prefixes: tuple[str, str],
+    problems: list[str],
+    text_must: Json,
+) -> LlavaConfig:
+    """What both layouts share. `feature` and `strategy` come with their names, for messages."""
+    of_vision, of_text = prefixes
     rope = _rope(text)
-    feature = model.get("vision_feature_layer", -2)
     bos, eos = _single(text["bos_token_id"]), _single(text["eos_token_id"])
     problems = [
-        *_differences(model, _MODEL_MUST, ""),
-        *_differences(vision, _VISION_MUST, "vision_config."),
-        *_differences(text, _TEXT_MUST, "text_config."),
-        *_differences(rope, {"rope_type": "default"}, "text_config.rope_parameters."),
+        *problems,
+        *_differences(vision, _VISION_MUST, of_vision),
+        *_differences(text, text_must, of_text),
+        *_differences(rope, {"rope_type": "default"}, f"{of_text}rope_parameters."),
     ]
+    if strategy[1] not in _CLASS_TOKEN:
+        problems.append(f"{strategy[0]} is {strategy[1]!r}, supported: {', '.join(_CLASS_TOKEN)}")
     integers = {
-        "vision_feature_layer": feature,
-        "vision_config.image_size": vision["image_size"],
-        "vision_config.patch_size": vision["patch_size"],
-        "text_config.bos_token_id": bos,
-        "text_config.eos_token_id": eos,
+        feature[0]: feature[1],
+        f"{of_vision}image_size": vision["image_size"],
+        f"{of_vision}patch_size": vision["patch_size"],
+        f"{of_text}bos_token_id": bos,
+        f"{of_text}eos_token_id": eos,
     }
     problems += [
         f"{name} is {value!r}, supported is one integer"
@@ -106,12 +210,6 @@ def read_config(folder: Path) -> LlavaConfig:
     ]
     if problems:
         raise ValueError(f"{path} asks for what is not supported:\n  " + "\n  ".join(problems))
-
-    pad = next(
-        (p for p in (model.get("pad_token_id"), text.get("pad_token_id")) if p is not None),
-        eos,  # as transformers pads where no id is given
-    )
-    mean, std = _pixel_statistics(folder)
     heads = text["num_attention_heads"]
     return LlavaConfig(
         vision=VisionConfig(
@@ -122,9 +220,10 @@ def read_config(folder: Path) -> LlavaConfig:
             num_layers=vision["num_hidden_layers"],
             num_heads=vision["num_attention_heads"],
             layer_norm_eps=vision["layer_norm_eps"],
-            feature_layer=feature,
-            image_mean=mean,
-            image_std=std,
+            feature_layer=feature[1],
+            class_token=_CLASS_TOKEN[strategy[1]],
+            image_mean=pixels[0],
+            image_std=pixels[1],
         ),
         text=TextConfig(
             vocab_size=text["vocab_size"],
@@ -137,11 +236,12 @@ def read_config(folder: Path) -> LlavaConfig:
             rope_theta=float(rope["rope_theta"]),
             rms_norm_eps=text["rms_norm_eps"],
             max_positions=text["max_position_embeddings"],
+            tied_head=bool(tied),
         ),
-        image_token_id=model.get("image_token_index", model.get("image_token_id", 32000)),
+        image_token_id=image_token_id,
         bos_token_id=bos,
         eos_token_id=eos,
-        pad_token_id=pad,
+        pad_token_id=next((p for p in pad if p is not None), eos),
     )
 
 
@@ -178,8 +278,11 @@ def _pixel_statistics(folder: Path) -> tuple[Any, Any]:
     return tuple(settings.get("image_mean", CLIP_MEAN)), tuple(settings.get("image_std", CLIP_STD))
 
 
-def write_config(folder: Path, config: LlavaConfig, dtype: str) -> None:
-    """config.json and generation_config.json for transformers' LlavaForConditionalGeneration."""
+def write_config(folder: Path, config: LlavaConfig, dtype: str, notes: Json | None = None) -> None:
+    """config.json and generation_config.json for transformers' LlavaForConditionalGeneration.
+
+    notes: further fields, as `notes` finds them; transformers carries them along.
+    """
     text, vision = config.text, config.vision
     special = {
         "bos_token_id": config.bos_token_id,
@@ -189,7 +292,9 @@ def write_config(folder: Path, config: LlavaConfig, dtype: str) -> None:
     content = {
         "architectures": ["LlavaForConditionalGeneration"],
         "dtype": dtype,
-        "image_seq_length": vision.num_patches,
+        "image_seq_length": vision.num_tokens,
+        "tie_word_embeddings": text.tied_head,
+        "vision_feature_select_strategy": "full" if vision.class_token else "default",
         "image_token_index": config.image_token_id,
         "vision_feature_layer": vision.feature_layer,
         "vision_config": {
@@ -213,12 +318,18 @@ def write_config(folder: Path, config: LlavaConfig, dtype: str) -> None:
             "rms_norm_eps": text.rms_norm_eps,
             "max_position_embeddings": text.max_positions,
             "rope_parameters": {"rope_theta": text.rope_theta, "rope_type": "default"},
+            "tie_word_embeddings": text.tied_head,
         }
         | special
         | _TEXT_MUST,
     }
-    write_json(folder / "config.json", content | _MODEL_MUST)
+    write_json(folder / "config.json", content | _MODEL_MUST | dict(notes or {}))
     write_json(folder / "generation_config.json", special)
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder has a tokenizer's files."""
+    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
 
 
 def write_processor(folder: Path, config: LlavaConfig, source: Path | None) -> None:
@@ -232,7 +343,7 @@ def write_processor(folder: Path, config: LlavaConfig, source: Path | None) -> N
     if source is not None:
         names = (*_TOKENIZER_FILES, _PROCESSOR, _PREPROCESSOR)
         copied = [name for name in names if (source / name).is_file()]
-        if not {"tokenizer.json", "tokenizer.model"} & set(copied):
+        if not has_tokenizer(source):
             raise FileNotFoundError(
                 f"{source} has no tokenizer: neither tokenizer.json nor tokenizer.model"
             )
@@ -260,9 +371,9 @@ def write_processor(folder: Path, config: LlavaConfig, source: Path | None) -> N
                 "rescale_factor": 1 / 255,
             },
             "image_token": "<image>",
-            "num_additional_image_tokens": 1,  # the class token, which LLaVA drops again
+            "num_additional_image_tokens": 1,  # the class token, which "default" drops again
             "patch_size": vision.patch_size,
             "processor_class": "LlavaProcessor",
-            "vision_feature_select_strategy": "default",
+            "vision_feature_select_strategy": "full" if vision.class_token else "default",
         },
     )

@@ -1,0 +1,324 @@
+"""Conversions: bit for bit there and back, nothing half written, everything wrong said at once."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+
+from twig_jax.checkpoints import storage
+from twig_jax.checkpoints.convert import convert, plan, verify
+from twig_jax.checkpoints.llava import layout, read_llava, write_llava
+from twig_jax.checkpoints.tables import flatten
+from twig_jax.checkpoints.twig import fingerprint, read_twig, write_twig
+from twig_jax.sharding.mesh import make_mesh
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def hf(tmp_path, base, config):
+    """A bfloat16 Hugging Face folder of `base`, with a tokenizer's file."""
+    folder = tmp_path / "hf"
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "tokenizer.json").write_text("{}")
+    write_llava(folder, base, config, "bfloat16", tokenizer=tmp_path / "tokenizer")
+    return folder
+
+
+@pytest.fixture
+def official(tmp_path, twig, twig_config, base, config):
+    """A twig as it is published: its tensors, some of its base's, and no twig.json."""
+    folder = tmp_path / "official"
+    write_twig(folder, twig, twig_config, base, config, "bfloat16")
+    (folder / "twig.json").unlink()
+    stored = load_file(folder / "model.safetensors")
+    stored["model.embed_tokens.weight"] = np.zeros((40, 24), ml_dtypes.bfloat16)
+    save_file(stored, folder / "model.safetensors")
+    return folder
+
+
+def run(source, to, out, **options):
+    with plan(source, to, **options) as p:
+        convert(p, out)
+        assert verify(p, out) == []
+
+
+def stored(folder):
+    """Every tensor in a folder's files, as bytes with type and shape."""
+    files = sorted(folder.glob("*.safetensors"))
+    assert files
+    return {
+        name: (x.dtype.name, x.shape, x.tobytes())
+        for file in files
+        for name, x in load_file(file).items()
+    }
+
+
+def test_hf_to_orbax_and_back(tmp_path, hf, config):
+    run(hf, "orbax", tmp_path / "orbax")
+    assert layout(tmp_path / "orbax") == "orbax"
+    run(tmp_path / "orbax", "hf", tmp_path / "again")
+    assert stored(tmp_path / "again") == stored(hf)
+    for name in ("config.json", "processor_config.json", "tokenizer.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (hf / name).read_bytes()
+    found, params = read_llava(tmp_path / "orbax")
+    assert found == config
+    for (path, x), (other, y) in zip(
+        sorted(flatten(params).items()), sorted(flatten(read_llava(hf)[1]).items()), strict=True
+    ):
+        assert path == other and x.dtype == y.dtype
+        np.testing.assert_array_equal(np.asarray(x).view(np.uint16), np.array(y).view(np.uint16))
+
+
+def test_official_twig_to_orbax_and_back(tmp_path, official, hf, base, config, twig_config):
+    with plan(official, "orbax", K=1, K_f=3, base=hf) as p:
+        assert p.source.ignored == ("model.embed_tokens.weight",)
+        convert(p, tmp_path / "orbax")
+    run(tmp_path / "orbax", "twig-official", tmp_path / "again")
+    expected = stored(official)
+    del expected["model.embed_tokens.weight"]
+    assert stored(tmp_path / "again") == expected
+    notes = json.loads((tmp_path / "again" / "twig.json").read_text())
+    assert notes["base_fingerprint"] == fingerprint(config, base, 1)
+    for folder in (tmp_path / "orbax", tmp_path / "again"):
+        assert read_twig(folder, base, config)[0] == twig_config
+
+
+def test_a_twig_that_does_not_say_where_it_grows(tmp_path, official):
+    with pytest.raises(ValueError, match="give --K"), plan(official, "orbax"):
+        pass
+    run(official, "twig-official", tmp_path / "out", K=1, K_f=3)
+    assert json.loads((tmp_path / "out" / "twig.json").read_text())["base_fingerprint"] is None
+
+
+def test_sharded_files_and_a_mesh(tmp_path, hf, monkeypatch):
+    expected = stored(hf)
+    monkeypatch.setattr(storage, "SHARD_BYTES", 4000)
+    run(hf, "hf", tmp_path / "shards")
+    index = json.loads((tmp_path / "shards" / "model.safetensors.index.json").read_text())
+    files = sorted(path.name for path in (tmp_path / "shards").glob("*.safetensors"))
+    assert len(files) > 3 and files == sorted(set(index["weight_map"].values()))
+    assert files[0] == f"model-00001-of-{len(files):05}.safetensors"
+    with plan(tmp_path / "shards", "orbax") as p:
+        convert(p, tmp_path / "orbax", mesh=make_mesh(2, 2, 2))
+    monkeypatch.undo()
+    run(tmp_path / "orbax", "hf", tmp_path / "again")
+    assert stored(tmp_path / "again") == expected
+
+
+def original(folder, hf, tower=None, **fields):
+    """The same base in the original layout; `tower` is a folder for the vision part."""
+    folder.mkdir()
+    config = json.loads((hf / "config.json").read_text())
+    names = {
+        "language_model.": "",
+        "multi_modal_projector.linear_1": "model.mm_projector.0",
+        "multi_modal_projector.linear_2": "model.mm_projector.2",
+        "vision_tower.": "model.vision_tower.vision_tower.vision_model.",
+    }
+    tensors, vision = {}, {}
+    for name, x in load_file(hf / "model.safetensors").items():
+        x = torch.from_numpy(x.view(np.int16).copy()).view(torch.bfloat16)
+        if tower is not None and name.startswith("vision_tower."):
+            vision[name.replace("vision_tower.", "vision_model.")] = x
+            continue
+        for old, new in names.items():
+            if name.startswith(old):
+                tensors[name.replace(old, new)] = x
+    torch.save(tensors, folder / "pytorch_model.bin")
+    if tower is not None:
+        tower.mkdir()
+        vision["text_model.embeddings.token_embedding.weight"] = torch.zeros(3, 3)
+        vision["logit_scale"] = torch.zeros(())
+        torch.save(vision, tower / "pytorch_model.bin")
+        clip = {"model_type": "clip", "vision_config": config["vision_config"]}
+        (tower / "config.json").write_text(json.dumps(clip))
+        shutil.copy(hf / "processor_config.json", tower)
+    text = config["text_config"] | {"model_type": "llava_llama"}
+    mm = {
+        "mm_vision_tower": "openai/clip-vit-tiny",
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_vision_select_layer": -2,
+        "mm_vision_select_feature": "patch",
+        "image_aspect_ratio": "pad",
+    }
+    (folder / "config.json").write_text(json.dumps(text | mm | fields))
+    return folder
+
+
+def test_original_layout_with_its_tower_apart(tmp_path, hf, config):
+    source = original(tmp_path / "original", hf, tower=tmp_path / "clip")
+    with plan(source, "orbax", vision_source=tmp_path / "clip") as p:
+        assert set(p.source.ignored) == {
+            "text_model.embeddings.token_embedding.weight",
+            "logit_scale",
+        }
+        convert(p, tmp_path / "orbax")
+    found, params = read_llava(tmp_path / "orbax")
+    # Its image slots are marked by the first id beyond the vocabulary.
+    assert found.image_token_id == 40 and found.text == config.text
+    assert found.vision == config.vision
+    for path, x in flatten(read_llava(hf)[1]).items():
+        np.testing.assert_array_equal(
+            np.array(x).view(np.uint16), np.array(flatten(params)[path]).view(np.uint16)
+        )
+    assert json.loads((tmp_path / "orbax" / "config.json").read_text())["image_aspect_ratio"] == (
+        "pad"
+    )
+
+
+def test_original_layout_gets_room_for_the_image_token(tmp_path, hf):
+    """transformers looks up every id, so the vocabulary grows; new rows are means of the old."""
+    source = original(tmp_path / "original", hf, tower=tmp_path / "clip")
+    run(source, "hf", tmp_path / "out", vision_source=tmp_path / "clip")
+    old, (found, params) = read_llava(hf)[1], read_llava(tmp_path / "out")
+    assert (found.text.vocab_size, found.image_token_id, found.pad_token_id) == (64, 40, 41)
+    head = np.array(params["text"]["lm_head"]["kernel"]).astype(np.float32)
+    np.testing.assert_array_equal(head[:, :40], np.array(old["text"]["lm_head"]["kernel"]))
+    x = np.random.default_rng(0).standard_normal((100, 24)).astype(np.float32)
+    assert ((x @ head).argmax(1) < 40).all()
+
+
+def test_an_unknown_tower_must_be_given(tmp_path, hf):
+    source = original(tmp_path / "original", hf)
+    with pytest.raises(ValueError, match="give its folder as the vision source"):
+        plan(source, "orbax").__enter__()
+
+
+def test_tied_head(tmp_path, base, config):
+    import dataclasses
+
+    tied = dataclasses.replace(config, text=dataclasses.replace(config.text, tied_head=True))
+    params = {**base, "text": {k: v for k, v in base["text"].items() if k != "lm_head"}}
+    write_llava(tmp_path / "hf", params, tied, "float32")
+    assert not any("lm_head" in name for name in load_file(tmp_path / "hf/model.safetensors"))
+    # A stored copy is never read.
+    tensors = load_file(tmp_path / "hf/model.safetensors")
+    tensors["lm_head.weight"] = np.zeros((40, 24), np.float32)
+    save_file(tensors, tmp_path / "hf/model.safetensors")
+    with plan(tmp_path / "hf", "orbax") as p:
+        assert p.source.ignored == ("lm_head.weight",)
+        convert(p, tmp_path / "orbax")
+    found, read = read_llava(tmp_path / "orbax")
+    assert found == tied and "lm_head" not in read["text"]
+
+
+def test_plans_read_no_weights(hf, monkeypatch):
+    def reading(self, name):
+        raise AssertionError(name)
+
+    monkeypatch.setattr(storage.Weights, "__getitem__", reading)
+    with plan(hf, "orbax") as p:
+        lines = p.destinations()
+    assert ("params/text/layers_0/q_proj/kernel", (24, 40), "bfloat16") in lines
+
+
+@pytest.mark.parametrize(
+    ("to", "message"),
+    [("twig-official", "holds a base"), ("torch", "no target format")],
+)
+def test_targets_that_do_not_fit(hf, to, message):
+    with pytest.raises(ValueError, match=message):
+        plan(hf, to).__enter__()
+
+
+def test_a_twig_is_no_base(official):
+    with pytest.raises(ValueError, match="holds a twig"):
+        plan(official, "hf", K=1, K_f=3).__enter__()
+
+
+def test_nothing_is_overwritten(tmp_path, hf):
+    (tmp_path / "out").mkdir()
+    with plan(hf, "orbax") as p, pytest.raises(FileExistsError, match="out is there already"):
+        convert(p, tmp_path / "out")
+
+
+def test_too_little_room(tmp_path, hf, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=10**6)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with plan(hf, "orbax") as p, pytest.raises(OSError, match="GiB free"):
+        convert(p, tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize("to", ["orbax", "hf"])
+def test_a_failure_leaves_nothing_and_a_rerun_works(tmp_path, hf, to):
+    def fail(nbytes):
+        raise KeyboardInterrupt
+
+    with plan(hf, to) as p:
+        with pytest.raises(KeyboardInterrupt):
+            convert(p, tmp_path / "out", seen=fail)
+        assert not list(tmp_path.glob("out*"))
+        # A killed process cannot clean up; what it left gives way.
+        (tmp_path / "out.partial" / "params").mkdir(parents=True)
+        convert(p, tmp_path / "out")
+        assert verify(p, tmp_path / "out") == []
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_verification_finds_a_changed_value(tmp_path, hf):
+    with plan(hf, "hf") as p:
+        convert(p, tmp_path / "out")
+        tensors = load_file(tmp_path / "out/model.safetensors")
+        tensors["vision_tower.pre_layrnorm.bias"][3] += 1
+        save_file(tensors, tmp_path / "out/model.safetensors")
+        assert verify(p, tmp_path / "out") == ["vision_tower.pre_layrnorm.bias"]
+
+
+def launcher(*arguments, **limits):
+    code = "import sys; from launch.convert import main; from launch import run; run(main)"
+    if limits:
+        limit = (limits["bytes"], limits["bytes"])
+        code = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, {limit}); {code}"
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"},
+    )
+
+
+def test_the_launcher(tmp_path, hf):
+    done = launcher("--source", hf, "--to", "orbax", "--out", tmp_path / "out", "--verify")
+    assert done.returncode == 0, done.stderr
+    assert "every checksum equal" in done.stdout
+    done = launcher("--source", hf, "--to", "hf", "--dry_run")
+    assert done.returncode == 0, done.stderr
+    leaves = len(jax.tree.leaves(read_llava(hf)[1]))
+    assert done.stdout.count(" -> ") == leaves
+
+
+@pytest.mark.parametrize("to", ["orbax", "hf"])
+def test_a_full_disk(tmp_path, hf, to):
+    """A limit on the size of files stands in for the disk."""
+    done = launcher("--source", hf, "--to", to, "--out", tmp_path / "out", bytes=30000)
+    assert done.returncode == 1 and "convert: cannot write" in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_hub_id_without_network(tmp_path):
+    done = launcher("--source", "nobody/nothing", "--to", "orbax", "--out", tmp_path / "out")
+    assert done.returncode == 1
+    assert "no folder nobody/nothing, and the hub does not give it" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_wrong_index(tmp_path, hf):
+    where = dict.fromkeys(load_file(hf / "model.safetensors"), "a.safetensors")
+    (hf / "model.safetensors").rename(hf / "a.safetensors")
+    where["language_model.model.layers.9.mlp.up_proj.weight"] = "a.safetensors"
+    (hf / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    with pytest.raises(ValueError, match=r"puts .*layers\.9.* in a\.safetensors: not there"):
+        plan(hf, "orbax").__enter__()

@@ -1,0 +1,110 @@
+"""launch.generate: one question, a file of questions, and what goes wrong."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import twig_jax
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "docs" / "page.png"
+ASK = "What digit is in row B, column 3?"
+
+
+def launcher(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "launch.generate", *map(str, arguments)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
+
+
+@pytest.fixture(scope="module")
+def model():
+    return twig_jax.load("digits")
+
+
+def test_text_comes_in_pieces(model):
+    pieces = []
+    ask = f"Describe the digit {ASK[14:-1]}, and use four."
+    told = model.generate(ask, [PAGE], told=pieces.append)
+    assert "".join(pieces) == told.text and sum(map(bool, pieces)) > 2
+    silent = model.generate(ask, [PAGE])
+    np.testing.assert_array_equal(told.result.tokens, silent.result.tokens)
+    assert silent.text == told.text
+
+
+def test_raw_prompts_have_no_template(model):
+    plain = model.generate(ASK, [PAGE], mode="plain")
+    raw = model.generate(f"USER: <image>\n{ASK} ASSISTANT:", [PAGE], raw=True, mode="plain")
+    np.testing.assert_array_equal(raw.result.tokens, plain.result.tokens)
+    other = model.request(ASK, raw=True)
+    assert not other.is_visual.any() and other.pixels is None
+
+
+def test_images_of_any_kind(model):
+    image = Image.open(PAGE)
+    results = [
+        model.generate(ASK, [source], mode="plain", max_new_tokens=4).result.tokens
+        for source in (PAGE, str(PAGE), PAGE.read_bytes(), image, np.asarray(image))
+    ]
+    for other in results[1:]:
+        np.testing.assert_array_equal(other, results[0])
+
+
+def test_one_question():
+    done = launcher("--image", PAGE, "--prompt", ASK)
+    assert done.returncode == 0, done.stderr
+    text = done.stdout.strip()
+    done = launcher("--image", PAGE, "--prompt", ASK, "--mode", "ttp", "--json", "-")
+    line = json.loads(done.stdout)
+    assert line["text"] == text and line["drafted"] == 0 and line["retained"]
+
+
+def test_the_readme_s_python():
+    code = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip()
+
+
+def test_a_file_of_questions(tmp_path):
+    (tmp_path / "page.png").write_bytes(PAGE.read_bytes())
+    (tmp_path / "broken.png").write_bytes(PAGE.read_bytes()[:300])
+    rows = [
+        {"question_id": "a", "image": "page.png", "text": ASK},
+        {"question_id": "b", "image": "broken.png", "text": ASK},
+        {"question_id": "c", "text": "Who are you?"},
+    ]
+    (tmp_path / "ask.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    done = launcher("--batch_file", tmp_path / "ask.jsonl", "--json", tmp_path / "out.jsonl")
+    # A question that cannot be answered is reported, never dropped.
+    assert done.returncode == 1 and "1 of 3 questions could not be answered" in done.stderr
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [line["question_id"] for line in lines] == ["a", "b", "c"]
+    assert "broken.png" in lines[1]["error"] and lines[2]["retained"] == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--prompt", ASK, "--raw_prompt", ASK), "give one of --prompt"),
+        (("--prompt", ASK, "--checkpoint", "nowhere"), "no checkpoint folder nowhere"),
+        (("--prompt", "<image> <image>", "--image", str(PAGE)), "2 <image> markers but 1 images"),
+        (("--prompt", ASK, "--template", "vicuna"), "vicuna_v1"),
+        (("--batch_file", "pyproject.toml"), "pyproject.toml, line 1"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    done = launcher(*arguments)
+    assert done.returncode == 1 and message in done.stderr + done.stdout
+    assert "Traceback" not in done.stderr

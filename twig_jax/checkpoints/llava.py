@@ -1,0 +1,226 @@
+"""Bases: Hugging Face LLaVA folders, original LLaVA folders and our orbax folders.
+
+Reading and writing are exact inverses: values are only ever rounded to the type asked for.
+"""
+
+import re
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from twig_jax.checkpoints.config_files import (
+    is_original,
+    read_config,
+    write_config,
+    write_processor,
+)
+from twig_jax.checkpoints.manager import write_tree
+from twig_jax.checkpoints.source import (
+    TREE,
+    Place,
+    Source,
+    from_files,
+    from_orbax,
+    from_tree,
+)
+from twig_jax.checkpoints.storage import Weights, float_dtype, read_json, write_weights
+from twig_jax.checkpoints.tables import Params, Tensor, canonical, llava_tensors, unflatten
+from twig_jax.config import LlavaConfig
+
+# Parts of a full CLIP checkpoint that are no vision tower.
+_NOT_VISION = re.compile(r"^(text_model\.|text_projection|visual_projection|logit_scale)")
+_PART_BYTES = 2**29
+
+
+def local_folder(name: str | Path) -> Path:
+    """The folder of a checkpoint: itself, or a hub id's files, fetched or from the local cache.
+
+    Raises FileNotFoundError for what is neither, or where the hub cannot be reached.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        return folder
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
+        raise FileNotFoundError(f"no checkpoint folder {name}")
+    from huggingface_hub import snapshot_download  # comes with transformers
+
+    patterns = ["*.json", "*.safetensors", "*.bin", "*.model", "*.jinja"]
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=patterns))
+    except Exception as error:  # the hub's client fails in a dozen ways, all of them here
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise FileNotFoundError(
+            f"no folder {name}, and the hub does not give it: {first}; download it where there is "
+            "a network and give its folder"
+        ) from error
+
+
+@contextmanager
+def open_llava(
+    folder: str | Path, vision_source: str | Path | None = None
+) -> Iterator[tuple[LlavaConfig, Source]]:
+    """(configuration, tensors) of a base, whatever its layout, while the context is open.
+
+    vision_source: the CLIP folder of an original checkpoint that has no vision tower of its own.
+    Raises FileNotFoundError for missing files, ValueError for settings that are not supported and
+    for files cut short, and one ValueError for all tensors that are missing, unexpected or
+    misshaped.
+    """
+    folder = Path(folder)
+    vision = None if vision_source is None else Path(vision_source)
+    config = read_config(folder, vision)
+    tensors = llava_tensors(config)
+    if (folder / TREE).is_dir():
+        yield config, from_orbax(tensors, folder / TREE)
+        return
+    with ExitStack() as stack:
+        weights = stack.enter_context(Weights(folder))
+        names, ignored = canonical(weights.shapes)
+        if config.text.tied_head:
+            # A stored copy of a tied head is never read, as in transformers.
+            head = names.pop("language_model.lm_head.weight", None)
+            ignored += [head] if head else []
+        files = [(weights, names)]
+        if vision is not None:
+            tower = stack.enter_context(Weights(vision))
+            used = [name for name in tower.shapes if not _NOT_VISION.match(name)]
+            ignored += [name for name in tower.shapes if _NOT_VISION.match(name)]
+            towers, constants = canonical(used)
+            ignored += constants
+            # The tower asked for replaces one that came along.
+            own = [name for name in names if name.startswith("vision_tower.")]
+            ignored += [names.pop(name) for name in own]
+            files.append((tower, towers))
+        yield config, from_files(tensors, files, str(folder), ignored)
+
+
+def read_llava(
+    folder: str | Path, dtype: Any = None, place: Place | None = None
+) -> tuple[LlavaConfig, Params]:
+    """A base: (configuration, parameters).
+
+    `dtype` rounds every array to that type; None keeps what is stored. place(path, array) puts each
+    on its device as soon as it is read; None keeps numpy arrays. Raises as `open_llava` does.
+    """
+    with open_llava(folder) as (config, source):
+        return config, source.cast(dtype).tree(place)
+
+
+def write_llava(
+    folder: str | Path,
+    params: Params,
+    config: LlavaConfig,
+    dtype: Any = "float16",
+    tokenizer: str | Path | None = None,
+) -> None:
+    """Writes a folder that transformers' LlavaForConditionalGeneration.from_pretrained loads.
+
+    params: the base's tree, jax or numpy arrays. dtype: of the stored tensors. tokenizer: a folder
+    whose tokenizer files (and processor settings, where it has them) are copied, for AutoTokenizer
+    and AutoProcessor. Raises ValueError for parameters that do not fit `config` and for values
+    that `dtype` cannot hold.
+    """
+    source = from_tree(llava_tensors(config), params, "the tree to be written").cast(dtype)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_settings(folder, config, source, None if tokenizer is None else Path(tokenizer))
+    write_hf(folder, source)
+
+
+def write_settings(
+    folder: Path,
+    config: LlavaConfig,
+    source: Source,
+    tokenizer: Path | None,
+    extra: dict[str, Any] | None = None,
+) -> None:
+    """The JSON files of a base's folder. extra: fields for config.json beside the model's."""
+    write_processor(folder, config, tokenizer)
+    write_config(folder, config, _common(source), extra)
+
+
+def write_hf(folder: Path, source: Source) -> None:
+    """The tensors of a base or a twig as safetensors files under the published names."""
+    tensors = {tensor.name: tensor for tensor in source.tensors}
+
+    def read(name: str) -> np.ndarray:
+        return tensors[name].to_theirs(source.read(tensors[name]))
+
+    write_weights(folder, {name: source.nbytes(t) for name, t in tensors.items()}, read)
+
+
+def write_orbax(folder: Path, source: Source, place: Place) -> None:
+    """The tensors of a base or a twig as an orbax tree, half a GiB in memory at a time.
+
+    place(path, array) makes the jax array to be stored, in its sharding.
+    """
+
+    def parts() -> Iterator[Params]:
+        part: dict[str, Any] = {}
+        size = 0
+        for tensor in source.tensors:
+            if part and size + source.nbytes(tensor) > _PART_BYTES:
+                yield unflatten(part)
+                part, size = {}, 0
+            part[tensor.path] = place(tensor.path, source.read(tensor))
+            size += source.nbytes(tensor)
+        yield unflatten(part)
+
+    write_tree(folder / TREE, parts())
+
+
+def padded(config: LlavaConfig, source: Source) -> tuple[LlavaConfig, Source]:
+    """A base whose vocabulary has room for the image and padding tokens.
+
+    transformers looks every id up, that of the image slots too, so the vocabulary of an original
+    checkpoint (32,000) grows to the next multiple of 64 above both (32,064, as published). The new
+    rows are the mean of the old ones: their logit is the mean logit, which is never the largest.
+    """
+    old = config.text.vocab_size
+    new = -(-(old + 2) // 64) * 64
+    text = replace(config.text, vocab_size=new)
+    bigger = replace(config, text=text, image_token_id=old, pad_token_id=old + 1)
+    axis = {"text/embed_tokens/embedding": 0, "text/lm_head/kernel": 1}
+    smaller = {tensor.path: tensor for tensor in source.tensors}
+
+    def read(tensor: Tensor) -> np.ndarray:
+        x = source.read(smaller[tensor.path])
+        if tensor.path not in axis:
+            return x
+        along = axis[tensor.path]
+        mean = x.mean(along, dtype=np.float32, keepdims=True).astype(x.dtype)
+        return np.concatenate([x, np.repeat(mean, new - old, along)], along)
+
+    tensors = tuple(llava_tensors(bigger))
+    return bigger, Source(source.where, tensors, source.dtypes, read, source.ignored)
+
+
+def layout(folder: str | Path) -> str:
+    """ "orbax", "original", "hf" or "twig": what a checkpoint folder holds.
+
+    Raises FileNotFoundError for a folder without weights.
+    """
+    folder = Path(folder)
+    if (folder / TREE).is_dir():
+        return "orbax"
+    if (folder / "twig.json").is_file():
+        return "twig"
+    with Weights(folder) as weights:
+        names = set(weights.shapes)
+    if not any("vision" in n or "projector" in n for n in names) and "lm_head.weight" in names:
+        return "twig"
+    original = (folder / "config.json").is_file() and is_original(read_json(folder / "config.json"))
+    return "original" if original else "hf"
+
+
+def _common(source: Source) -> str:
+    """The type of most values."""
+    sizes: dict[str, int] = {}
+    for tensor in source.tensors:
+        dtype = source.dtypes[tensor.path]
+        sizes[dtype] = sizes.get(dtype, 0) + source.nbytes(tensor)
+    return float_dtype(max(sizes, key=lambda dtype: sizes[dtype])).name

@@ -1,0 +1,204 @@
+"""Twig folders: `model.safetensors` in the official names, or an orbax tree, and `twig.json`."""
+
+import dataclasses
+import hashlib
+import json
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from twig_jax.checkpoints.llava import write_hf
+from twig_jax.checkpoints.manager import tree_shapes
+from twig_jax.checkpoints.source import TREE, Place, Source, from_files, from_orbax, from_tree
+from twig_jax.checkpoints.storage import Weights, read_json, write_json
+from twig_jax.checkpoints.tables import Params, flatten, twig_tensors
+from twig_jax.config import LlavaConfig, TextConfig, TwigConfig
+
+TWIG_FILE = "twig.json"
+TWIG_VERSION = 1
+
+# What a checkpoint of a twig consists of; official files may hold parts of their base as well.
+_OF_TWIG = re.compile(r"^(model\.layers\.\d+\.|model\.norm\.|lm_head\.)")
+
+
+def read_notes(folder: str | Path) -> tuple[TwigConfig, str | None]:
+    """(where a folder's twig grows, fingerprint of its base) from its twig.json.
+
+    Raises FileNotFoundError without the file, ValueError for one that cannot be read or is newer.
+    """
+    path = Path(folder) / TWIG_FILE
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{folder} has no {TWIG_FILE}, which says where its twig grows; launch.convert makes "
+            "one from --K and --K_f"
+        )
+    notes = read_json(path)
+    absent = [key for key in ("version", "K", "T", "K_f") if not isinstance(notes.get(key), int)]
+    if absent:
+        raise ValueError(f"{path} needs whole numbers for {', '.join(absent)}")
+    if notes["version"] != TWIG_VERSION or notes.get("p_head") is not None:
+        raise ValueError(
+            f"{path} has version {notes['version']} and p_head {notes.get('p_head')!r}; "
+            f"only version {TWIG_VERSION} without a p_head can be read"
+        )
+    return TwigConfig(notes["K"], notes["T"], notes["K_f"]), notes.get("base_fingerprint")
+
+
+def write_notes(folder: Path, twig: TwigConfig, base_fingerprint: str | None) -> None:
+    """Writes twig.json."""
+    notes = {"version": TWIG_VERSION, **dataclasses.asdict(twig), "p_head": None}
+    write_json(folder / TWIG_FILE, {**notes, "base_fingerprint": base_fingerprint})
+
+
+def twig_sizes(folder: str | Path) -> tuple[int, TextConfig]:
+    """(T, the decoder's sizes) of a twig's weights, read off the shapes alone.
+
+    Of heads, the shapes tell only the ratio. Raises FileNotFoundError and ValueError for folders
+    that hold no twig.
+    """
+    folder = Path(folder)
+    if (folder / TREE).is_dir():
+        shapes = {path: leaf.shape[::-1] for path, leaf in tree_shapes(folder / TREE).items()}
+        layer, names = (
+            "layers_{}",
+            ("lm_head/kernel", "q_proj/kernel", "k_proj/kernel", "gate_proj/kernel"),
+        )
+    else:
+        with Weights(folder) as weights:
+            shapes = weights.shapes
+        layer = "model.layers.{}"
+        names = (
+            "lm_head.weight",
+            "self_attn.q_proj.weight",
+            "self_attn.k_proj.weight",
+            "mlp.gate_proj.weight",
+        )
+    layers = {found[1] for name in shapes if (found := re.match(layer.format(r"(\d+)"), name))}
+    separator = "/" if "/" in names[0] else "."
+    first = [names[0], *(layer.format(0) + separator + name for name in names[1:])]
+    absent = [name for name in first if len(shapes.get(name, ())) != 2]
+    if absent:
+        raise ValueError(f"{folder} holds no twig: it has no {', '.join(absent)}")
+    (vocabulary, width), (q, _), (k, _), (middle, _) = (shapes[name] for name in first)
+    head = int(np.gcd(q, k))
+    text = TextConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=middle,
+        num_heads=q // head,
+        num_kv_heads=k // head,
+        head_dim=head,
+    )
+    return len(layers), text
+
+
+@contextmanager
+def open_twig(folder: str | Path, text: TextConfig, layers: int) -> Iterator[Source]:
+    """The tensors of a twig of so many layers, while the context is open.
+
+    Raises FileNotFoundError for missing files, and one ValueError for all tensors that are missing,
+    unexpected or misshaped. What is no part of a twig is ignored, and listed in `ignored`.
+    """
+    folder = Path(folder)
+    tensors = twig_tensors(text, layers)
+    if (folder / TREE).is_dir():
+        yield from_orbax(tensors, folder / TREE)
+        return
+    with Weights(folder) as weights:
+        names = {name: name for name in weights.shapes if _OF_TWIG.match(name)}
+        ignored = [name for name in weights.shapes if name not in names]
+        yield from_files(tensors, [(weights, names)], str(folder), ignored)
+
+
+def read_twig(
+    folder: str | Path,
+    base: Params,
+    config: LlavaConfig,
+    dtype: Any = None,
+    place: Place | None = None,
+    allow_base_mismatch: bool = False,
+) -> tuple[TwigConfig, Params]:
+    """A twig folder: (configuration, parameters), checked against its base.
+
+    base, config: the base it is to run on. `dtype` and `place` as in `read_llava`. Warns where the
+    twig does not say what base it grew on. Raises FileNotFoundError for missing files, ValueError
+    for a twig of another base (unless `allow_base_mismatch`) or of a newer format, and one
+    ValueError for all tensors that are missing, unexpected or misshaped.
+    """
+    twig, grown_on = read_notes(folder)
+    twig.check(config.text.num_layers)
+    if grown_on is None:
+        warnings.warn(
+            f"{Path(folder) / TWIG_FILE} does not say what base its twig grew on; not checked",
+            stacklevel=2,
+        )
+    elif grown_on != fingerprint(config, base, twig.K) and not allow_base_mismatch:
+        raise ValueError(
+            f"the twig in {folder} grew on another base than this one; give it its own base, or "
+            "allow the mismatch (allow_base_mismatch) and expect few accepted drafts"
+        )
+    with open_twig(folder, config.text, twig.T) as source:
+        return twig, source.cast(dtype).tree(place)
+
+
+def write_twig(
+    folder: str | Path,
+    params: Params,
+    twig: TwigConfig,
+    base: Params,
+    config: LlavaConfig,
+    dtype: Any = "float16",
+) -> None:
+    """Writes a twig folder: `model.safetensors` in the official names, and `twig.json`.
+
+    base, config: the base the twig grew on. Raises ValueError for parameters that do not fit the
+    configurations and for values that `dtype` cannot hold.
+    """
+    twig.check(config.text.num_layers)
+    tensors = twig_tensors(config.text, twig.T)
+    source = from_tree(tensors, params, "the tree to be written").cast(dtype)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_notes(folder, twig, fingerprint(config, base, twig.K))
+    write_hf(folder, source)
+
+
+def fingerprint(config: LlavaConfig, base: Params, K: int) -> str:
+    """Names the base that a twig on layer K - 1 reads: hexadecimal sha256.
+
+    Of the decoder's architecture and of samples, at fixed places, of what feeds the twig: word
+    embeddings, projector and the first K layers (`feeds_twig`). Only the signs of the samples
+    count: they survive any rounding, so float32, float16 and bfloat16 copies of one base agree.
+    (Values do not: in 1 of 16 cases rounding to bfloat16 gives another result by way of float16.) A
+    vocabulary padded with further tokens is the same base too.
+    """
+    text = dataclasses.asdict(config.text)
+    irrelevant = ("vocab_size", "max_positions", "tied_head")
+    shape = {k: float(v) for k, v in text.items() if k not in irrelevant}
+    found = hashlib.sha256(json.dumps(shape, sort_keys=True).encode())
+    flat = flatten({"projector": base["projector"]})
+    for k in range(K):
+        flat |= flatten({"text": {f"layers_{k}": base["text"][f"layers_{k}"]}})
+    kernels = {path: leaf for path, leaf in flat.items() if path.endswith("/kernel")}
+    # Rows that every vocabulary of the same tokens shares.
+    kernels["text/embed_tokens/embedding"] = base["text"]["embed_tokens"]["embedding"][:1024]
+    for path, leaf in sorted(kernels.items()):
+        rows, columns = (max(1, size // 64) for size in leaf.shape)
+        sample = np.asarray(leaf[::rows, ::columns]).astype(np.float32)
+        found.update(path.encode() + np.packbits(np.signbit(sample)).tobytes())
+    return found.hexdigest()
+
+
+def feeds_twig(K: int) -> str:
+    """A regular expression for the paths of a base that `fingerprint` reads."""
+    layers = "|".join(str(k) for k in range(K))
+    return (
+        rf"projector/|text/embed_tokens/|text/layers_({layers})/"
+        if K
+        else (r"projector/|text/embed_tokens/")
+    )
