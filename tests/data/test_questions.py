@@ -28,12 +28,14 @@ def words(value):
     return TENS[value // 10] + (" " + SMALL[value % 10] if value % 10 else "")
 
 
+MIX = questions.MIX | {"find": 0.1, "describe_find": 0.1}
+
+
 def pool(count=150, per_page=12, split="train"):
-    mix = questions.MIX | {"find": 0.1, "describe_find": 0.1}
     for index in range(count):
         page = digits.page(split, 5, index)
         rng = digits.generator(split, 5, index, 1)
-        for question in questions.questions(page, rng, per_page, mix):
+        for question in questions.questions(page, rng, per_page, MIX):
             yield page, question
 
 
@@ -149,7 +151,7 @@ def test_every_answer_follows_from_the_page(asked):
     for page, question in asked:
         derive = short_answer if question.task == "short" else long_answer
         assert (question.answer, question.cells) == derive(page, question), question.text
-    tested = {kind for kind, share in questions.MIX.items() if share}
+    tested = {kind for kind, share in MIX.items() if share}
     assert {question.kind for _, question in asked} == tested
 
 
