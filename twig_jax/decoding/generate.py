@@ -17,7 +17,7 @@ from twig_jax.models.llava import Llava, Params
 from twig_jax.pruning.budget import retained
 
 _UNBOUNDED = 2**30
-_CHUNK = 4  # iterations between two looks at what came, where somebody watches
+_CHUNK = 1  # iterations between two looks at what came, where somebody watches
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class Generator:
     ) -> list[Result]:
         """Answers one batch, in order.
 
-        watch: is given the tokens of every row so far, every few iterations; the tokens do not
+        watch: is given the tokens of every row so far after every iteration; the tokens do not
         depend on it.
         Raises ValueError for bad settings or requests, before anything runs: an unknown mode or
         selector, a budget without solution, a mode that needs a twig without one, image slots that
