@@ -81,7 +81,13 @@ def chart(title: str, labels: Sequence[str], series: dict[str, Sequence[float | 
     axes.set_xticks(range(len(labels)), labels)
     axes.set_title(title, fontsize=11)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(
+        frameon=False,
+        fontsize=8,
+        ncols=len(series),
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.08),
+    )
     figure.tight_layout()
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
