@@ -91,7 +91,7 @@ def measure() -> dict:
     """Runs every mode in turn, `repeats` times, after one call each that compiles."""
     import jax
 
-    from twig_jax.decoding.generate import Settings
+    from twig_jax.decoding.settings import Settings
     from twig_jax.evaluation.scoring import ceiling
     from twig_jax.runtime import environment
 
@@ -186,7 +186,7 @@ def random_requests(config) -> list:
     """`--batch` prompts of random words around one image of noise."""
     import numpy as np
 
-    from twig_jax.decoding.generate import Request
+    from twig_jax.decoding.settings import Request
 
     M = config.vision.num_tokens
     rng = np.random.default_rng(0)

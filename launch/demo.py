@@ -59,7 +59,7 @@ def say(text: str = "") -> None:
 def answer_one() -> None:
     """Answers --prompt about --image."""
     from twig_jax import api
-    from twig_jax.decoding.generate import Settings
+    from twig_jax.decoding.settings import Settings
 
     if not _PROMPT.value:
         raise app.UsageError("--image needs a --prompt")
@@ -72,16 +72,15 @@ def answer_one() -> None:
         max_new_tokens=MAX_NEW,
     )
     try:
-        answer = model.generate(_PROMPT.value, [_IMAGE.value], settings)
+        result = model.generate(_PROMPT.value, [_IMAGE.value], settings)
     except (FileNotFoundError, ValueError) as error:
         sys.exit(f"demo: {error}")
-    result = answer.result
-    say(answer.text)
+    say(result.text or "")
     write_json(
         _JSON.value,
         {
             "prompt": _PROMPT.value,
-            "text": answer.text,
+            "text": result.text,
             "ids": result.tokens.tolist(),
             "drafted": sum(len(d) for d in result.drafts),
             "accepted": int(result.matched.sum()),
@@ -111,7 +110,7 @@ def compare() -> None:
 
     from twig_jax import api
     from twig_jax.data import digits, questions
-    from twig_jax.decoding.generate import Settings
+    from twig_jax.decoding.settings import Settings
     from twig_jax.evaluation import compare as c
     from twig_jax.evaluation import report, tasks
     from twig_jax.runtime import environment
@@ -144,7 +143,7 @@ def compare() -> None:
     total = len(accuracy_runs) * len(samples) + _TIMED.value
     with tqdm(total=total, unit="answer", disable=not sys.stderr.isatty()) as bar:
 
-        def progress(what: str, done: int, of: int) -> None:
+        def progress(what: str) -> None:
             bar.set_description(what)
             bar.update()
 

@@ -85,7 +85,7 @@ def generate() -> None:
         for question in asked:
             told = (lambda piece: print(piece, end="", flush=True)) if streams else None
             try:
-                answer = model.generate(
+                result = model.generate(
                     question["text"],
                     question["images"],
                     raw=_RAW_PROMPT.value is not None,
@@ -99,7 +99,7 @@ def generate() -> None:
                 line = {"question_id": question["question_id"], "error": str(error)}
                 print(f"question {question['question_id']}: {error}", file=sys.stderr)
             else:
-                line = described(question, answer)
+                line = described(question, result)
             if streams:
                 print()
             if out is not None:
@@ -140,13 +140,12 @@ def questions() -> list[dict[str, Any]]:
     return asked
 
 
-def described(question: dict[str, Any], answer: Any) -> dict[str, Any]:
+def described(question: dict[str, Any], result: Any) -> dict[str, Any]:
     """One line of results."""
-    result = answer.result
     return {
         "question_id": question["question_id"],
         "prompt": question["text"],
-        "text": answer.text,
+        "text": result.text,
         "ids": result.tokens.tolist(),
         "stopped_by": result.stopped_by,
         "drafted": sum(len(drafts) for drafts in result.drafts),

@@ -60,13 +60,12 @@ def train(
     from twig_jax.api import DIGITS
     from twig_jax.checkpoints.llava import write_llava
     from twig_jax.checkpoints.twig import write_twig
-    from twig_jax.models.twig import init_twig
     from twig_jax.training.loop import fit
 
     base_config, twig_config = config.model()
     base = start_from(config) if model is None else model.generator.weights.base
     if config.stage == "twig":
-        twig = init_twig(base, base_config.text, twig_config, config.twig_init, config.seed)
+        twig = start_twig(config, base)
         callback = _saying(validation(config, base), say)
         twig = fit(config, twig, base, callback=callback)
         if export:
@@ -116,11 +115,33 @@ def start_from(config: Any) -> Any:
     return base
 
 
+def start_twig(config: Any, base: Any) -> Any:
+    """The twig a run starts from: grown from the base, or a twig folder's to be trained on.
+
+    Raises FileNotFoundError and ValueError for folders that hold no twig of this base, and
+    ValueError for a twig of another shape than the run's.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    from twig_jax.checkpoints.twig import read_twig
+    from twig_jax.models.twig import init_twig
+
+    base_config, twig_config = config.model()
+    if not Path(config.twig_init).is_dir():
+        return init_twig(base, base_config.text, twig_config, config.twig_init, config.seed)
+    grown, twig = read_twig(config.twig_init, jax.device_get(base), base_config, jnp.float32)
+    if grown != twig_config:
+        raise ValueError(f"the twig in {config.twig_init} is {grown}, the run's is {twig_config}")
+    return jax.tree.map(jnp.asarray, twig)
+
+
 def validation(config: Any, base: Any, n: int = 64) -> Callable[[int, Any], dict[str, float]]:
     """A callback(step, params) -> figures on validation pages: exact match, and a twig's TokAR."""
     from twig_jax.api import DIGITS
     from twig_jax.data.tokens import load_tokenizer
-    from twig_jax.decoding.generate import Generator, Settings
+    from twig_jax.decoding.generate import Generator
+    from twig_jax.decoding.settings import Settings
     from twig_jax.evaluation import tasks
     from twig_jax.evaluation.compare import content_tokens
     from twig_jax.evaluation.scoring import acceptance
@@ -136,7 +157,7 @@ def validation(config: Any, base: Any, n: int = 64) -> Callable[[int, Any], dict
         else:
             generator = Generator(base_config, params)
             settings = Settings(mode="plain", max_new_tokens=64)
-        results = list(tasks.answer(generator, samples, settings))
+        results = tasks.answer(generator, samples, settings)
         figures: dict[str, float] = {}
         for task in ("short", "long"):
             right = [

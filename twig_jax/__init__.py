@@ -11,7 +11,7 @@ from typing import Any
 
 def __getattr__(name: str) -> Any:
     # Imported on first use: parts of the package run without what the whole needs.
-    if name in ("load", "Model", "Answer"):
+    if name in ("load", "Model"):
         from twig_jax import api
 
         return getattr(api, name)

@@ -1,6 +1,6 @@
 """The short way in: load a checkpoint by name or folder, then ask it about images."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -8,20 +8,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from twig_jax.config import LlavaConfig
 from twig_jax.data.tokens import Conventions
-from twig_jax.decoding.generate import Generator, Request, Result, Settings
+from twig_jax.decoding.buckets import Bucket
+from twig_jax.decoding.generate import Generator
+from twig_jax.decoding.running import Running
+from twig_jax.decoding.settings import Request, Result, Settings
+from twig_jax.sharding.rules import shardings
 
 DIGITS = Path(__file__).parent / "assets" / "digits"
-
-
-@dataclass(frozen=True)
-class Answer:
-    """The text of an answer, and how it came about."""
-
-    text: str
-    result: Result
 
 
 @dataclass(frozen=True)
@@ -91,7 +88,7 @@ class Model:
         raw: bool = False,
         told: Callable[[str], Any] | None = None,
         **changes: Any,
-    ) -> Answer:
+    ) -> Result:
         """Answers one question about images, as `request` reads them.
 
         settings: None for `self.settings`; `changes` replaces single fields of it, as in
@@ -101,26 +98,16 @@ class Model:
         settings = replace(settings or self.settings, **changes)
         request = self.request(prompt, images, raw=raw)
         if told is None:
-            (result,) = self.generator.generate([request], settings)
-            return Answer(self.text(result.tokens), result)
-        said = ""
+            return self.generator.generate([request], settings)[0]
+        said = 0
 
-        def watch(tokens: Sequence[np.ndarray]) -> None:
+        def watch(running: Running) -> None:
             nonlocal said
-            text = self.text(tokens[0])
-            # The bytes of a character may come with the next token.
-            if text.startswith(said) and not text.endswith("\ufffd"):
-                told(text[len(said) :])
-                said = text
+            text = running.text(0)
+            told(text[said:])
+            said = max(said, len(text))
 
-        (result,) = self.generator.generate([request], settings, watch=watch)
-        text = self.text(result.tokens)
-        told(text[len(said) :])
-        return Answer(text, result)
-
-    def text(self, tokens: Iterable[int]) -> str:
-        """Tokens of an answer as text."""
-        return self.tokenizer.decode(list(tokens), skip_special_tokens=True).strip()
+        return self.generator.generate([request], settings, watch=watch)[0]
 
 
 def load(
@@ -130,13 +117,17 @@ def load(
     *,
     allow_base_mismatch: bool = False,
     template: str | None = None,
+    mesh: Mesh | None = None,
+    buckets: Sequence[Bucket] = (),
+    remembered_images: int = 0,
 ) -> Model:
     """A base and its twig.
 
     checkpoint: a folder or hub id, in Hugging Face's, the original LLaVA's or our orbax format;
     "digits" is the embedded pair. twig: a twig folder. dtype: to compute in; None is float32 on
     CPUs, bfloat16 elsewhere. template: a conversation template other than the checkpoint's own.
-    Tensors are put on the device one by one. Raises FileNotFoundError for what is not there,
+    mesh, buckets, remembered_images: see `Generator`. Tensors are put on the device one by one,
+    into their shardings where there is a mesh. Raises FileNotFoundError for what is not there,
     ValueError for a twig of another base (unless allowed) and for what is not supported.
     """
     from twig_jax.checkpoints.llava import local_folder, read_llava
@@ -155,7 +146,9 @@ def load(
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
     def place(path: str, x: np.ndarray) -> jax.Array:
-        return jnp.asarray(x)
+        if mesh is None:
+            return jnp.asarray(x)
+        return jax.device_put(x, shardings({path: x}, mesh)[path])
 
     config, base = read_llava(folder, dtype, place)
     twig_config = twig_params = None
@@ -163,5 +156,15 @@ def load(
         twig_config, twig_params = read_twig(
             local_folder(twig), base, config, dtype, place, allow_base_mismatch
         )
-    generator = Generator(config, base, twig_config, twig_params)
-    return Model(generator, load_tokenizer(folder), found)
+    tokenizer = load_tokenizer(folder)
+    generator = Generator(
+        config,
+        base,
+        twig_config,
+        twig_params,
+        buckets=buckets,
+        mesh=mesh,
+        detokenize=lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True),
+        remembered_images=remembered_images,
+    )
+    return Model(generator, tokenizer, found)

@@ -8,7 +8,8 @@ import jax
 import numpy as np
 
 from twig_jax.config import LlavaConfig, TextConfig, TwigConfig, VisionConfig
-from twig_jax.decoding.generate import Generator, Request
+from twig_jax.decoding.generate import Generator
+from twig_jax.decoding.settings import Request, Settings
 from twig_jax.models.llava import init_base
 from twig_jax.models.twig import init_twig
 
@@ -60,11 +61,19 @@ def generator(twig: TwigConfig = TWIG, seed: int = 0, **changed: Any) -> Generat
     return Generator(config, base, twig, init_twig(base, config.text, twig))
 
 
-def request(seed: int, images: int, before: int, after: int, **settings: Any) -> Request:
-    """A random prompt: text, then all images, then text."""
+CALL = Settings(mode="ttp_ssd", avg_retained=4, max_new_tokens=14, gamma=3, theta=0.1)
+
+
+def request(seed: int, images: int, before: int, after: int, **changes: Any) -> Request:
+    """A random prompt: text, then all images, then text. `changes` of CALL are its settings."""
     rng = np.random.default_rng(seed)
     ids = rng.integers(3, CONFIG.text.vocab_size, before + images * M + after).astype(np.int32)
     is_visual = np.repeat([False, True, False], [before, images * M, after])
     size = CONFIG.vision.image_size
     pixels = rng.normal(size=(images, size, size, 3)).astype(np.float32) if images else None
-    return Request(ids, is_visual, pixels=pixels, **settings)
+    return Request(
+        ids,
+        is_visual,
+        pixels=pixels,
+        settings=dataclasses.replace(CALL, **changes) if changes else None,
+    )

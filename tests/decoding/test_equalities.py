@@ -14,16 +14,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.decoding.models import CONFIG, TWIG, M, generator, request
+from tests.decoding.models import CALL, CONFIG, TWIG, M, generator, request
 from twig_jax.config import TwigConfig
-from twig_jax.decoding import generate as engine
-from twig_jax.decoding.generate import Request, Result, Settings
+from twig_jax.decoding.generate import Generator, compiled_programs
+from twig_jax.decoding.settings import Request, Result, Settings
 from twig_jax.models.llava import Llava
 from twig_jax.pruning.forward import Prompt, forward
 
-TTP_SSD = Settings(
-    mode="ttp_ssd", avg_retained=4, max_new_tokens=14, gamma=3, theta=0.1, text_multiple=16
-)
 # Shapes are fixed by a first row with the largest of everything; the rest is data.
 LARGEST = request(99, 2, 8, 8, avg_retained=5)
 
@@ -34,8 +31,14 @@ def precise():
         yield
 
 
-def run(requests: Sequence[Request], call: Settings = TTP_SSD, **changed) -> list[Result]:
-    return generator().generate(requests, dataclasses.replace(call, **changed))
+def change(one: Request, **changes) -> Request:
+    return dataclasses.replace(one, settings=dataclasses.replace(one.settings or CALL, **changes))
+
+
+def run(requests: Sequence[Request], call: Settings = CALL, **changed) -> list[Result]:
+    """Answers a batch; `changed` goes for the call and for rows with settings of their own."""
+    rows = [change(r, **changed) if r.settings else r for r in requests]
+    return generator().generate(rows, dataclasses.replace(call, **changed))
 
 
 def tokens(results: Sequence[Result]) -> list[list[int]]:
@@ -91,7 +94,7 @@ def mixed() -> list[Request]:
 def test_a_row_does_not_depend_on_batch_size_or_bucket(mode) -> None:
     together = run(mixed(), mode=mode)
     for i in (0, 3):
-        assert tokens(run(mixed()[i : i + 1], mode=mode, text_multiple=32)) == tokens([together[i]])
+        assert tokens(run(mixed()[i : i + 1], mode=mode)) == tokens([together[i]])
 
 
 @pytest.mark.parametrize("gamma", [0, 1, 7])
@@ -112,13 +115,13 @@ def test_some_drafts_are_accepted_and_some_are_not() -> None:
 
 def test_keeping_everything_equals_not_pruning() -> None:
     twig = TwigConfig(K=TWIG.K, T=TWIG.T, K_f=CONFIG.text.num_layers)
-    requests = [dataclasses.replace(r, avg_retained=M) for r in mixed()]
-    pruned = generator(twig).generate(requests, dataclasses.replace(TTP_SSD, avg_retained=M))
+    requests = [change(r, avg_retained=M) for r in mixed()]
+    pruned = generator(twig).generate(requests, CALL)
     assert tokens(pruned) == tokens(run(requests, mode="plain"))
 
 
 def test_pruning_changes_something() -> None:
-    few = [dataclasses.replace(r, avg_retained=3.2) for r in mixed()]
+    few = [change(r, avg_retained=3.2) for r in mixed()]
     assert tokens(run(few, mode="ttp")) != tokens(run(few, mode="plain"))
 
 
@@ -162,7 +165,7 @@ def test_an_answer_stops_at_eos() -> None:
     wholes = tokens(run(mixed()))
     eos = wholes[0][5]
     assert any(eos not in whole for whole in wholes)
-    results = generator(eos_token_id=eos).generate(mixed(), TTP_SSD)
+    results = generator(eos_token_id=eos).generate(mixed(), CALL)
     for whole, result in zip(wholes, results, strict=True):
         cut = whole.index(eos) if eos in whole else len(whole)
         assert result.tokens.tolist() == whole[:cut]
@@ -176,9 +179,9 @@ def test_unusual_depths(twig) -> None:
     """K + T = L, K_f = L, no trunk at all, and K + T = L with a single middle layer."""
     model = generator(twig)
     average = (twig.K * M + 4 * (twig.K_f - twig.K)) / CONFIG.text.num_layers
-    few = [dataclasses.replace(r, avg_retained=average) for r in mixed()]
+    few = [change(r, avg_retained=average) for r in mixed()]
     answers = {
-        mode: tokens(model.generate(few, dataclasses.replace(TTP_SSD, mode=mode)))
+        mode: tokens(model.generate([change(r, mode=mode) for r in few], Settings(mode=mode)))
         for mode in ("plain", "ttp", "ssd", "ttp_ssd")
     }
     assert answers["ssd"] == answers["plain"]
@@ -189,7 +192,7 @@ def test_a_single_new_token() -> None:
     for mode in ("plain", "ttp", "ssd", "ttp_ssd"):
         for longer, one in zip(
             run(mixed(), mode=mode),
-            run([dataclasses.replace(r, max_new_tokens=1) for r in mixed()], mode=mode),
+            run([change(r, max_new_tokens=1) for r in mixed()], mode=mode),
             strict=True,
         ):
             assert one.tokens.tolist() == longer.tokens[:1].tolist()
@@ -204,13 +207,13 @@ def test_text_alone_is_not_pruned() -> None:
 
 def test_the_same_bucket_compiles_once() -> None:
     run(mixed())
-    before = (engine._prefill._cache_size(), engine._decode._cache_size())
-    shifted = [dataclasses.replace(r, max_new_tokens=14) for r in mixed()]
+    before = compiled_programs()
+    shifted = [change(r, max_new_tokens=14) for r in mixed()]
     for theta in (0.0, 0.9):
         run(shifted, theta=theta)
         run(list(reversed(mixed())), theta=theta)
     run(mixed(), selector="fastv")
-    assert (engine._prefill._cache_size(), engine._decode._cache_size()) == before
+    assert compiled_programs() == before
 
 
 @pytest.mark.parametrize(
@@ -245,4 +248,4 @@ def test_bad_requests_say_what_is_wrong() -> None:
     with pytest.raises(ValueError, match="at least one request"):
         run([])
     with pytest.raises(ValueError, match="needs a twig"):
-        engine.Generator(CONFIG, {}).generate([good], TTP_SSD)
+        Generator(CONFIG, {}).generate([good], CALL)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from twig_jax.config import TwigConfig
-from twig_jax.decoding.generate import Result
+from twig_jax.decoding.settings import Result
 from twig_jax.evaluation.scoring import acceptance, ceiling, relacc, tokens_per_s
 
 RESULT = Result(

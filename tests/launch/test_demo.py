@@ -128,7 +128,7 @@ def test_the_benchmark(environment):
 def test_the_shipped_model_reads_pages():
     """A floor, far below what docs/digits.md reports, that catches a broken asset or tokenizer."""
     from twig_jax import api
-    from twig_jax.decoding.generate import Settings
+    from twig_jax.decoding.settings import Settings
     from twig_jax.evaluation import tasks
 
     model = api.load()

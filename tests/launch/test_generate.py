@@ -38,14 +38,14 @@ def test_text_comes_in_pieces(model):
     told = model.generate(ask, [PAGE], told=pieces.append)
     assert "".join(pieces) == told.text and sum(map(bool, pieces)) > 2
     silent = model.generate(ask, [PAGE])
-    np.testing.assert_array_equal(told.result.tokens, silent.result.tokens)
+    np.testing.assert_array_equal(told.tokens, silent.tokens)
     assert silent.text == told.text
 
 
 def test_raw_prompts_have_no_template(model):
     plain = model.generate(ASK, [PAGE], mode="plain")
     raw = model.generate(f"USER: <image>\n{ASK} ASSISTANT:", [PAGE], raw=True, mode="plain")
-    np.testing.assert_array_equal(raw.result.tokens, plain.result.tokens)
+    np.testing.assert_array_equal(raw.tokens, plain.tokens)
     other = model.request(ASK, raw=True)
     assert not other.is_visual.any() and other.pixels is None
 
@@ -53,7 +53,7 @@ def test_raw_prompts_have_no_template(model):
 def test_images_of_any_kind(model):
     image = Image.open(PAGE)
     results = [
-        model.generate(ASK, [source], mode="plain", max_new_tokens=4).result.tokens
+        model.generate(ASK, [source], mode="plain", max_new_tokens=4).tokens
         for source in (PAGE, str(PAGE), PAGE.read_bytes(), image, np.asarray(image))
     ]
     for other in results[1:]:

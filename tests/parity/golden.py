@@ -9,7 +9,8 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from twig_jax.config import LlavaConfig, TextConfig, TwigConfig, VisionConfig
-from twig_jax.decoding.generate import Generator, Request, Settings
+from twig_jax.decoding.generate import Generator
+from twig_jax.decoding.settings import Request, Settings
 
 MODES = {"plain": "ar", "ttp": "ar_ttp", "ssd": "ssd", "ttp_ssd": "ssd_ttp"}
 LAYER = {

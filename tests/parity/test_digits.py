@@ -7,7 +7,7 @@ import torch
 from transformers import AutoTokenizer, LlavaForConditionalGeneration
 
 from twig_jax import api
-from twig_jax.decoding.generate import Settings
+from twig_jax.decoding.settings import Settings
 from twig_jax.evaluation import tasks
 from twig_jax.models.llava import Llava
 from twig_jax.presets import preset
@@ -73,7 +73,7 @@ def test_logits_and_answers_equal_transformers():
         return llava.apply(params, x, method="logits")
 
     with jax.default_matmul_precision("highest"):
-        results = list(tasks.answer(model.generator, samples, Settings("plain", max_new_tokens=50)))
+        results = tasks.answer(model.generator, samples, Settings("plain", max_new_tokens=50))
         for sample, result in zip(samples, results, strict=True):
             r = sample.request
             ours = np.asarray(logits(r.ids[None], r.is_visual[None], r.pixels[None]))

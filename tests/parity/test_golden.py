@@ -151,12 +151,10 @@ def test_fails_with_compacted_positions(case: Case, monkeypatch: pytest.MonkeyPa
 def test_fails_when_a_low_confidence_draft_is_dropped(
     case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def dropping(program, weights, drafts, committed, last, valid, positions, limit, limits):
-        d = draft_module.draft(
-            program, weights, drafts, committed, last, valid, positions, limit, limits
-        )
+    def dropping(*args):
+        d, controls = draft_module.draft(*args), args[-2]
         final = jnp.maximum(d.drafted - 1, 0)[:, None]
-        low = jnp.take_along_axis(d.probs, final, axis=1)[:, 0] < limits.theta
+        low = jnp.take_along_axis(d.probs, final, axis=1)[:, 0] < controls.theta
         return d._replace(drafted=d.drafted - (low & (d.drafted > 0)).astype(jnp.int32))
 
     monkeypatch.setattr(loop, "draft", dropping)

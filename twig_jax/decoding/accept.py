@@ -3,7 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from twig_jax.decoding.cache import Cache, Caches, Limits, State, Trace, commit
+from twig_jax.decoding.adaptive import settle
+from twig_jax.decoding.cache import Cache, Caches, State, Trace, commit
 from twig_jax.decoding.draft import Drafts
 from twig_jax.decoding.network import Program
 
@@ -16,37 +17,40 @@ def accept(
     drafts: Drafts,
     middle: Cache,
     top: Cache,
-    logits: jax.Array,
-    limits: Limits,
+    choice: jax.Array,
+    cost: jax.Array,
 ) -> State:
     """Accepts the longest prefix of drafts that the base agrees with, and its next token.
 
-    `middle` and `top` hold the new nodes' keys and values [B, W, K, D], `logits` [B, W, V] the
-    base's at every node. A row emits between 1 and drafted + 1 tokens; nothing follows an EOS.
+    `middle` and `top` hold the new nodes' keys and values [B, W, K, D], `choice` int32 [B, W] what
+    the base chooses after every node; cost as in adaptive.py. A row emits between 1 and drafted + 1
+    tokens; nothing follows an EOS.
     """
     B, W = drafts.tokens.shape
+    controls = state.controls
     rows = jnp.arange(B)[:, None]
     node = jnp.arange(W)
-    choice = logits.argmax(-1).astype(jnp.int32)  # [B, W]
     agrees = (drafts.tokens[:, 1:] == choice[:, :-1]) & (node[:-1] < drafts.drafted[:, None])
     matched = jnp.cumprod(agrees.astype(jnp.int32), axis=1).sum(1)  # [B]
 
     # Accepted drafts equal the base's choices, so what is emitted is the choices' own beginning.
     emitted = (node <= matched[:, None]) & ~state.done[:, None]
-    ends = emitted & (choice == limits.eos)
+    ends = emitted & (choice == controls.eos[:, None])
     first_end = jnp.cumsum(ends.astype(jnp.int32), axis=1)
     emitted &= (first_end == 0) | (ends & (first_end == 1))
     count = emitted.sum(1, dtype=jnp.int32)
     n = state.n + count
     slots = jnp.where(emitted, state.n[:, None] + node, _NOWHERE)
-    done = state.done | ends.any(1) | (n >= limits.max_new)
+    done = state.done | ends.any(1) | (n >= controls.max_new)
 
     # Node j is token n - 1 + j. Before the first token, node 0 is the prompt's last token.
     token = state.n[:, None] - 1 + node
     alive = (node <= matched[:, None]) & ~state.done[:, None]
     cached = jnp.where(alive & (token >= 0), token, _NOWHERE)
     before = jnp.where((state.n >= 2) & ~state.done, state.n - 2, _NOWHERE)[:, None]
-    in_twig = jnp.concatenate([before, cached], axis=1)
+    # What a row that did not draft has in the scratch block was computed beside its companions.
+    drew = (drafts.drafted > 0)[:, None]
+    in_twig = jnp.where(drew, jnp.concatenate([before, cached], axis=1), _NOWHERE)
     P, Q, N = (m.shape[1] for m in state.prompt[:3])
     caches = Caches(
         commit(state.caches.trunk, drafts.trunk, P + cached),
@@ -55,7 +59,6 @@ def accept(
         commit(state.caches.top, top, N + cached),
     )
     pick = matched[:, None]
-    last = jnp.take_along_axis(drafts.states, pick[..., None], axis=1)[:, 0]
     iteration = jnp.where(state.done, _NOWHERE, state.iterations)[:, None]
     trace = state.trace
     drafted = node[:-1] < drafts.drafted[:, None]
@@ -69,14 +72,16 @@ def accept(
         trace.matched.at[rows, iteration].set(pick, mode="drop"),
         trace.accepted.at[rows, slots].set(node < pick, mode="drop"),
     )
-    return State(
+    drew = (drafts.drafted > 0) & ~state.done
+    return state._replace(
         caches=caches,
-        prompt=state.prompt,
+        states=state.states.at[rows, cached].set(drafts.states, mode="drop"),
         n=n,
         pending=jnp.where(
             state.done, state.pending, jnp.take_along_axis(choice, pick, axis=1)[:, 0]
         ),
-        last=jnp.where(state.done[:, None], state.last, last),
+        in_twig=jnp.where(drew, jnp.maximum(n - 2, 0), state.in_twig),
+        balance=settle(state.balance, drafts.drafted, matched, count, state.done, cost),
         tokens=state.tokens.at[rows, slots].set(choice, mode="drop"),
         done=done,
         iterations=state.iterations + (~state.done).astype(jnp.int32),

@@ -9,9 +9,12 @@ Slots of a segment's cache are its prompt slots followed by G generated slots; e
     top, layers K_f .. L-1     [ text N                   | generated G ]
 
 With n[b] tokens emitted, the base's caches hold tokens 0 .. n-2 and token n-1 is pending: it is
-node 0 of the next iteration. The twig's cache holds tokens 0 .. n-3; token n-2 runs through the
-twig together with the pending one, from its saved layer-K state, so that the last draft of an
-iteration costs no twig pass of its own.
+node 0 of the next iteration. The twig's cache holds tokens 0 .. n-3 of a row that drafts; token n-2
+runs through the twig together with the pending one, from its saved layer-K state, so that the last
+draft of an iteration costs no twig pass of its own. A row that has not drafted for a while has
+fewer tokens there, in_twig[b], and catches up from the saved states before it drafts again.
+
+Everything in a State has the row as its first axis, so that a row can be replaced as a whole.
 """
 
 from typing import NamedTuple
@@ -19,7 +22,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from twig_jax.decoding.settings import Controls
 from twig_jax.models.attention import KV
+from twig_jax.sharding.placement import spread
 
 Cache = tuple[KV, ...]
 
@@ -56,22 +61,29 @@ class State(NamedTuple):
 
     caches: Caches
     prompt: Prompt
+    controls: Controls
+    context: jax.Array  # int32 [B, P], the prompt's words, V in all other slots
+    states: jax.Array  # [B, G, d], layer-K states of emitted tokens 0 .. n-2
     n: jax.Array  # int32 [B], tokens emitted, the last of which is pending
     pending: jax.Array  # int32 [B]
-    last: jax.Array  # [B, d], layer-K state of token n - 2
+    in_twig: jax.Array  # int32 [B], emitted tokens in the twig's cache
+    balance: jax.Array  # float32 [B], see adaptive.py
     tokens: jax.Array  # int32 [B, max_new], emitted tokens, EOS included
     done: jax.Array  # bool [B]
     iterations: jax.Array  # int32 [B], draft-verify iterations so far
     trace: Trace
 
 
-class Limits(NamedTuple):
-    """Per-call and per-row settings that are data, not shape."""
+def spread_rows(state: State) -> State:
+    """The state with its rows over the mesh's data axes and its heads over 'tensor'."""
+    caches = jax.tree.map(lambda x: spread(x, "rows", None, "tensor"), state.caches)
+    rest = jax.tree.map(lambda x: spread(x, "rows"), state._replace(caches=Caches((), (), (), ())))
+    return rest._replace(caches=caches)
 
-    max_new: jax.Array  # int32 [B]
-    gamma: jax.Array  # int32 [], most drafts an iteration
-    theta: jax.Array  # float32 [], drafting stops after a token less probable than this
-    eos: jax.Array  # int32 [], -1 for none
+
+def insert(state: State, row: jax.Array | int, other: State, of: jax.Array | int) -> State:
+    """The state with its row replaced by row `of` of another state of the same slots."""
+    return spread_rows(jax.tree.map(lambda x, y: x.at[row].set(y[of]), state, other))
 
 
 def grow(cache: Cache, slots: int) -> Cache:

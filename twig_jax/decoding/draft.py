@@ -5,9 +5,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from twig_jax.decoding.cache import Cache, Limits
+from twig_jax.decoding.cache import Cache, State, commit, sees, slots_of
 from twig_jax.decoding.network import Program, Weights
+from twig_jax.decoding.sampling import choose
+from twig_jax.decoding.settings import Controls
 from twig_jax.models.attention import KV
+from twig_jax.pruning.select import take
+
+_SPAN = 8  # tokens that the twig catches up in one pass
 
 
 class Drafts(NamedTuple):
@@ -72,15 +77,18 @@ def draft(
     committed: Committed,
     last: jax.Array,
     last_valid: jax.Array,
+    n: jax.Array,
     positions: jax.Array,
     limit: jax.Array,
-    limits: Limits,
+    controls: Controls,
+    seen: jax.Array,
 ) -> Drafts:
     """Drafts up to limit[b] tokens a row; node 0 must have run through the trunk.
 
     last [B, d] is the layer-K state of the token before node 0, last_valid bool [B] whether it
-    still has to enter the twig; positions [B] those of node 0; limit int32 [B]. A row stops after
-    EOS and after a token less probable than θ, which both count as drafts.
+    still has to enter the twig; n [B] tokens emitted; positions [B] those of node 0; limit int32
+    [B]; seen bool [B, V] as in `sampling.choose`. A row stops after EOS and after a token less
+    probable than θ, which both count as drafts.
     """
     W = program.width
 
@@ -96,24 +104,33 @@ def draft(
         before = jnp.where(node == 0, last[:, None], before)
         newest = jax.lax.dynamic_slice_in_dim(d.states, node, 1, 1)
         slot = jnp.arange(W + 1)
-        seen = slot <= node + jnp.arange(2)[:, None]  # [2, W + 1]
-        seen = seen & ((slot > 0) | last_valid[:, None])[:, None]  # [B, 2, W + 1]
+        visible = slot <= node + jnp.arange(2)[:, None]  # [2, W + 1]
+        visible = visible & ((slot > 0) | last_valid[:, None])[:, None]  # [B, 2, W + 1]
         x, twig = program.twig_apply(
             weights,
             "run",
             jnp.concatenate([before, newest], axis=1),
             (positions + node)[:, None] + jnp.arange(-1, 1),
-            seen,
+            visible,
             cached=committed.twig,
             cached_mask=jnp.broadcast_to(
-                committed.twig_mask[:, None], (seen.shape[0], 2, committed.twig_mask.shape[1])
+                committed.twig_mask[:, None], (visible.shape[0], 2, committed.twig_mask.shape[1])
             ),
             scratch=d.twig,
             index=node,
         )
         logits = program.twig_apply(weights, "logits", x[:, 1:])[:, 0]  # [B, V]
-        token = logits.argmax(-1).astype(jnp.int32)
-        prob = jnp.exp(logits.max(-1) - jax.nn.logsumexp(logits, axis=-1))
+        path = jnp.where((jnp.arange(W) > 0) & (jnp.arange(W) <= node), d.tokens, -1)
+        token = choose(
+            controls,
+            logits[:, None],
+            (n + node)[:, None],
+            (positions + node + 1)[:, None],
+            seen,
+            path[:, None],
+        )[:, 0]
+        chosen = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0]
+        prob = jnp.exp(chosen - jax.nn.logsumexp(logits, axis=-1))
         drafted = d.drafted + active.astype(jnp.int32)
         d = d._replace(
             tokens=jax.lax.dynamic_update_slice_in_dim(d.tokens, token[:, None], node + 1, 1),
@@ -121,8 +138,43 @@ def draft(
             drafted=drafted,
             twig=twig,
         )
-        active &= (token != limits.eos) & (prob >= limits.theta) & (drafted < limit)
+        active &= (token != controls.eos) & (prob >= controls.theta) & (drafted < limit)
         d = trunk_step(program, weights, d, committed, positions + node + 1, node + 1)
         return node + 1, active, d
 
     return jax.lax.while_loop(going, step, (jnp.int32(0), limit > 0, drafts))[2]
+
+
+def catch_up(program: Program, weights: Weights, state: State, upto: jax.Array) -> State:
+    """Runs emitted tokens in_twig[b] .. upto[b] - 1 through the twig, from their layer-K states.
+
+    upto int32 [B], at most n - 1; rows that have as many already stay as they are.
+    """
+    P = state.prompt.trunk.shape[1]
+    G = state.states.shape[1]
+    B = state.n.shape[0]
+    chain = jnp.broadcast_to(jnp.tril(jnp.ones((_SPAN, _SPAN), bool)), (B, _SPAN, _SPAN))
+
+    def behind(state: State) -> jax.Array:
+        return (state.in_twig < upto).any()
+
+    def step(state: State) -> State:
+        cache = state.caches.twig
+        token = state.in_twig[:, None] + jnp.arange(_SPAN)
+        missing = token < upto[:, None]
+        _, new = program.twig_apply(
+            weights,
+            "run",
+            take(state.states, jnp.where(missing, token, G)),
+            state.prompt.lengths[:, None] + token,
+            chain,
+            cached=cache,
+            cached_mask=sees(state.prompt.trunk, state.in_twig, slots_of(cache), _SPAN),
+        )
+        cache = commit(cache, new, jnp.where(missing, P + token, P + G))
+        return state._replace(
+            caches=state.caches._replace(twig=cache),
+            in_twig=jnp.maximum(state.in_twig, jnp.minimum(state.in_twig + _SPAN, upto)),
+        )
+
+    return jax.lax.while_loop(behind, step, state)

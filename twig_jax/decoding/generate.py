@@ -1,86 +1,75 @@
 """From requests to results: buckets, compiled programs, timings."""
 
+import contextlib
+import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from twig_jax.config import MODES, LlavaConfig, TwigConfig
-from twig_jax.decoding.cache import Limits, Trace
+from twig_jax.config import LlavaConfig, TwigConfig
+from twig_jax.decoding.buckets import Bucket, check_memory, device_memory, fit, nbytes, program_for
+from twig_jax.decoding.cache import State, insert
+from twig_jax.decoding.images import AT_ONCE, ImageEncoder, encode, place, upload
 from twig_jax.decoding.loop import decode
 from twig_jax.decoding.network import Program, Weights
-from twig_jax.decoding.prefill import SELECTORS, Inputs, prefill
-from twig_jax.models.llava import Llava, Params
+from twig_jax.decoding.prefill import Inputs, Past, Signals, prefill
+from twig_jax.decoding.running import Row, Running
+from twig_jax.decoding.settings import Controls, Request, Result, Settings, controls
+from twig_jax.decoding.transcript import Detokenize, Transcript
+from twig_jax.models.llava import Params
 from twig_jax.pruning.budget import retained
+from twig_jax.sharding.placement import partition
+from twig_jax.sharding.rules import shardings
+
+_log = logging.getLogger(__name__)
 
 _UNBOUNDED = 2**30
-_CHUNK = 1  # iterations between two looks at what came, where somebody watches
+_MEASURED = 6  # iterations a timing of adaptive drafting is over
+_STOP_CHUNK = 8  # iterations between two looks for stops, where nobody watches
+
+IMAGE_PROGRAMS = tuple(1 << i for i in range(AT_ONCE.bit_length()))
+
+_prefill = jax.jit(prefill, static_argnums=0)
+_decode = jax.jit(decode, static_argnums=0, donate_argnums=2)
+_insert = jax.jit(insert, donate_argnums=0)
 
 
 @dataclass(frozen=True)
-class Request:
-    """One prompt.
+class Prepared:
+    """A batch as its program takes it; visual embeddings are still missing."""
 
-    ids int32 [S] with image slots, is_visual bool [S]; pixels float32 [I, H, W, 3], normalised, or
-    visual [I·M, d], already embedded; neither for text. `avg_retained` and `max_new_tokens`
-    override the call's; `scores` float32 [S] is what selector "given" ranks.
-    """
-
-    ids: np.ndarray
-    is_visual: np.ndarray
-    pixels: np.ndarray | None = None
-    visual: np.ndarray | None = None
-    avg_retained: float | None = None
-    max_new_tokens: int | None = None
-    scores: np.ndarray | None = None
+    program: Program
+    bucket: Bucket
+    inputs: Inputs
+    controls: Controls
+    settings: list[Settings]
 
 
 @dataclass(frozen=True)
-class Settings:
-    """How to decode. `gamma` is the most drafts an iteration, `theta` where drafting stops."""
+class Compiled:
+    """What warming up one bucket took."""
 
-    mode: str = "ttp_ssd"
-    avg_retained: float | None = None
-    selector: str = "twig"
-    max_new_tokens: int = 128
-    gamma: int = 5
-    theta: float = 0.6
-    text_multiple: int = 32  # prompts are padded to a multiple of this many text tokens
-
-    @property
-    def prune(self) -> bool:
-        """Whether the mode prunes visual tokens."""
-        return self.mode in ("ttp", "ttp_ssd")
-
-    @property
-    def draft(self) -> bool:
-        """Whether the mode speculates."""
-        return self.mode in ("ssd", "ttp_ssd")
-
-
-@dataclass(frozen=True)
-class Result:
-    """One answer, and how it came about."""
-
-    tokens: np.ndarray  # int32 [n], EOS left out
-    stopped_by: str  # "eos" or "length"
-    accepted: np.ndarray  # bool [n], True where the token was an accepted draft
-    drafts: list[np.ndarray]  # tokens drafted in each iteration
-    probs: list[np.ndarray]  # their probabilities under the twig
-    matched: np.ndarray  # int32 [iterations], accepted drafts
-    kept: np.ndarray  # int32, prompt slots of the visual tokens kept
-    scores: np.ndarray  # float32 [S], what they were ranked by
-    logits: np.ndarray  # float32 [V], the base's at the last prompt token
-    prefill_s: float  # seconds of the whole batch: images, prompt and first drafts
-    decode_s: float  # seconds of the whole batch: the loop
-    batch: int
+    bucket: Bucket
+    programs: int
+    seconds: float
 
 
 class Generator:
-    """A base with its twig, ready to answer; compiled programs are kept per bucket."""
+    """A base with its twig, ready to answer; compiled programs are kept per bucket.
+
+    buckets: the shapes there are programs for; a batch takes the smallest it fits into. Without
+    any, each batch is rounded up to a shape of its own. mesh: what to spread over, with the axes of
+    sharding/mesh.py; all processes of several hosts make the same calls. detokenize: tokens ->
+    text, for texts in results and stops. remembered_images: how many images' embeddings are kept,
+    by content.
+    """
 
     def __init__(
         self,
@@ -88,205 +77,341 @@ class Generator:
         base: Params,
         twig_config: TwigConfig | None = None,
         twig: Params | None = None,
+        *,
+        buckets: Sequence[Bucket] = (),
+        mesh: Mesh | None = None,
+        detokenize: Detokenize | None = None,
+        remembered_images: int = 0,
     ) -> None:
         self.config = config
         self.twig_config = twig_config
         if twig_config is not None:
             twig_config.check(config.text.num_layers)
-        self.weights = Weights(base, twig)
+        weights = Weights(base, twig)
+        if mesh is not None:
+            weights = jax.device_put(weights, shardings(weights, mesh))
+        self.weights = weights
+        self.buckets = tuple(buckets)
+        self.mesh = mesh
+        self.detokenize = detokenize
+        self.images = ImageEncoder(config, remembered_images)
+        self._costs: dict[tuple[Program, int], np.ndarray] = {}
+        self._known: set[tuple[Program, int]] = set()
 
     def generate(
         self,
         requests: Sequence[Request],
         settings: Settings,
-        watch: Callable[[list[np.ndarray]], None] | None = None,
+        watch: Callable[[Running], Any] | None = None,
     ) -> list[Result]:
         """Answers one batch, in order.
 
-        watch: is given the tokens of every row so far after every iteration; the tokens do not
-        depend on it.
+        watch: is given the running batch after every iteration; the tokens do not depend on it.
         Raises ValueError for bad settings or requests, before anything runs: an unknown mode or
         selector, a budget without solution, a mode that needs a twig without one, image slots that
-        do not match the images.
+        do not match the images, a batch larger than all declared buckets; and MemoryError for a
+        batch that does not fit into the device's memory.
         """
-        program, inputs, limits = self.prepare(requests, settings)
+        running = self.start(requests, settings)
+        stops = any(row is not None and row.transcript.can_stop for row in running.rows)
+        chunk = 1 if watch is not None else _STOP_CHUNK if stops else _UNBOUNDED
+        while True:
+            if watch is not None:
+                watch(running)
+            if not running.alive:
+                return running.results()
+            running.run(chunk)
+
+    def generate_many(
+        self,
+        requests: Sequence[Request],
+        settings: Settings,
+        batch: int = 32,
+        told: Callable[[int, Result], Any] = lambda *_: None,
+    ) -> list[Result]:
+        """Answers any number of requests in batches of like lengths; results in the given order.
+
+        The longest come first, and the last batch is filled up: it needs no program of its own.
+        told: is given (index, result) of each as it is there. Raises as `generate` does.
+        """
+        need = [self._needs(i, r, r.settings or settings) for i, r in enumerate(requests)]
+        order = sorted(range(len(requests)), key=lambda i: need[i], reverse=True)
+        results: list[Result | None] = [None] * len(requests)
+        for first in range(0, len(order), batch):
+            part = order[first : first + batch]
+            filled = part + part[-1:] * (batch - len(part)) if len(order) > batch else part
+            found = self.generate([requests[i] for i in filled], settings)
+            for i, result in zip(part, found, strict=False):
+                results[i] = result
+                told(i, result)
+        return [result for result in results if result is not None]
+
+    def start(
+        self,
+        requests: Sequence[Request],
+        settings: Settings,
+        *,
+        bucket: Bucket | None = None,
+        past: Past | None = None,
+        resumes: bool = False,
+    ) -> Running:
+        """Prefills a batch: what `generate` does before its loop.
+
+        bucket: None to choose one. past: a conversation that the requests' prompts continue, in the
+        bucket's shape. resumes: what another turn needs is kept.
+        """
+        prepared = self.prepare(requests, settings, bucket=bucket, resumes=resumes)
         began = time.perf_counter()
-        inputs = inputs._replace(visual=self._embed(requests, program))
-        state, signals, logits = _prefill(program, self.weights, inputs, limits)
+        state, signals = self.prefill(prepared, requests, past)
         jax.block_until_ready(state.n)
-        middle = time.perf_counter()
-        chunk = _UNBOUNDED if watch is None else _CHUNK
-        finished = False
-        while not finished:
-            state = _decode(program, self.weights, state, limits, chunk)
-            if watch is None:
-                jax.block_until_ready(state.n)
-                break
-            tokens, n, done = jax.device_get((state.tokens, state.n, state.done))
-            watch([_emitted(row, length, limits) for row, length in zip(tokens, n, strict=True)])
-            finished = bool(done.all())
-        times = (middle - began, time.perf_counter() - middle)
-        keep = (state.tokens, state.n, state.iterations, state.trace, signals, logits)
-        tokens, n, iterations, trace, signals, logits = jax.device_get(keep)
-        results = []
-        for b, request in enumerate(requests):
-            emitted = _emitted(tokens[b], n[b], limits)
-            size = len(emitted)
-            rounds = int(iterations[b])
-            kept = signals.kept[b][signals.kept[b] < len(request.ids)]
-            results.append(
-                Result(
-                    tokens=emitted,
-                    stopped_by="eos" if size < n[b] else "length",
-                    accepted=trace.accepted[b, :size],
-                    drafts=_ragged(trace, trace.drafts, b, rounds),
-                    probs=_ragged(trace, trace.probs, b, rounds),
-                    matched=trace.matched[b, :rounds],
-                    kept=kept[request.is_visual[kept]],
-                    scores=signals.scores[b, : len(request.ids)],
-                    logits=logits[b],
-                    prefill_s=times[0],
-                    decode_s=times[1],
-                    batch=len(requests),
-                )
+        now = time.perf_counter()
+        rows: list[Row | None] = [
+            Row(request, Transcript(own, self.detokenize), signals, b, began, now)
+            for b, (request, own) in enumerate(zip(requests, prepared.settings, strict=True))
+        ]
+        rows += [None] * (prepared.bucket.rows - len(rows))
+        return Running(self, prepared.program, state, rows)
+
+    def warm_up(self, settings: Settings, buckets: Sequence[Bucket] = ()) -> list[Compiled]:
+        """Compiles all that a mode needs for the declared buckets, or for those given, ahead.
+
+        With jax's persistent compilation cache later starts only load the programs.
+        """
+        report = []
+        for bucket in buckets or self.buckets:
+            began, before = time.perf_counter(), compiled_programs()
+            size = self.config.vision.image_size
+            M = self.config.vision.num_tokens
+            ids = np.full(1 + bucket.images * M, self.config.bos_token_id, np.int32)
+            request = Request(
+                ids,
+                np.arange(len(ids)) < len(ids) - 1,
+                pixels=np.zeros((bucket.images, size, size, 3), np.float32),
             )
-        return results
+            for size in IMAGE_PROGRAMS if bucket.images else ():
+                self.images.warm_up(self.weights.base, size, self._dtype)
+            own = replace(settings, max_new_tokens=bucket.new, min_new_tokens=0)
+            running = self.start([replace(request, settings=own)] * bucket.rows, own, bucket=bucket)
+            running.run(1)
+            jax.block_until_ready(running.state.n)
+            seconds = time.perf_counter() - began
+            report.append(Compiled(bucket, compiled_programs() - before, seconds))
+        return report
+
+    # What a running batch asks for.
+
+    def prefill(
+        self, prepared: Prepared, requests: Sequence[Request], past: Past | None = None
+    ) -> tuple[State, Signals]:
+        """Runs the prompts of a batch, and their first drafts."""
+        cost = self._cost(prepared)
+        with self._context():
+            visual = self._embed(requests, prepared)
+            inputs = self._spread(prepared.inputs._replace(visual=visual))
+            rows = self._spread(prepared.controls)
+            return _prefill(prepared.program, self.weights, inputs, rows, cost, past)
+
+    def decode(self, program: Program, state: State, stop: np.ndarray, most: int) -> State:
+        """Runs the loop for `most` iterations. The state's buffers are reused."""
+        cost = self._costs[program, len(stop)]
+        with self._context():
+            return _decode(program, self.weights, state, stop, cost, most)
+
+    def insert(self, state: State, row: int, other: State) -> State:
+        """Replaces a row by row 0 of another state. The first state's buffers are reused."""
+        with self._context():
+            return _insert(state, row, other, 0)
+
+    def fetch(self, tree: Any) -> Any:
+        """Numpy arrays of device arrays, on every host."""
+        if self.mesh is not None and jax.process_count() > 1:
+            everywhere = NamedSharding(self.mesh, P())
+            tree = jax.jit(lambda x: x, out_shardings=everywhere)(tree)
+        return jax.device_get(tree)
 
     def prepare(
-        self, requests: Sequence[Request], settings: Settings
-    ) -> tuple[Program, Inputs, Limits]:
-        """The program and padded inputs of a batch; visual embeddings are still missing."""
-        if settings.mode not in MODES:
-            raise ValueError(f"no mode {settings.mode!r}; there are: {', '.join(MODES)}")
-        if settings.selector not in SELECTORS:
-            raise ValueError(
-                f"no selector {settings.selector!r}; there are: {', '.join(SELECTORS)}"
-            )
+        self,
+        requests: Sequence[Request],
+        settings: Settings,
+        *,
+        bucket: Bucket | None = None,
+        resumes: bool = False,
+    ) -> Prepared:
+        """The program and padded inputs of a batch; bucket, resumes: see `start`."""
         if not requests:
             raise ValueError("a batch needs at least one request")
+        settings.check()
+        own = [r.settings or settings for r in requests]
+        needs = [self._needs(i, r, s) for i, (r, s) in enumerate(zip(requests, own, strict=True))]
+        for i, s in enumerate(own):
+            if s.mode != settings.mode or s.adaptive != settings.adaptive:
+                raise ValueError(
+                    f"request {i}: one batch has one mode and one way of drafting, "
+                    f"{settings.mode} here, not {s.mode}"
+                )
+        images, texts, news = (max(column) for column in zip(*needs, strict=True))
+        need = Bucket(len(requests), texts, images, news)
+        chosen = fit(need, self.buckets) if bucket is None else fit(need, [bucket])
+        budgets = [self._budget(s, n[0]) for s, n in zip(own, needs, strict=True)]
+        widest = replace(settings, gamma=max(s.gamma for s in own))
+        program = program_for(
+            chosen,
+            widest,
+            self.config,
+            self.twig_config,
+            retained_slots=max(budgets),
+            resumes=resumes,
+        )
+        limit = device_memory(jax.local_devices()[0])
+        check_memory(program, chosen, nbytes(self.weights), self._dtype.itemsize, limit)
+        self._announce(program, chosen)
+        B, slots = chosen.rows, program.prompt_slots
+        tokens: Any = np.zeros((B, slots), np.int32)
+        is_visual: Any = np.zeros((B, slots), bool)
+        scores: Any = np.zeros((B, slots), np.float32)
+        # Rows that fill the batch up are prompts of one token, and done from the start.
+        lengths: Any = np.ones(B, np.int32)
+        kept: Any = np.zeros(B, np.int32)
+        for b, request in enumerate(requests):
+            size = len(request.ids)
+            tokens[b, :size], is_visual[b, :size] = request.ids, request.is_visual
+            lengths[b], kept[b] = size, budgets[b]
+            if request.scores is not None:
+                scores[b, :size] = request.scores
+        visual: Any = np.zeros((B, 0, self.config.text.hidden_size), self._dtype)
+        inputs = Inputs(tokens, is_visual, lengths, visual, kept, scores)
+        filled = own + [None] * (B - len(own))
+        return Prepared(program, chosen, inputs, controls(filled, self.config.eos_token_id), own)
+
+    def _needs(self, i: int, request: Request, settings: Settings) -> tuple[int, int, int]:
+        """(images, text tokens, new tokens) of one request; ValueError for a bad one."""
+        settings.check()
         if (settings.prune or settings.draft) and self.twig_config is None:
             raise ValueError(f"mode {settings.mode} needs a twig; load one, or use mode plain")
-        M = self.config.vision.num_tokens
-        images, budgets, texts, news = [], [], [], []
-        for i, request in enumerate(requests):
-            slots = int(request.is_visual.sum())
-            given = sum(
-                0 if x is None else f * len(x)
-                for x, f in ((request.pixels, M), (request.visual, 1))
-            )
-            if len(request.ids) == 0 or len(request.ids) != len(request.is_visual):
-                raise ValueError(f"request {i}: ids and is_visual must have one length above 0")
-            if request.is_visual[-1]:
-                raise ValueError(f"request {i}: the prompt's last token must be text")
-            if slots != given:
-                raise ValueError(
-                    f"request {i}: the prompt has {slots} image slots but its images give {given} "
-                    "visual tokens"
-                )
-            if settings.prune and slots % M:
-                raise ValueError(f"request {i}: {slots} visual tokens are no whole images of {M}")
-            images.append(-(-slots // M))
-            texts.append(len(request.ids) - slots)
-            budgets.append(self._budget(request, settings, images[-1]))
-            new = request.max_new_tokens
-            news.append(settings.max_new_tokens if new is None else new)
-        if min(news) < 0 or max(news) < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, not {min(news)}")
-        step = settings.text_multiple
-        program = Program(
-            base=self.config,
-            twig=self.twig_config or TwigConfig(K=1, T=1, K_f=self.config.text.num_layers),
-            prune=settings.prune,
-            draft=settings.draft and settings.gamma > 0,
-            text_slots=-(-max(texts) // step) * step,
-            images=max(images),
-            retained_slots=max(budgets),
-            width=settings.gamma + 1 if settings.draft else 1,
-            max_new=max(news),
-        )
-        B, P = len(requests), program.prompt_slots
-        tokens = np.zeros((B, P), np.int32)
-        is_visual = np.zeros((B, P), bool)
-        scores = np.zeros((B, P), np.float32)
-        for b, request in enumerate(requests):
-            tokens[b, : len(request.ids)] = request.ids
-            is_visual[b, : len(request.ids)] = request.is_visual
-            if request.scores is not None:
-                scores[b, : len(request.ids)] = request.scores
-            elif settings.prune and settings.selector == "given":
-                raise ValueError(f'request {b}: selector "given" needs scores')
-        inputs = Inputs(
-            tokens=jnp.asarray(tokens),
-            is_visual=jnp.asarray(is_visual),
-            lengths=jnp.asarray([len(r.ids) for r in requests], jnp.int32),
-            visual=jnp.zeros((B, 0, self.config.text.hidden_size)),
-            retained=jnp.asarray(budgets, jnp.int32),
-            scores=jnp.asarray(scores),
-            selector=jnp.int32(SELECTORS.index(settings.selector)),
-        )
-        limits = Limits(
-            max_new=jnp.asarray(news, jnp.int32),
-            gamma=jnp.int32(settings.gamma),
-            theta=jnp.float32(settings.theta),
-            eos=jnp.int32(self.config.eos_token_id),
-        )
-        return program, inputs, limits
-
-    def _budget(self, request: Request, settings: Settings, images: int) -> int:
-        if not settings.prune:
-            return images * self.config.vision.num_tokens
-        average = request.avg_retained
-        average = settings.avg_retained if average is None else average
-        if average is None:
+        if settings.prune and settings.avg_retained is None:
             raise ValueError(f"mode {settings.mode} needs avg_retained")
-        assert self.twig_config is not None
-        return retained(
-            average,
-            self.twig_config,
-            self.config.text.num_layers,
-            self.config.vision.num_tokens,
-            images,
-        )
-
-    def _embed(self, requests: Sequence[Request], program: Program) -> jax.Array:
-        """Visual embeddings [B, I·M, d]; a row with fewer images is padded at its end."""
-        d = self.config.text.hidden_size
+        if settings.prune and settings.selector == "given" and request.scores is None:
+            raise ValueError(f'request {i}: selector "given" needs scores')
+        if self.detokenize is None and any(isinstance(s, str) for s in settings.stop):
+            raise ValueError("stopping at texts needs a tokenizer; give sequences of token ids")
         M = self.config.vision.num_tokens
-        width = program.images * M
-        dtype = self.weights.base["text"]["embed_tokens"]["embedding"].dtype
-        if not width:
-            return jnp.zeros((len(requests), 0, d), dtype)
-        if any(r.visual is not None for r in requests):
-            given = np.zeros((len(requests), width, d), np.float32)
-            for b, request in enumerate(requests):
-                if request.visual is not None:
-                    given[b, : len(request.visual)] = request.visual
-                elif request.pixels is not None:
-                    raise ValueError("a batch takes pixels or visual embeddings, not both")
-            return jnp.asarray(given, dtype)
-        size = self.config.vision.image_size
-        pixels = np.zeros((len(requests), program.images, size, size, 3), np.float32)
-        for b, request in enumerate(requests):
-            if request.pixels is not None:
-                pixels[b, : len(request.pixels)] = request.pixels
-        return _encode(self.config, self.weights.base, jnp.asarray(pixels, dtype))
+        slots = int(request.is_visual.sum())
+        given = sum(
+            0 if x is None else f * len(x) for x, f in ((request.pixels, M), (request.visual, 1))
+        )
+        if len(request.ids) == 0 or len(request.ids) != len(request.is_visual):
+            raise ValueError(f"request {i}: ids and is_visual must have one length above 0")
+        if request.is_visual[-1]:
+            raise ValueError(f"request {i}: the prompt's last token must be text")
+        if slots != given:
+            raise ValueError(
+                f"request {i}: the prompt has {slots} image slots but its images give {given} "
+                "visual tokens"
+            )
+        if settings.prune and slots % M:
+            raise ValueError(f"request {i}: {slots} visual tokens are no whole images of {M}")
+        images = -(-slots // M)
+        self._budget(settings, images)
+        return images, len(request.ids) - slots, settings.max_new_tokens
+
+    def _budget(self, settings: Settings, images: int) -> int:
+        """R of a row with so many images."""
+        M = self.config.vision.num_tokens
+        if not settings.prune:
+            return images * M
+        assert self.twig_config is not None and settings.avg_retained is not None
+        L = self.config.text.num_layers
+        return retained(settings.avg_retained, self.twig_config, L, M, images)
+
+    def _embed(self, requests: Sequence[Request], prepared: Prepared) -> Any:
+        """Visual embeddings [B, I·M, d]; a row with fewer images is padded at its end."""
+        d, M = self.config.text.hidden_size, self.config.vision.num_tokens
+        rows, images = prepared.bucket.rows, prepared.bucket.images
+        if not images:
+            return np.zeros((rows, 0, d), self._dtype)
+        pixels = [x for r in requests if r.pixels is not None for x in r.pixels]
+        encoded = iter(self.images(self.weights.base, pixels, self._dtype))
+        nothing = upload(np.zeros((M, d), self._dtype))
+        table: list[list[Any]] = []
+        for request in requests:
+            row: list[Any] = []
+            if request.visual is not None:
+                whole = np.zeros((-(-len(request.visual) // M) * M, d), self._dtype)
+                whole[: len(request.visual)] = np.asarray(request.visual).astype(self._dtype)
+                row += [upload(x) for x in whole.reshape(-1, M, d)]
+            row += [next(encoded) for _ in (() if request.pixels is None else request.pixels)]
+            table.append(row + [nothing] * (images - len(row)))
+        table += [[nothing] * images] * (rows - len(table))
+        return place(table)
+
+    @property
+    def _dtype(self) -> np.dtype:
+        return self.weights.base["text"]["embed_tokens"]["embedding"].dtype
+
+    def _context(self) -> Any:
+        return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
+
+    def _spread(self, tree: Any) -> Any:
+        """Host arrays, their rows over the mesh's data axes."""
+        if self.mesh is None:
+            return tree
+        mesh = self.mesh
+
+        def put(x: Any) -> jax.Array:
+            return jax.device_put(x, NamedSharding(mesh, partition(x.shape, ("rows",), mesh)))
+
+        return jax.tree.map(put, tree)
+
+    def _announce(self, program: Program, bucket: Bucket) -> None:
+        """Says in the log which bucket is about to be compiled."""
+        key = (program, bucket.rows)
+        if key not in self._known:
+            self._known.add(key)
+            _log.info("compiling for %s", bucket)
+
+    def _cost(self, prepared: Prepared) -> np.ndarray:
+        """What drafting 0 .. W-1 tokens adds to an iteration, in plain steps; see adaptive.py.
+
+        Zeros where drafting is not adaptive; otherwise measured once a program, by drafting none,
+        one and all tokens in a few iterations each.
+        """
+        program, rows = prepared.program, prepared.bucket.rows
+        key = (program, rows)
+        if key in self._costs:
+            return self._costs[key]
+        cost = np.zeros(program.width, np.float32)
+        self._costs[key] = cost
+        if program.adaptive:
+            cost = self._costs[key] = self._measured(prepared)
+            _log.info("an iteration that drafts costs %s plain steps", np.round(cost + 1, 2))
+        return cost
+
+    def _measured(self, prepared: Prepared) -> np.ndarray:
+        program, W = prepared.program, prepared.program.width
+        rows = prepared.bucket.rows
+        one: Any = np.ones(rows, np.int32)
+        blank = jax.tree.map(np.zeros_like, prepared.inputs)._replace(lengths=one)
+        times = {}
+        for drafts in sorted({0, 1, W - 1}):
+            forced = Settings(max_new_tokens=program.max_new, gamma=drafts, theta=0.0)
+            every = controls([forced] * rows, eos=-1)
+            quickest = np.inf
+            for _ in range(4):  # the first compiles
+                state, _ = self.prefill(replace(prepared, inputs=blank, controls=every), [])
+                before = self.fetch(state.iterations)
+                began = time.perf_counter()
+                state = self.decode(program, state, np.zeros(rows, bool), _MEASURED)
+                steps = int((self.fetch(state.iterations) - before).max())
+                quickest = min(quickest, (time.perf_counter() - began) / max(steps, 1))
+            times[drafts] = quickest
+        cost = np.interp(np.arange(W), list(times), list(times.values())) / times[0] - 1
+        cost = np.maximum.accumulate(np.maximum(cost, 0)).astype(np.float32)
+        if jax.process_count() > 1:
+            cost = multihost_utils.broadcast_one_to_all(cost)
+        return cost
 
 
-def _emitted(tokens: np.ndarray, n: int, limits: Limits) -> np.ndarray:
-    """A row's tokens so far, without its EOS."""
-    return tokens[: n - 1] if n > 0 and tokens[n - 1] == limits.eos else tokens[:n]
-
-
-def _ragged(trace: Trace, values: np.ndarray, row: int, rounds: int) -> list[np.ndarray]:
-    counts = (trace.drafts[row, :rounds] >= 0).sum(1)
-    return [values[row, i, :count] for i, count in enumerate(counts)]
-
-
-def encode(config: LlavaConfig, base: Params, pixels: jax.Array) -> jax.Array:
-    """Normalised pixels [B, I, H, W, 3] -> visual embeddings [B, I·M, d]."""
-    return Llava(config).apply({"params": base}, pixels, method="encode")
-
-
-_encode = jax.jit(encode, static_argnums=0)
-_prefill = jax.jit(prefill, static_argnums=0)
-_decode = jax.jit(decode, static_argnums=0, donate_argnums=2)
+def compiled_programs() -> int:
+    """How many programs this process has compiled for decoding."""
+    jitted: tuple[Any, ...] = (_prefill, _decode, _insert, encode, upload, place)
+    return sum(f._cache_size() for f in jitted)

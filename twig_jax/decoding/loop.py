@@ -4,43 +4,64 @@ import jax
 import jax.numpy as jnp
 
 from twig_jax.decoding.accept import accept
-from twig_jax.decoding.cache import Cache, Limits, State, sees, slots_of
-from twig_jax.decoding.draft import Committed, Drafts, draft, scratch, trunk_step
+from twig_jax.decoding.adaptive import drafting
+from twig_jax.decoding.cache import Cache, State, sees, slots_of, spread_rows
+from twig_jax.decoding.draft import Committed, Drafts, catch_up, draft, scratch, trunk_step
 from twig_jax.decoding.network import Program, Weights
+from twig_jax.decoding.sampling import choose, seen_before
+from twig_jax.pruning.select import take
+
+Verified = tuple[Cache, Cache, jax.Array]
 
 
 def decode(
-    program: Program, weights: Weights, state: State, limits: Limits, most: jax.Array | int
+    program: Program,
+    weights: Weights,
+    state: State,
+    stop: jax.Array,
+    cost: jax.Array,
+    most: jax.Array | int,
 ) -> State:
-    """Iterates until every row is done, or `most` times (a chunk)."""
+    """Iterates until every row is done, or `most` times (a chunk).
+
+    stop bool [B]: rows to end before that. cost float32 [W]: see adaptive.py.
+    """
+    state = spread_rows(state._replace(done=state.done | stop))
 
     def going(carry: tuple[jax.Array, State]) -> jax.Array:
         return (carry[0] < most) & ~carry[1].done.all()
 
     def step(carry: tuple[jax.Array, State]) -> tuple[jax.Array, State]:
-        return carry[0] + 1, iterate(program, weights, carry[1], limits)
+        return carry[0] + 1, iterate(program, weights, carry[1], cost)
 
     return jax.lax.while_loop(going, step, (jnp.int32(0), state))[1]
 
 
-def iterate(program: Program, weights: Weights, state: State, limits: Limits) -> State:
+def iterate(program: Program, weights: Weights, state: State, cost: jax.Array) -> State:
     """One iteration of every row: node 0 is its pending token, nodes 1 .. its drafts."""
-    p, caches, prompt = program, state.caches, state.prompt
+    p, prompt = program, state.prompt
     B, W = state.n.shape[0], p.width
-    dtype = state.last.dtype
     positions = prompt.lengths + state.n - 1
+    draws = drafting(state, cost)
+    if p.adaptive:
+        with jax.named_scope("catch_up"):
+            state = catch_up(p, weights, state, jnp.where(draws, state.n - 2, 0))
+    caches = state.caches
     cached = state.n - 1  # tokens after the prompt in the base's caches
+    dtype = state.states.dtype
     drafts = Drafts(
         tokens=jnp.zeros((B, W), jnp.int32).at[:, 0].set(state.pending),
         probs=jnp.zeros((B, W - 1), jnp.float32),
         drafted=jnp.zeros((B,), jnp.int32),
-        states=jnp.zeros((B, W, state.last.shape[-1]), dtype),
+        states=jnp.zeros((B, W, state.states.shape[-1]), dtype),
         trunk=scratch(p, p.K, B, W, dtype),
-        twig=scratch(p, p.twig.T if p.draft else 0, B, W + 1, dtype),
+        twig=scratch(p, p.twig.T if p.keeps_twig else 0, B, W + 1, dtype),
     )
 
-    def mask(cache: Cache, valid: jax.Array, generated: jax.Array) -> jax.Array:
-        return sees(valid, generated, slots_of(cache), W) if cache else jnp.zeros((B, W, 0), bool)
+    def mask(cache: Cache, valid: jax.Array, generated: jax.Array, width: int = 1) -> jax.Array:
+        if not cache:
+            return jnp.zeros((B, width, 0), bool)
+        return sees(valid, generated, slots_of(cache), width)
 
     committed = Committed(
         caches.trunk,
@@ -48,25 +69,31 @@ def iterate(program: Program, weights: Weights, state: State, limits: Limits) ->
         caches.twig,
         mask(caches.twig, prompt.trunk, cached - 1)[:, 0],
     )
+    V = p.base.text.vocab_size
+    seen = seen_before(state.controls, state.context, state.tokens, state.n, V)
     with jax.named_scope("trunk"):
         drafts = trunk_step(p, weights, drafts, committed, positions, 0)
     if p.draft:
         with jax.named_scope("draft"):
-            limit = jnp.minimum(limits.gamma, limits.max_new - state.n - 1)
+            limit = jnp.minimum(state.controls.gamma, state.controls.max_new - state.n - 1)
             drafts = draft(
                 p,
                 weights,
                 drafts,
                 committed,
-                state.last,
+                take(state.states, (state.n - 2)[:, None])[:, 0],
                 state.n >= 2,
+                state.n,
                 positions,
-                jnp.where(state.done, 0, limit),
-                limits,
+                jnp.where(draws, limit, 0),
+                state.controls,
+                seen,
             )
-    with jax.named_scope("verify"):
-        x, at = drafts.states, positions[:, None] + jnp.arange(W)
-        chain = jnp.broadcast_to(jnp.tril(jnp.ones((W, W), bool)), (B, W, W))
+
+    def verify(width: int) -> Verified:
+        """The deep layers over nodes 0 .. width-1; results as wide as W."""
+        x, node = drafts.states[:, :width], jnp.arange(width)
+        chain = jnp.broadcast_to(node <= node[:, None], (B, width, width))
         new = []
         for first, last, cache, valid in (
             (p.K, p.K_f, caches.middle, prompt.middle),
@@ -77,11 +104,33 @@ def iterate(program: Program, weights: Weights, state: State, limits: Limits) ->
                 first,
                 last,
                 x,
-                at,
+                positions[:, None] + node,
                 chain,
                 cached=cache,
-                cached_mask=mask(cache, valid, cached),
+                cached_mask=mask(cache, valid, cached, width),
             )
             new.append(kv)
-        logits = p.base_apply(weights, "logits", x)
-    return accept(p, state, drafts, new[0], new[1], logits, limits)
+        # The drafts on the way to each node; node 0 is among the tokens already.
+        path = jnp.where((node > 0) & chain, drafts.tokens[:, None, :width], -1)
+        choice = choose(
+            state.controls,
+            p.base_apply(weights, "logits", x),
+            state.n[:, None] + node,
+            positions[:, None] + node + 1,
+            seen,
+            path,
+        )
+        middle, top, choice = jax.tree.map(
+            lambda a: jnp.pad(a, ((0, 0), (0, W - width)) + ((0, 0),) * (a.ndim - 2)),
+            (new[0], new[1], choice),
+        )
+        return middle, top, choice
+
+    with jax.named_scope("verify"):
+        if p.adaptive and W > 1:
+            middle, top, choice = jax.lax.cond(
+                drafts.drafted.any(), lambda: verify(W), lambda: verify(1)
+            )
+        else:
+            middle, top, choice = verify(W)
+    return accept(p, state, drafts, middle, top, choice, cost)

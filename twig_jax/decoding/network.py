@@ -22,14 +22,18 @@ class Weights(NamedTuple):
 class Program:
     """The static side of a compiled program: models and shapes.
 
-    prune, draft: the two halves of the mode. text_slots N, images I, retained_slots R_max: the
-    bucket. width W = γ_max + 1 nodes an iteration. max_new: the most new tokens of any row.
+    prune, draft: the two halves of the mode. adaptive: drafting may be switched off for a while.
+    resumes: another turn may follow, so the twig's cache is kept in any mode. text_slots N, images
+    I, retained_slots R_max: the bucket. width W = γ_max + 1 nodes an iteration. max_new: the most
+    new tokens of any row.
     """
 
     base: LlavaConfig
     twig: TwigConfig
     prune: bool
     draft: bool
+    adaptive: bool
+    resumes: bool
     text_slots: int
     images: int
     retained_slots: int
@@ -65,6 +69,11 @@ class Program:
     def runs_twig(self) -> bool:
         """Whether the mode needs the twig at all."""
         return self.prune or self.draft
+
+    @property
+    def keeps_twig(self) -> bool:
+        """Whether the twig's cache outlives the prompt."""
+        return self.draft or (self.prune and self.resumes)
 
     def base_apply(self, weights: Weights, method: str, *args: Any, **kwargs: Any) -> Any:
         """A method of the base."""

@@ -6,11 +6,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from twig_jax.decoding.generate import Generator, Result, Settings
+from twig_jax.decoding.generate import Generator
+from twig_jax.decoding.settings import Result, Settings
 from twig_jax.evaluation.scoring import acceptance, ceiling, relacc, tokens_per_s
 from twig_jax.evaluation.tasks import Sample, answer, exact
 
-Progress = Callable[[str, int, int], None]  # what, done, of how many
+Progress = Callable[[str], None]  # is told what has one more answer
 
 
 class Model(Protocol):
@@ -87,17 +88,15 @@ def accuracy_rows(
     right: dict[Run, list[bool]] = {}
     results: dict[Run, list[Result]] = {}
     for run in runs:
-        found = answer(
+        name = f"{run.mode} {run.pruned:.1%} {run.selector}"
+        results[run] = answer(
             model.generator,
             samples,
             run.settings(model, common),
             selector=run.selector,
             batch=batch,
+            told=lambda *_, name=name: progress(name),
         )
-        results[run] = []
-        for result in found:
-            results[run].append(result)
-            progress(f"{run.mode} {run.pruned:.1%} {run.selector}", len(results[run]), len(samples))
         right[run] = [
             exact(model.tokenizer, s, r) for s, r in zip(samples, results[run], strict=True)
         ]
@@ -197,7 +196,7 @@ def timed(
                 if r == 0:
                     results[run].append(fast)
         plains.append(base)
-        progress("timing", i + 1, len(samples))
+        progress("timing")
     return plains, {
         run: Timed(results[run], np.median(speeds[run], axis=1), np.median(beside[run], axis=1))
         for run in runs

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from twig_jax.decoding.generate import Result
+from twig_jax.decoding.settings import Result
 from twig_jax.evaluation.compare import Row
 
 # Blue for what is kept and gained, grey for what is compared with: readable without colour vision.

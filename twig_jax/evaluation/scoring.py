@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from twig_jax.config import TwigConfig
-from twig_jax.decoding.generate import Result
+from twig_jax.decoding.settings import Result
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Questions with known answers, as requests, and how well they were answered."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,7 +9,8 @@ import numpy as np
 from twig_jax.config import LlavaConfig
 from twig_jax.data import conversation, digits, images, questions
 from twig_jax.data.tokens import prompt_ids
-from twig_jax.decoding.generate import Generator, Request, Result, Settings
+from twig_jax.decoding.generate import Generator
+from twig_jax.decoding.settings import Request, Result, Settings
 
 # Signals that the decoding programs compute themselves; the others are scores given to them.
 COMPUTED = ("twig", "fastv")
@@ -91,15 +92,13 @@ def answer(
     *,
     selector: str = "twig",
     batch: int = 32,
-) -> Iterator[Result]:
-    """Results in order. The last batch is filled up by repeating: one program serves all."""
+    told: Callable[[int, Result], Any] = lambda *_: None,
+) -> list[Result]:
+    """Results in order; `told` as in `Generator.generate_many`."""
     computed = selector in COMPUTED
     settings = replace(settings, selector=selector if computed else "given")
-    for first in range(0, len(samples), batch):
-        part = list(samples[first : first + batch])
-        filled = part + [part[-1]] * (batch - len(part)) if len(samples) > batch else part
-        requests = [with_scores(sample, selector) for sample in filled]
-        yield from generator.generate(requests, settings)[: len(part)]
+    requests = [with_scores(sample, selector) for sample in samples]
+    return generator.generate_many(requests, settings, batch, told)
 
 
 def exact(tokenizer: Any, sample: Sample, result: Result) -> bool:

@@ -34,7 +34,9 @@ def init_twig(
         drawn = twig_decoder(text, twig).init(jax.random.key(seed), x)["params"]
         return jax.tree.map(jnp.array, {**drawn, **head})
     if how not in ("next", "last"):
-        raise ValueError(f"no way to start a twig called {how!r}; there are: next, last, random")
+        raise ValueError(
+            f"no twig to start from called {how!r}; there are: next, last, random, or a folder"
+        )
     first = twig.K if how == "next" else text.num_layers - twig.T
     if first + twig.T > text.num_layers or first < 0:
         raise ValueError(f"a base of {text.num_layers} layers has no layers {first} + {twig.T}")

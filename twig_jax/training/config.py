@@ -41,7 +41,7 @@ class TrainConfig:
     layers: int | None = None  # decoder layers, where fewer than the preset's
     base: str | None = None  # run folder or model folder that the base is read from
     deepen: tuple[int | None, ...] | None = None  # see models.grow.deepen
-    twig_init: str = "next"
+    twig_init: str = "next"  # "next", "last", "random", or a twig folder to be trained on
     optim: OptimConfig = OptimConfig()
     data: DataConfig = DataConfig()
     seed: int = 0

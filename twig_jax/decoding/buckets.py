@@ -1,0 +1,154 @@
+"""Shapes: what a program is compiled for, and the memory it takes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+from twig_jax.config import LlavaConfig, TwigConfig
+from twig_jax.decoding.network import Program
+from twig_jax.decoding.settings import Settings
+from twig_jax.pruning.budget import retained
+
+_TEXT_STEP = 32  # undeclared shapes are rounded up to multiples of these
+_NEW_STEP = 32
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """The largest batch a program takes: rows, and per row text tokens, images and new tokens."""
+
+    rows: int
+    text: int
+    images: int
+    new: int
+
+    def __str__(self) -> str:
+        return f"{self.rows} rows x ({self.text} text, {self.images} images, {self.new} new)"
+
+    def holds(self, other: "Bucket") -> bool:
+        """Whether a batch of the other shape fits."""
+        mine = (self.rows, self.text, self.images, self.new)
+        return all(
+            a >= b
+            for a, b in zip(mine, (other.rows, other.text, other.images, other.new), strict=True)
+        )
+
+
+def fit(need: Bucket, declared: Sequence[Bucket]) -> Bucket:
+    """The smallest declared bucket that holds `need`; without any, `need` rounded up.
+
+    Raises ValueError where none is large enough.
+    """
+    if not declared:
+        text = -(-need.text // _TEXT_STEP) * _TEXT_STEP
+        return Bucket(need.rows, text, need.images, -(-need.new // _NEW_STEP) * _NEW_STEP)
+    fitting = [bucket for bucket in declared if bucket.holds(need)]
+    if not fitting:
+        raise ValueError(
+            f"a batch of {need} fits into none of the declared buckets: "
+            + "; ".join(map(str, declared))
+        )
+    return min(fitting, key=lambda b: (b.rows, b.images, b.text, b.new))
+
+
+def program_for(
+    bucket: Bucket,
+    settings: Settings,
+    config: LlavaConfig,
+    twig: TwigConfig | None,
+    *,
+    retained_slots: int = 0,
+    resumes: bool = False,
+) -> Program:
+    """The program of a bucket; retained_slots where a row keeps more than the call's budget."""
+    M = config.vision.num_tokens
+    if not settings.prune:
+        slots = bucket.images * M
+    else:
+        assert twig is not None
+        slots = retained_slots
+        if settings.avg_retained is not None and bucket.images:
+            L = config.text.num_layers
+            slots = max(slots, retained(settings.avg_retained, twig, L, M, bucket.images))
+    return Program(
+        base=config,
+        twig=twig or TwigConfig(K=1, T=1, K_f=config.text.num_layers),
+        prune=settings.prune,
+        draft=settings.draft,
+        adaptive=settings.draft and settings.adaptive,
+        resumes=resumes,
+        text_slots=bucket.text,
+        images=bucket.images,
+        retained_slots=slots,
+        width=settings.gamma + 1 if settings.draft else 1,
+        max_new=bucket.new,
+    )
+
+
+def state_bytes(program: Program, rows: int, itemsize: int) -> int:
+    """Bytes of a state and of the largest intermediate results of its prefill.
+
+    The caches are exact, the rest an estimate from shapes: one layer's activations over all prompt
+    slots (feed-forward and attention), and the logits of an iteration.
+    """
+    p, text = program, program.base.text
+    G = p.generated_slots
+    middle = p.text_slots + p.retained_slots
+    slots = (
+        p.K * (p.prompt_slots + G)
+        + (p.K_f - p.K) * (middle + G)
+        + (p.L - p.K_f) * (p.text_slots + G)
+        + (p.twig.T * (p.prompt_slots + G) if p.keeps_twig else 0)
+    )
+    caches = slots * 2 * text.num_kv_heads * text.head_dim * itemsize
+    width = max(p.prompt_slots, middle + p.width)
+    layer = width * (4 * text.hidden_size + 2 * text.intermediate_size) * itemsize
+    attention = text.num_heads * width * width * 2 * 4
+    logits = p.width * text.vocab_size * 4 * 3
+    return rows * (caches + layer + attention + logits)
+
+
+def check_memory(
+    program: Program, bucket: Bucket, weights: int, itemsize: int, limit: int | None
+) -> None:
+    """Raises MemoryError for a batch that `limit` bytes cannot hold, saying what would fit.
+
+    weights: bytes of the parameters. limit None: not known, nothing is checked.
+    """
+    if limit is None:
+        return
+    one = state_bytes(program, 1, itemsize)
+    if weights + bucket.rows * one <= limit:
+        return
+    gb = 1e9
+    rows = int((limit - weights) // one)
+    said = (
+        f"{bucket} need about {(weights + bucket.rows * one) / gb:.1f} GB, "
+        f"{weights / gb:.1f} GB of it parameters, and there are {limit / gb:.1f} GB; "
+    )
+    if rows < 1:
+        raise MemoryError(said + "not even one row fits: shorten prompts or answers")
+    raise MemoryError(said + f"about {rows} rows of this shape and budget would fit")
+
+
+def device_memory(device: jax.Device) -> int | None:
+    """Bytes a device has for arrays: what its runtime says, the machine's on CPUs."""
+    import os
+
+    stats = device.memory_stats()
+    if stats and "bytes_limit" in stats:
+        return int(stats["bytes_limit"])
+    if device.platform == "cpu":
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return None
+
+
+def nbytes(tree: object) -> int:
+    """Bytes of all arrays of a tree on one device."""
+    total = 0
+    for x in jax.tree.leaves(tree):
+        shape = x.sharding.shard_shape(x.shape) if isinstance(x, jax.Array) else np.shape(x)
+        total += int(np.prod(shape, dtype=np.int64)) * x.dtype.itemsize
+    return total

@@ -1,0 +1,111 @@
+"""The one rule by which twig and base choose tokens: shared Gumbel noise.
+
+A token is argmax(logits / temperature + g), where the noise g is a function of a row's seed and the
+token's position. It is distributed as softmax(logits / temperature) (Gumbel-max), and because twig
+and base use the same noise, a draft is accepted exactly if the base chooses the same token
+(arXiv 2408.07978). Sampled speculative decoding so equals sampled plain decoding token for token,
+and greedy decoding is the case without noise.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from twig_jax.decoding.settings import Controls
+
+
+def choose(
+    controls: Controls,
+    logits: jax.Array,
+    n: jax.Array,
+    positions: jax.Array,
+    seen: jax.Array,
+    path: jax.Array,
+) -> jax.Array:
+    """Tokens int32 [B, Q] for logits [B, Q, V].
+
+    n int32 [B, Q]: tokens emitted before the one to choose; positions int32 [B, Q]: its place. For
+    the repetition penalty, bool [B, V] `seen` has the tokens before, and int32 [B, Q, E] `path`
+    further ones of each query, -1 for none.
+    """
+    c = jax.tree.map(lambda x: x[:, None, None], controls)
+
+    def shaped(logits: jax.Array) -> jax.Array:
+        logits = jax.lax.cond(
+            (controls.penalty != 1).any(),
+            lambda x: _penalised(x, c.penalty, seen, path),
+            lambda x: x,
+            logits,
+        )
+        ends = jnp.arange(logits.shape[-1]) == c.eos
+        return jnp.where(ends & (n[..., None] < c.min_new), -jnp.inf, logits)
+
+    def drawn(logits: jax.Array) -> jax.Array:
+        warm = c.temperature > 0
+        logits = logits / jnp.where(warm, c.temperature, 1)
+        logits = jax.lax.cond(
+            ((controls.top_k > 0) | (controls.top_p < 1) | (controls.min_p > 0)).any(),
+            lambda x: jnp.where(x >= _threshold(x, c), x, -jnp.inf),
+            lambda x: x,
+            logits,
+        )
+        return jnp.where(warm, logits + gumbel(controls.seed, positions, logits.shape[-1]), logits)
+
+    plain = ((controls.penalty == 1) & (controls.min_new == 0)).all()
+    logits = jax.lax.cond(plain, lambda x: x, shaped, logits)
+    logits = jax.lax.cond((controls.temperature > 0).any(), drawn, lambda x: x, logits)
+    return logits.argmax(-1).astype(jnp.int32)
+
+
+def gumbel(seeds: jax.Array, positions: jax.Array, size: int) -> jax.Array:
+    """Noise float32 [B, Q, size] for uint32 [B] seeds at int32 [B, Q] positions."""
+
+    def one(seed: jax.Array, position: jax.Array) -> jax.Array:
+        # Named, because a platform's default may draw other values for another batch.
+        key = jax.random.key(seed, impl="threefry2x32")
+        return jax.random.gumbel(jax.random.fold_in(key, position), (size,), jnp.float32)
+
+    return jax.vmap(jax.vmap(one, (None, 0)))(seeds, positions)
+
+
+def seen_before(
+    controls: Controls, context: jax.Array, tokens: jax.Array, n: jax.Array, size: int
+) -> jax.Array:
+    """Which tokens a row's prompt and answer hold, bool [B, size]; no row asks, nothing is marked.
+
+    context int32 [B, P], the prompt, with `size` where no token is to be marked; tokens int32
+    [B, max_new], of which n[b] count.
+    """
+    B = n.shape[0]
+    rows = jnp.arange(B)[:, None]
+    nothing = jnp.zeros((B, size), bool)
+
+    def mark() -> jax.Array:
+        emitted = jnp.where(jnp.arange(tokens.shape[1]) < n[:, None], tokens, size)
+        both = jnp.concatenate([context, emitted], axis=1)
+        return nothing.at[rows, both].set(True, mode="drop")
+
+    return jax.lax.cond((controls.penalty != 1).any(), mark, lambda: nothing)
+
+
+def _penalised(
+    logits: jax.Array, penalty: jax.Array, seen: jax.Array, path: jax.Array
+) -> jax.Array:
+    """Logits of tokens that were there before, divided (positive) or multiplied by the penalty."""
+    B, Q, V = logits.shape
+    at = jnp.arange(B)[:, None, None], jnp.arange(Q)[:, None], jnp.where(path < 0, V, path)
+    seen = jnp.broadcast_to(seen[:, None], logits.shape).at[at].set(True, mode="drop")
+    lower = jnp.where(logits > 0, logits / penalty, logits * penalty)
+    return jnp.where(seen, lower, logits)
+
+
+def _threshold(logits: jax.Array, c: Controls) -> jax.Array:
+    """The lowest logit [B, Q, 1] that top_k, top_p and min_p, in this order, all let pass."""
+    V = logits.shape[-1]
+    best = -jnp.sort(-logits, axis=-1)
+    rank = jnp.arange(V)
+    allowed = (c.top_k == 0) | (rank < c.top_k)
+    p = jax.nn.softmax(jnp.where(allowed, best, -jnp.inf), axis=-1)
+    # A token stays if those above it do not reach top_p yet; the first always does.
+    allowed &= (rank == 0) | (jnp.cumsum(p, axis=-1) - p < c.top_p)
+    allowed &= p >= c.min_p * p[..., :1]
+    return jnp.min(jnp.where(allowed, best, jnp.inf), axis=-1, keepdims=True)

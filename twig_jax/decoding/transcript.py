@@ -1,0 +1,95 @@
+"""One answer as it comes: its text, and where it stops."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from twig_jax.decoding.settings import Settings
+
+Detokenize = Callable[[Sequence[int]], str]
+
+_UNFINISHED = "\ufffd"  # what stands for the bytes of a character that is not complete yet
+
+
+class Transcript:
+    """The tokens of one answer so far, its text, and whether a stop is in it.
+
+    tokens: what the answer has so far, cut where it stopped. stopped: a stop was found.
+    """
+
+    def __init__(self, settings: Settings, detokenize: Detokenize | None) -> None:
+        self.tokens = np.zeros(0, np.int32)
+        self.stopped = False
+        self._min_new = settings.min_new_tokens
+        self._texts = tuple(s for s in settings.stop if isinstance(s, str))
+        self._sequences = tuple(tuple(s) for s in settings.stop if not isinstance(s, str))
+        self._detokenize = detokenize
+        self._ended = False
+        self._cut: str | None = None
+
+    @property
+    def can_stop(self) -> bool:
+        """Whether there is a stop to look for."""
+        return bool(self._texts or self._sequences)
+
+    def end(self) -> None:
+        """Nothing will follow."""
+        self._ended = True
+
+    def update(self, tokens: np.ndarray, ended: bool) -> None:
+        """Takes all tokens so far; `ended`: none will follow."""
+        if self.stopped:
+            return
+        self._ended = ended
+        for size in range(len(self.tokens) + 1, len(tokens) + 1):
+            self.tokens = tokens[:size]
+            if size > self._min_new and self.can_stop and self._stop():
+                self.stopped = self._ended = True
+                return
+
+    @property
+    def text(self) -> str:
+        """What can be shown: all of the text once the answer ended, before that only what no
+        further token can change (no part of a character or of a stop)."""
+        if self._cut is not None:
+            return self._cut.strip()
+        text = self._decode(self.tokens).lstrip()
+        if self._ended:
+            return text.rstrip()
+        text = text.rstrip(_UNFINISHED)
+        held = max((_overlap(text, stop) for stop in self._texts), default=0)
+        return text[: len(text) - held].rstrip()
+
+    def _decode(self, tokens: np.ndarray) -> str:
+        return "" if self._detokenize is None else self._detokenize(tokens.tolist())
+
+    def _stop(self) -> bool:
+        """Whether the newest token completes a stop; cuts it off."""
+        size = len(self.tokens)
+        for sequence in self._sequences:
+            if tuple(self.tokens[size - len(sequence) :].tolist()) == sequence:
+                self.tokens = self.tokens[: size - len(sequence)]
+                return True
+        if not self._texts:
+            return False
+        text, before = self._decode(self.tokens), self._decode(self.tokens[:-1])
+        starts = []
+        for stop in self._texts:
+            # Only what the newest token completes: an earlier one came before min_new_tokens.
+            start = text.find(stop, max(0, len(before.rstrip(_UNFINISHED)) - len(stop) + 1))
+            if start >= 0:
+                starts.append(start)
+        if not starts:
+            return False
+        self._cut = text[: min(starts)]
+        while len(self.tokens) and len(self._decode(self.tokens)) > len(self._cut):
+            self.tokens = self.tokens[:-1]
+        return True
+
+
+def _overlap(text: str, stop: str) -> int:
+    """How many characters at the text's end may be the beginning of the stop."""
+    for size in range(min(len(text), len(stop) - 1), 0, -1):
+        if text.endswith(stop[:size]):
+            return size
+    return 0
