@@ -3,6 +3,10 @@
 python -m launch.convert --source llava-hf/llava-1.5-7b-hf --to orbax --out models/7b
 python -m launch.convert --source twig-checkpoint --to orbax --out models/twig --K 2 --K_f 24 \\
     --base models/7b
+
+what:  --source --to --out; --vision_source for original LLaVA, --K --K_f --base for a twig
+how:   --dtype --mesh
+check: --dry_run before, --verify after
 """
 
 import sys
