@@ -11,9 +11,9 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
-import torch
 from safetensors.numpy import load_file, save_file
 
+from tests.checkpoints.original import original
 from twig_jax.checkpoints import storage
 from twig_jax.checkpoints.convert import convert, plan, verify
 from twig_jax.checkpoints.llava import layout, read_llava, write_llava
@@ -113,46 +113,6 @@ def test_sharded_files_and_a_mesh(tmp_path, hf, monkeypatch):
     monkeypatch.undo()
     run(tmp_path / "orbax", "hf", tmp_path / "again")
     assert stored(tmp_path / "again") == expected
-
-
-def original(folder, hf, tower=None, **fields):
-    """The same base in the original layout; `tower` is a folder for the vision part."""
-    folder.mkdir()
-    config = json.loads((hf / "config.json").read_text())
-    names = {
-        "language_model.": "",
-        "multi_modal_projector.linear_1": "model.mm_projector.0",
-        "multi_modal_projector.linear_2": "model.mm_projector.2",
-        "vision_tower.": "model.vision_tower.vision_tower.vision_model.",
-    }
-    tensors, vision = {}, {}
-    for name, x in load_file(hf / "model.safetensors").items():
-        x = torch.from_numpy(x.view(np.int16).copy()).view(torch.bfloat16)
-        if tower is not None and name.startswith("vision_tower."):
-            vision[name.replace("vision_tower.", "vision_model.")] = x
-            continue
-        for old, new in names.items():
-            if name.startswith(old):
-                tensors[name.replace(old, new)] = x
-    torch.save(tensors, folder / "pytorch_model.bin")
-    if tower is not None:
-        tower.mkdir()
-        vision["text_model.embeddings.token_embedding.weight"] = torch.zeros(3, 3)
-        vision["logit_scale"] = torch.zeros(())
-        torch.save(vision, tower / "pytorch_model.bin")
-        clip = {"model_type": "clip", "vision_config": config["vision_config"]}
-        (tower / "config.json").write_text(json.dumps(clip))
-        shutil.copy(hf / "processor_config.json", tower)
-    text = config["text_config"] | {"model_type": "llava_llama"}
-    mm = {
-        "mm_vision_tower": "openai/clip-vit-tiny",
-        "mm_projector_type": "mlp2x_gelu",
-        "mm_vision_select_layer": -2,
-        "mm_vision_select_feature": "patch",
-        "image_aspect_ratio": "pad",
-    }
-    (folder / "config.json").write_text(json.dumps(text | mm | fields))
-    return folder
 
 
 def test_original_layout_with_its_tower_apart(tmp_path, hf, config):

@@ -139,7 +139,8 @@ def write_settings(
     extra: dict[str, Any] | None = None,
 ) -> None:
     """The JSON files of a base's folder. extra: fields for config.json beside the model's."""
-    write_processor(folder, config, tokenizer)
+    pad = (extra or {}).get("image_aspect_ratio") == "pad"
+    write_processor(folder, config, tokenizer, pad)
     write_config(folder, config, _common(source), extra)
 
 
