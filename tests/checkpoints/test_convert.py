@@ -19,6 +19,8 @@ from twig_jax.checkpoints.convert import convert, plan, verify
 from twig_jax.checkpoints.llava import layout, read_llava, write_llava
 from twig_jax.checkpoints.tables import flatten
 from twig_jax.checkpoints.twig import fingerprint, read_twig, write_twig
+from twig_jax.data.digits import ASSETS
+from twig_jax.data.tokens import load_tokenizer
 from twig_jax.sharding.mesh import make_mesh
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -91,6 +93,14 @@ def test_official_twig_to_orbax_and_back(tmp_path, official, hf, base, config, t
     assert notes["base_fingerprint"] == fingerprint(config, base, 1)
     for folder in (tmp_path / "orbax", tmp_path / "again"):
         assert read_twig(folder, base, config)[0] == twig_config
+
+
+def test_a_twig_keeps_its_vocabulary(tmp_path, official, hf):
+    """Also where its base was padded since."""
+    source = original(tmp_path / "original", hf, tower=tmp_path / "clip")
+    run(source, "hf", tmp_path / "padded", vision_source=tmp_path / "clip")
+    run(official, "twig-official", tmp_path / "out", K=1, K_f=3, base=tmp_path / "padded")
+    assert stored(tmp_path / "out").items() <= stored(official).items()
 
 
 def test_a_twig_that_does_not_say_where_it_grows(tmp_path, official):
@@ -224,6 +234,17 @@ def test_a_failure_leaves_nothing_and_a_rerun_works(tmp_path, hf, to):
         convert(p, tmp_path / "out")
         assert verify(p, tmp_path / "out") == []
     assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_tokenizer_of_another_vocabulary_fails_before_the_weights(tmp_path, hf):
+    source = original(tmp_path / "original", hf, tower=tmp_path / "clip")
+    (source / "tokenizer.json").write_text("{}")
+    with (
+        plan(source, "hf", vision_source=tmp_path / "clip") as p,
+        pytest.raises(ValueError, match=r"the ids \[3, 0\]; the model has 40 and 41"),
+    ):
+        convert(p, tmp_path / "out", tokenizer=load_tokenizer(ASSETS), seen=pytest.fail)
+    assert not list(tmp_path.glob("out*"))
 
 
 def test_verification_finds_a_changed_value(tmp_path, hf):

@@ -31,6 +31,7 @@ from twig_jax.checkpoints.twig import (
     open_twig,
     read_notes,
     twig_sizes,
+    with_words,
     write_notes,
 )
 from twig_jax.config import LlavaConfig, TwigConfig
@@ -113,7 +114,7 @@ def plan(
         with open_llava(base) as (config, source):
             twig.check(config.text.num_layers)
             grown_on = fingerprint(config, source.tree(among=feeds_twig(twig.K)), twig.K)
-            text = config.text
+            text = with_words(config.text, text.vocab_size)
     with open_twig(folder, text, layers) as source:
         yield Plan(to, folder, source.cast(dtype), twig=twig, base_fingerprint=grown_on)
 
@@ -150,10 +151,6 @@ def convert(
     """
     source = plan.source.watched(seen)
     with _staged(out, plan.nbytes) as staging:
-        if plan.to == "orbax":
-            write_orbax(staging, source, placing(mesh))
-        else:
-            write_hf(staging, source)
         if plan.twig is not None:
             write_notes(staging, plan.twig, plan.base_fingerprint)
         if plan.config is not None:
@@ -162,6 +159,10 @@ def convert(
             write_settings(staging, plan.config, plan.source, files, fields)
             if tokenizer is not None and plan.add_tokens:
                 _save_tokenizer(staging, tokenizer, plan.config)
+        if plan.to == "orbax":
+            write_orbax(staging, source, placing(mesh))
+        else:
+            write_hf(staging, source)
 
 
 def placing(mesh: Mesh | None = None) -> Place:
