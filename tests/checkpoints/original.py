@@ -14,6 +14,12 @@ NAMES = {
 }
 
 
+def original_name(name):
+    """A tensor's name where the tower is embedded."""
+    old = next(old for old in NAMES if name.startswith(old))
+    return name.replace(old, NAMES[old])
+
+
 def original(folder, hf, tower=None, **fields):
     """The same base in the original layout; `tower` is a folder for the vision part.
 
@@ -25,10 +31,8 @@ def original(folder, hf, tower=None, **fields):
     for name, x in load_file(hf / "model.safetensors").items():
         if tower is not None and name.startswith("vision_tower."):
             vision[name.replace("vision_tower.", "vision_model.")] = x
-            continue
-        for old, new in NAMES.items():
-            if name.startswith(old):
-                tensors[name.replace(old, new)] = x
+        else:
+            tensors[original_name(name)] = x
     torch.save(tensors, folder / "pytorch_model.bin")
     if tower is not None:
         tower.mkdir()

@@ -1,6 +1,8 @@
 """Conversions: bit for bit there and back, nothing half written, everything wrong said at once."""
 
+import dataclasses
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -13,12 +15,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from tests.checkpoints.original import original
+from tests.checkpoints.original import original, original_name
 from twig_jax.checkpoints import storage
 from twig_jax.checkpoints.convert import convert, plan, verify
 from twig_jax.checkpoints.llava import layout, read_llava, write_llava
-from twig_jax.checkpoints.tables import flatten
+from twig_jax.checkpoints.tables import flatten, llava_tensors
 from twig_jax.checkpoints.twig import fingerprint, read_twig, write_twig
+from twig_jax.config import VisionConfig
 from twig_jax.data.digits import ASSETS
 from twig_jax.data.tokens import load_tokenizer
 from twig_jax.sharding.mesh import make_mesh
@@ -158,6 +161,27 @@ def test_original_layout_gets_room_for_the_image_token(tmp_path, hf):
     assert ((x @ head).argmax(1) < 40).all()
 
 
+def test_original_layout_with_a_known_tower_embedded(tmp_path, hf, config):
+    """As published: the tower has its full size, so the file is a hole behind its header."""
+    config = dataclasses.replace(config, vision=VisionConfig())
+    source = original(
+        tmp_path / "original", hf, mm_vision_tower="openai/clip-vit-large-patch14-336"
+    )
+    (source / "pytorch_model.bin").unlink()
+    header, end = {}, 0
+    for tensor in llava_tensors(config):
+        span = [end, end := end + 2 * math.prod(tensor.shape)]
+        where = {"dtype": "F16", "shape": tensor.shape, "data_offsets": span}
+        header[original_name(tensor.name)] = where
+    text = json.dumps(header).encode()
+    with open(source / "model.safetensors", "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    with plan(source, "orbax") as p:
+        assert p.source.ignored == () and p.nbytes == end
+        assert (p.config.vision, p.config.text) == (config.vision, config.text)
+
+
 def test_an_unknown_tower_must_be_given(tmp_path, hf):
     source = original(tmp_path / "original", hf)
     with pytest.raises(ValueError, match="give its folder as the vision source"):
@@ -165,8 +189,6 @@ def test_an_unknown_tower_must_be_given(tmp_path, hf):
 
 
 def test_tied_head(tmp_path, base, config):
-    import dataclasses
-
     tied = dataclasses.replace(config, text=dataclasses.replace(config.text, tied_head=True))
     params = {**base, "text": {k: v for k, v in base["text"].items() if k != "lm_head"}}
     write_llava(tmp_path / "hf", params, tied, "float32")
