@@ -3,6 +3,10 @@
 python -m launch.convert --source llava-hf/llava-1.5-7b-hf --to orbax --out models/7b
 python -m launch.convert --source twig-checkpoint --to orbax --out models/twig --K 2 --K_f 24 \\
     --base models/7b
+
+what:  --source --to --out; --vision_source for original LLaVA, --K --K_f --base for a twig
+how:   --dtype --mesh
+check: --dry_run before, --verify after
 """
 
 import sys
@@ -46,7 +50,7 @@ def convert() -> None:
     from twig_jax.checkpoints import convert as c
     from twig_jax.checkpoints.config_files import has_tokenizer
     from twig_jax.checkpoints.llava import local_folder
-    from twig_jax.data.tokens import conventions
+    from twig_jax.data.tokens import conventions, load_tokenizer
     from twig_jax.sharding.mesh import make_mesh
 
     def folder(name: str | None) -> Path | None:
@@ -77,11 +81,14 @@ def convert() -> None:
         extra = {}
         if plan.config is not None and c.notes(source):
             extra["conversation_template"] = conventions(source).template
+        tokenizer = None
+        if plan.add_tokens and has_tokenizer(source):
+            tokenizer = load_tokenizer(source)
         if plan.config is not None and not has_tokenizer(source):
             print(f"{source} has no tokenizer: copy one into {_OUT.value} before asking questions")
         rounds = 1 + _VERIFY.value
         with tqdm(total=rounds * plan.nbytes, unit="B", unit_scale=True) as bar:
-            c.convert(plan, out, mesh=mesh, extra=extra, seen=bar.update)
+            c.convert(plan, out, mesh=mesh, extra=extra, tokenizer=tokenizer, seen=bar.update)
             different = c.verify(plan, out, seen=bar.update) if _VERIFY.value else []
     if different:
         raise ValueError(f"{out} differs from {source} in {', '.join(different)}")

@@ -4,6 +4,11 @@ python -m launch.generate --image page.png --prompt "What digit is in row B, col
 python -m launch.generate --checkpoint llava-hf/llava-1.5-7b-hf --twig models/twig \\
     --image photo.jpg --prompt "What is the cat doing?" --avg_retained 64
 python -m launch.generate --batch_file questions.jsonl --json answers.jsonl
+
+question: --image --prompt, or --raw_prompt; --batch_file --image_folder for many
+model:    --checkpoint --twig --dtype --template --allow_base_mismatch
+decoding: --mode --avg_retained --max_new_tokens --gamma --theta
+output:   --json
 """
 
 import json

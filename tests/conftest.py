@@ -44,3 +44,13 @@ def draw():
         return jax.tree_util.tree_map_with_path(leaf, shapes)
 
     return draw
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory):
+    """A folder with a Llama tokenizer, as LLaVA-1.5's own folders have it."""
+    from tests.llama import train  # sentencepiece is not needed elsewhere
+
+    folder = tmp_path_factory.mktemp("llama")
+    train(folder)
+    return folder

@@ -98,8 +98,8 @@ def test_packages_with_one_place(path):
 
 def test_reading_checkpoints_needs_no_training():
     needs = {"numpy", "safetensors", "ml_dtypes", "jax", "twig_jax"} | sys.stdlib_module_names
-    # Only where .bin files, the hub or a new tokenizer are asked for.
-    needs |= {"torch", "huggingface_hub", "transformers"}
+    # Only where .bin files or the hub are asked for.
+    needs |= {"torch", "huggingface_hub"}
     for path in (PACKAGE / "checkpoints").glob("*.py"):
         found = {name.split(".")[0] for name in imports(path)}
         assert found <= needs or path.name == "manager.py", f"{path}: {found - needs}"

@@ -1,6 +1,8 @@
 """Conversions: bit for bit there and back, nothing half written, everything wrong said at once."""
 
+import dataclasses
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -11,14 +13,17 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
-import torch
 from safetensors.numpy import load_file, save_file
 
+from tests.checkpoints.original import original, original_name
 from twig_jax.checkpoints import storage
 from twig_jax.checkpoints.convert import convert, plan, verify
 from twig_jax.checkpoints.llava import layout, read_llava, write_llava
-from twig_jax.checkpoints.tables import flatten
+from twig_jax.checkpoints.tables import flatten, llava_tensors
 from twig_jax.checkpoints.twig import fingerprint, read_twig, write_twig
+from twig_jax.config import VisionConfig
+from twig_jax.data.digits import ASSETS
+from twig_jax.data.tokens import load_tokenizer
 from twig_jax.sharding.mesh import make_mesh
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -93,6 +98,14 @@ def test_official_twig_to_orbax_and_back(tmp_path, official, hf, base, config, t
         assert read_twig(folder, base, config)[0] == twig_config
 
 
+def test_a_twig_keeps_its_vocabulary(tmp_path, official, hf):
+    """Also where its base was padded since."""
+    source = original(tmp_path / "original", hf, tower=tmp_path / "clip")
+    run(source, "hf", tmp_path / "padded", vision_source=tmp_path / "clip")
+    run(official, "twig-official", tmp_path / "out", K=1, K_f=3, base=tmp_path / "padded")
+    assert stored(tmp_path / "out").items() <= stored(official).items()
+
+
 def test_a_twig_that_does_not_say_where_it_grows(tmp_path, official):
     with pytest.raises(ValueError, match="give --K"), plan(official, "orbax"):
         pass
@@ -113,46 +126,6 @@ def test_sharded_files_and_a_mesh(tmp_path, hf, monkeypatch):
     monkeypatch.undo()
     run(tmp_path / "orbax", "hf", tmp_path / "again")
     assert stored(tmp_path / "again") == expected
-
-
-def original(folder, hf, tower=None, **fields):
-    """The same base in the original layout; `tower` is a folder for the vision part."""
-    folder.mkdir()
-    config = json.loads((hf / "config.json").read_text())
-    names = {
-        "language_model.": "",
-        "multi_modal_projector.linear_1": "model.mm_projector.0",
-        "multi_modal_projector.linear_2": "model.mm_projector.2",
-        "vision_tower.": "model.vision_tower.vision_tower.vision_model.",
-    }
-    tensors, vision = {}, {}
-    for name, x in load_file(hf / "model.safetensors").items():
-        x = torch.from_numpy(x.view(np.int16).copy()).view(torch.bfloat16)
-        if tower is not None and name.startswith("vision_tower."):
-            vision[name.replace("vision_tower.", "vision_model.")] = x
-            continue
-        for old, new in names.items():
-            if name.startswith(old):
-                tensors[name.replace(old, new)] = x
-    torch.save(tensors, folder / "pytorch_model.bin")
-    if tower is not None:
-        tower.mkdir()
-        vision["text_model.embeddings.token_embedding.weight"] = torch.zeros(3, 3)
-        vision["logit_scale"] = torch.zeros(())
-        torch.save(vision, tower / "pytorch_model.bin")
-        clip = {"model_type": "clip", "vision_config": config["vision_config"]}
-        (tower / "config.json").write_text(json.dumps(clip))
-        shutil.copy(hf / "processor_config.json", tower)
-    text = config["text_config"] | {"model_type": "llava_llama"}
-    mm = {
-        "mm_vision_tower": "openai/clip-vit-tiny",
-        "mm_projector_type": "mlp2x_gelu",
-        "mm_vision_select_layer": -2,
-        "mm_vision_select_feature": "patch",
-        "image_aspect_ratio": "pad",
-    }
-    (folder / "config.json").write_text(json.dumps(text | mm | fields))
-    return folder
 
 
 def test_original_layout_with_its_tower_apart(tmp_path, hf, config):
@@ -188,6 +161,27 @@ def test_original_layout_gets_room_for_the_image_token(tmp_path, hf):
     assert ((x @ head).argmax(1) < 40).all()
 
 
+def test_original_layout_with_a_known_tower_embedded(tmp_path, hf, config):
+    """As published: the tower has its full size, so the file is a hole behind its header."""
+    config = dataclasses.replace(config, vision=VisionConfig())
+    source = original(
+        tmp_path / "original", hf, mm_vision_tower="openai/clip-vit-large-patch14-336"
+    )
+    (source / "pytorch_model.bin").unlink()
+    header, end = {}, 0
+    for tensor in llava_tensors(config):
+        span = [end, end := end + 2 * math.prod(tensor.shape)]
+        where = {"dtype": "F16", "shape": tensor.shape, "data_offsets": span}
+        header[original_name(tensor.name)] = where
+    text = json.dumps(header).encode()
+    with open(source / "model.safetensors", "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    with plan(source, "orbax") as p:
+        assert p.source.ignored == () and p.nbytes == end
+        assert (p.config.vision, p.config.text) == (config.vision, config.text)
+
+
 def test_an_unknown_tower_must_be_given(tmp_path, hf):
     source = original(tmp_path / "original", hf)
     with pytest.raises(ValueError, match="give its folder as the vision source"):
@@ -195,8 +189,6 @@ def test_an_unknown_tower_must_be_given(tmp_path, hf):
 
 
 def test_tied_head(tmp_path, base, config):
-    import dataclasses
-
     tied = dataclasses.replace(config, text=dataclasses.replace(config.text, tied_head=True))
     params = {**base, "text": {k: v for k, v in base["text"].items() if k != "lm_head"}}
     write_llava(tmp_path / "hf", params, tied, "float32")
@@ -264,6 +256,17 @@ def test_a_failure_leaves_nothing_and_a_rerun_works(tmp_path, hf, to):
         convert(p, tmp_path / "out")
         assert verify(p, tmp_path / "out") == []
     assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_tokenizer_of_another_vocabulary_fails_before_the_weights(tmp_path, hf):
+    source = original(tmp_path / "original", hf, tower=tmp_path / "clip")
+    (source / "tokenizer.json").write_text("{}")
+    with (
+        plan(source, "hf", vision_source=tmp_path / "clip") as p,
+        pytest.raises(ValueError, match=r"the ids \[3, 0\]; the model has 40 and 41"),
+    ):
+        convert(p, tmp_path / "out", tokenizer=load_tokenizer(ASSETS), seen=pytest.fail)
+    assert not list(tmp_path.glob("out*"))
 
 
 def test_verification_finds_a_changed_value(tmp_path, hf):

@@ -95,6 +95,50 @@ def test_a_longer_vocabulary_is_the_same_base(base, config):
     assert prints[0] == prints[1]
 
 
+def more_words(base, config, size):
+    """`base` with random rows up to a vocabulary of `size`."""
+    rng = np.random.default_rng(0)
+    words = np.asarray(base["text"]["embed_tokens"]["embedding"])
+    head = np.asarray(base["text"]["lm_head"]["kernel"])
+    rows = rng.standard_normal((size - len(words), words.shape[1]), np.float32)
+    text = {
+        "embed_tokens": {"embedding": np.concatenate([words, rows])},
+        "lm_head": {"kernel": np.concatenate([head, rows.T], 1)},
+    }
+    sized = dataclasses.replace(config.text, vocab_size=size)
+    return {**base, "text": {**base["text"], **text}}, dataclasses.replace(config, text=sized)
+
+
+def test_a_twig_runs_on_a_base_with_a_padded_vocabulary(folder, twig, base, config):
+    """Official twigs have 32,000 rows, the bases of Hugging Face 32,064; here 40 and 64."""
+    params, bigger = more_words(base, config, 64)
+    head = read_twig(folder, params, bigger, allow_base_mismatch=True)[1]["lm_head"]["kernel"]
+    own = np.asarray(twig["lm_head"]["kernel"])
+    np.testing.assert_array_equal(head[:, :40], own)
+    x = np.random.default_rng(0).standard_normal((100, 24), np.float32)
+    np.testing.assert_allclose((x @ head)[:, 40:].T, [(x @ own).mean(1)] * 24, atol=1e-5)
+
+
+def test_a_twig_with_a_padded_vocabulary_runs_on_its_base(
+    tmp_path, twig, twig_config, base, config
+):
+    params, bigger = more_words(base, config, 64)
+    head = np.asarray(twig["lm_head"]["kernel"])
+    padding = np.ones((24, 24), np.float32)
+    padded = {**twig, "lm_head": {"kernel": np.concatenate([head, padding], 1)}}
+    write_twig(tmp_path, padded, twig_config, params, bigger, "float32")
+    _, read = read_twig(tmp_path, base, config, allow_base_mismatch=True)
+    np.testing.assert_array_equal(read["lm_head"]["kernel"], head)
+
+
+def test_another_vocabulary_does_not_fit(folder, base, config):
+    params, bigger = more_words(base, config, 65)
+    with pytest.raises(
+        ValueError, match=r"lm_head\.weight has shape \[40, 24\], expected \[65, 24\]"
+    ):
+        read_twig(folder, params, bigger, allow_base_mismatch=True)
+
+
 def other_seed(base, config, draw):
     return draw(jax.eval_shape(lambda: base), seed=5), config
 

@@ -18,6 +18,36 @@ def test_llava_hf_with_several_turns():
     )
 
 
+# As the chat template of the llava-hf checkpoints renders: images first, then text.
+CHAT = (
+    "{% for turn in messages %}{{ turn.role | upper }}: "
+    "{% for part in turn.content if part.type == 'image' %}{{ '<image>\n' }}{% endfor %}"
+    "{% for part in turn.content if part.type == 'text' %}{{ part.text }} {% endfor %}"
+    "{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+
+
+@pytest.mark.parametrize("images", [0, 1, 2])
+@pytest.mark.parametrize("answers", [["Yes."], ["Yes.", "No."], [None], ["Yes.", "No.", None]])
+def test_llava_hf_and_the_chat_template(tokenizer, answers, images):
+    """They differ in what ends an answer: a space there, what LLaVA was trained with here."""
+    turns = [(f"Question {i}?", answer) for i, answer in enumerate(answers)]
+    messages = []
+    for question, answer in turns:
+        shown = [] if messages else [{"type": "image"}] * images
+        messages.append({"role": "user", "content": [*shown, {"type": "text", "text": question}]})
+        if answer is not None:
+            content = [{"type": "text", "text": answer}]
+            messages.append({"role": "assistant", "content": content})
+    rendered = tokenizer.apply_chat_template(
+        messages,
+        chat_template=CHAT,
+        tokenize=False,
+        add_generation_prompt=answers[-1] is None,
+    )
+    assert conversation.prompt("llava_hf", turns, images).replace("</s>", " ") == rendered
+
+
 def test_vicuna_v1_is_llava_s():
     assert conversation.prompt("vicuna_v1", [("Hi?", "Hello."), ("And?", None)], images=1) == (
         "A chat between a curious user and an artificial intelligence assistant. "

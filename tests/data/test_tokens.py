@@ -1,7 +1,6 @@
 """The embedded tokenizer, and prompts as ids."""
 
 import json
-import random
 import sys
 
 import numpy as np
@@ -12,6 +11,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken
 
+from tests.llama import PIECES
 from twig_jax.assets.digits import make_assets
 from twig_jax.data import conversation, wordings
 from twig_jax.data.digits import ASSETS
@@ -109,33 +109,7 @@ def test_prompt_ids_of_a_conversation_ends_answers(tokenizer):
     assert tokenizer.decode(ids[~visual][1:]) == text.replace("<image>", "")
 
 
-# A Llama tokenizer: pieces by sentencepiece, special ids 0 to 2, bytes for all else.
-PIECES = "USER ASSISTANT: the cat is in a picture, What on earth? INST 12 345".split()
 SLOTS = 9
-
-
-@pytest.fixture(scope="session")
-def llama(tmp_path_factory):
-    """A folder with tokenizer.model and the settings of LLaVA-1.5's own folders."""
-    folder = tmp_path_factory.mktemp("llama")
-    rng = random.Random(0)
-    lines = [" ".join(rng.choices([*PIECES, ""], k=12)) for _ in range(300)]
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines),
-        model_prefix=str(folder / "tokenizer"),
-        model_type="bpe",
-        vocab_size=360,
-        byte_fallback=True,
-        split_digits=True,
-        allow_whitespace_only_pieces=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        add_dummy_prefix=True,
-        num_threads=1,
-        minloglevel=2,
-    )
-    write(folder, "tokenizer_config", tokenizer_class="LlamaTokenizer", legacy=False)
-    return folder
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,7 @@ from twig_jax.checkpoints.llava import read_llava, write_llava
 from twig_jax.checkpoints.tables import canonical, llava_tensors
 from twig_jax.config import LlavaConfig, TextConfig, VisionConfig
 from twig_jax.data.digits import ASSETS
+from twig_jax.decoding.generate import Generator, Request, Settings
 from twig_jax.models.clip import Projector, VisionTower
 from twig_jax.models.llama import DecoderLayer
 from twig_jax.models.llava import Llava, init_base
@@ -234,6 +235,36 @@ def test_decoder_layer(pair):
     layer = {"params": params["text"]["layers_1"]}
     found, _ = DecoderLayer(config.text).apply(layer, x, ours, causal)
     assert error(found, expected.numpy()) <= TOLERANCE
+
+
+@torch.no_grad()
+def test_greedy_generation(pair):
+    """Prompts of unlike lengths in one batch: text alone, one image, two images."""
+    config, params, model = pair
+    rng = np.random.default_rng(0)
+    M, size = config.vision.num_tokens, config.vision.image_size
+    requests = []
+    for images, words in ((0, 3), (1, 9), (2, 5), (1, 2)):
+        text = rng.integers(4, config.text.vocab_size, words)
+        ids = np.concatenate([[1], np.full(images * M, config.image_token_id), text])
+        pixels = rng.standard_normal((images, size, size, 3), np.float32) if images else None
+        ids = ids.astype(np.int32)
+        requests.append(Request(ids, ids == config.image_token_id, pixels))
+    results = Generator(config, params).generate(requests, Settings("plain", max_new_tokens=12))
+    for request, result in zip(requests, results, strict=True):
+        ids = torch.from_numpy(request.ids[None].astype(np.int64))
+        shown = {}
+        if request.pixels is not None:
+            shown["pixel_values"] = channels_first(request.pixels[None])
+        answer = model.generate(
+            **shown,
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=12,
+            do_sample=False,
+        )[0, ids.shape[1] :].tolist()
+        ended = [config.eos_token_id] if result.stopped_by == "eos" else []
+        assert answer == result.tokens.tolist() + ended
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

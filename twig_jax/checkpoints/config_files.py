@@ -14,7 +14,7 @@ from twig_jax.config import CLIP_MEAN, CLIP_STD, LlavaConfig, TextConfig, Vision
 
 Json = Mapping[str, Any]
 
-_TOKENIZER_FILES = (
+TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
@@ -332,16 +332,18 @@ def has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
 
 
-def write_processor(folder: Path, config: LlavaConfig, source: Path | None) -> None:
+def write_processor(
+    folder: Path, config: LlavaConfig, source: Path | None, pad: bool = False
+) -> None:
     """The files that AutoTokenizer and AutoProcessor need.
 
     The tokenizer's are copied from the folder `source`; the image processor's too where it has
-    them, else they are written for CLIP's processor. Raises FileNotFoundError for a source without
-    a tokenizer.
+    them, else they are written for CLIP's processor, or with `pad` for LLaVA's, which pads images
+    to squares first. Raises FileNotFoundError for a source without a tokenizer.
     """
     copied = []
     if source is not None:
-        names = (*_TOKENIZER_FILES, _PROCESSOR, _PREPROCESSOR)
+        names = (*TOKENIZER_FILES, _PROCESSOR, _PREPROCESSOR)
         copied = [name for name in names if (source / name).is_file()]
         if not has_tokenizer(source):
             raise FileNotFoundError(
@@ -357,12 +359,13 @@ def write_processor(folder: Path, config: LlavaConfig, source: Path | None) -> N
         folder / _PROCESSOR,
         {
             "image_processor": {
-                "image_processor_type": "CLIPImageProcessor",
+                "image_processor_type": "LlavaImageProcessor" if pad else "CLIPImageProcessor",
                 "crop_size": {"height": vision.image_size, "width": vision.image_size},
                 "size": {"shortest_edge": vision.image_size},
                 "do_center_crop": True,
                 "do_convert_rgb": True,
                 "do_normalize": True,
+                "do_pad": pad,
                 "do_rescale": True,
                 "do_resize": True,
                 "image_mean": list(vision.image_mean),

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from twig_jax.checkpoints.config_files import has_tokenizer, notes
+from twig_jax.checkpoints.config_files import TOKENIZER_FILES, has_tokenizer, notes
 from twig_jax.checkpoints.llava import (
     layout,
     open_llava,
@@ -23,6 +23,7 @@ from twig_jax.checkpoints.llava import (
     write_settings,
 )
 from twig_jax.checkpoints.source import TREE, Place, Source
+from twig_jax.checkpoints.storage import read_json, write_json
 from twig_jax.checkpoints.twig import (
     TWIG_FILE,
     feeds_twig,
@@ -30,6 +31,7 @@ from twig_jax.checkpoints.twig import (
     open_twig,
     read_notes,
     twig_sizes,
+    with_words,
     write_notes,
 )
 from twig_jax.config import LlavaConfig, TwigConfig
@@ -45,7 +47,7 @@ class Plan:
 
     source: the tensors, already of the type and size to be written. config: of a base; twig and
     base_fingerprint: of a twig. folder: where the settings and the tokenizer come from. add_tokens:
-    whether its tokenizer has yet to get the image and padding tokens.
+    whether the tokenizer has yet to get the image and padding tokens.
     """
 
     to: str
@@ -101,8 +103,8 @@ def plan(
         )
     if not is_twig:
         with open_llava(folder, vision_source) as (config, source):
-            small = config.image_token_id >= config.text.vocab_size
-            if to == "hf" and small:
+            small = to == "hf" and config.image_token_id >= config.text.vocab_size
+            if small:
                 config, source = padded(config, source)
             yield Plan(to, folder, source.cast(dtype), config=config, add_tokens=small)
         return
@@ -112,7 +114,7 @@ def plan(
         with open_llava(base) as (config, source):
             twig.check(config.text.num_layers)
             grown_on = fingerprint(config, source.tree(among=feeds_twig(twig.K)), twig.K)
-            text = config.text
+            text = with_words(config.text, text.vocab_size)
     with open_twig(folder, text, layers) as source:
         yield Plan(to, folder, source.cast(dtype), twig=twig, base_fingerprint=grown_on)
 
@@ -136,28 +138,31 @@ def convert(
     *,
     mesh: Mesh | None = None,
     extra: dict[str, Any] | None = None,
+    tokenizer: Any = None,
     seen: Callable[[int], Any] = lambda _: None,
 ) -> None:
     """Writes what `plan` says to the folder `out`, which appears once it is whole.
 
-    mesh: the shardings an orbax tree is written with. extra: further fields for config.json. seen
-    is told the bytes of every tensor read. Raises FileExistsError where `out` is there, OSError
-    where the disk is too small or full.
+    mesh: the shardings an orbax tree is written with. extra: further fields for config.json.
+    tokenizer: of a base whose plan says `add_tokens`; None copies its files without these tokens.
+    seen is told the bytes of every tensor read. Raises FileExistsError where `out` is there,
+    ValueError where the tokenizer's ids are not the model's, OSError where the disk is too small or
+    full.
     """
     source = plan.source.watched(seen)
     with _staged(out, plan.nbytes) as staging:
+        if plan.twig is not None:
+            write_notes(staging, plan.twig, plan.base_fingerprint)
+        if plan.config is not None:
+            files = plan.folder if has_tokenizer(plan.folder) else None
+            fields = notes(plan.folder) | (extra or {})
+            write_settings(staging, plan.config, plan.source, files, fields)
+            if tokenizer is not None and plan.add_tokens:
+                _save_tokenizer(staging, tokenizer, plan.config)
         if plan.to == "orbax":
             write_orbax(staging, source, placing(mesh))
         else:
             write_hf(staging, source)
-        if plan.twig is not None:
-            write_notes(staging, plan.twig, plan.base_fingerprint)
-        if plan.config is not None:
-            tokenizer = plan.folder if has_tokenizer(plan.folder) else None
-            fields = notes(plan.folder) | (extra or {})
-            write_settings(staging, plan.config, plan.source, tokenizer, fields)
-            if tokenizer is not None and plan.to == "hf" and plan.add_tokens:
-                _add_tokens(staging, plan.config)
 
 
 def placing(mesh: Mesh | None = None) -> Place:
@@ -227,18 +232,20 @@ def _remove(folder: Path) -> None:
             return
 
 
-def _add_tokens(folder: Path, config: LlavaConfig) -> None:
-    """Gives the tokenizer the image and padding tokens that transformers' processor looks for."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+def _save_tokenizer(folder: Path, tokenizer: Any, config: LlavaConfig) -> None:
+    """Saves it with the image and padding tokens that transformers' processor looks for."""
     added = ["<image>", "<pad>"]
     tokenizer.add_tokens(added, special_tokens=True)
     tokenizer.pad_token = "<pad>"
     found = tokenizer.convert_tokens_to_ids(added)
     if found != [config.image_token_id, config.pad_token_id]:
         raise ValueError(
-            f"the tokenizer in {folder} gives {', '.join(added)} the ids {found}; the model has "
+            f"the tokenizer gives {', '.join(added)} the ids {found}; the model has "
             f"{config.image_token_id} and {config.pad_token_id}"
         )
+    for name in TOKENIZER_FILES:  # older settings would win over those saved now
+        (folder / name).unlink(missing_ok=True)
     tokenizer.save_pretrained(folder)
+    # As it is: AutoTokenizer builds Llama's own class anew, with other ids for some texts.
+    settings = folder / "tokenizer_config.json"
+    write_json(settings, read_json(settings) | {"tokenizer_class": "PreTrainedTokenizerFast"})

@@ -26,9 +26,10 @@ from twig_jax.checkpoints.source import (
     from_files,
     from_orbax,
     from_tree,
+    resized,
 )
 from twig_jax.checkpoints.storage import Weights, float_dtype, read_json, write_weights
-from twig_jax.checkpoints.tables import Params, Tensor, canonical, llava_tensors, unflatten
+from twig_jax.checkpoints.tables import Params, canonical, llava_tensors, unflatten
 from twig_jax.config import LlavaConfig
 
 # Parts of a full CLIP checkpoint that are no vision tower.
@@ -139,7 +140,8 @@ def write_settings(
     extra: dict[str, Any] | None = None,
 ) -> None:
     """The JSON files of a base's folder. extra: fields for config.json beside the model's."""
-    write_processor(folder, config, tokenizer)
+    pad = (extra or {}).get("image_aspect_ratio") == "pad"
+    write_processor(folder, config, tokenizer, pad)
     write_config(folder, config, _common(source), extra)
 
 
@@ -176,27 +178,17 @@ def write_orbax(folder: Path, source: Source, place: Place) -> None:
 def padded(config: LlavaConfig, source: Source) -> tuple[LlavaConfig, Source]:
     """A base whose vocabulary has room for the image and padding tokens.
 
-    transformers looks every id up, that of the image slots too, so the vocabulary of an original
-    checkpoint (32,000) grows to the next multiple of 64 above both (32,064, as published). The new
-    rows are the mean of the old ones: their logit is the mean logit, which is never the largest.
+    transformers looks every id up, that of the image slots too.
     """
     old = config.text.vocab_size
-    new = -(-(old + 2) // 64) * 64
-    text = replace(config.text, vocab_size=new)
+    text = replace(config.text, vocab_size=padded_size(old))
     bigger = replace(config, text=text, image_token_id=old, pad_token_id=old + 1)
-    axis = {"text/embed_tokens/embedding": 0, "text/lm_head/kernel": 1}
-    smaller = {tensor.path: tensor for tensor in source.tensors}
+    return bigger, resized(source, llava_tensors(bigger))
 
-    def read(tensor: Tensor) -> np.ndarray:
-        x = source.read(smaller[tensor.path])
-        if tensor.path not in axis:
-            return x
-        along = axis[tensor.path]
-        mean = x.mean(along, dtype=np.float32, keepdims=True).astype(x.dtype)
-        return np.concatenate([x, np.repeat(mean, new - old, along)], along)
 
-    tensors = tuple(llava_tensors(bigger))
-    return bigger, Source(source.where, tensors, source.dtypes, read, source.ignored)
+def padded_size(words: int) -> int:
+    """The next multiple of 64 with room for two more tokens: 32,064 for 32,000, as published."""
+    return -(-(words + 2) // 64) * 64
 
 
 def layout(folder: str | Path) -> str:

@@ -148,6 +148,28 @@ def from_tree(tensors: Iterable[Tensor], params: Params, where: str) -> Source:
     return Source(where, tensors, dtypes, lambda tensor: np.asarray(flat[tensor.path]))
 
 
+def resized(source: Source, tensors: Iterable[Tensor]) -> Source:
+    """The same tensors in the shapes of `tensors`, which differ in the size of the vocabulary.
+
+    Rows beyond it are dropped, further ones are the mean of all: their logit is the mean logit,
+    which is never the largest.
+    """
+    tensors = tuple(tensors)
+    stored = {tensor.path: tensor for tensor in source.tensors}
+
+    def read(tensor: Tensor) -> np.ndarray:
+        x = source.read(stored[tensor.path])
+        for axis, (old, new) in enumerate(zip(x.shape, tensor.our_shape, strict=True)):
+            if old < new:
+                mean = x.mean(axis, dtype=np.float32, keepdims=True).astype(x.dtype)
+                x = np.concatenate([x, np.repeat(mean, new - old, axis)], axis)
+            elif old > new:
+                x = x.take(np.arange(new), axis)
+        return x
+
+    return Source(source.where, tensors, source.dtypes, read, source.ignored)
+
+
 def rounded(x: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
     """x as `dtype`; ValueError where finite values are too large for it."""
     if x.dtype == dtype:

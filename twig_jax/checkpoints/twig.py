@@ -12,9 +12,17 @@ from typing import Any
 
 import numpy as np
 
-from twig_jax.checkpoints.llava import write_hf
+from twig_jax.checkpoints.llava import padded_size, write_hf
 from twig_jax.checkpoints.manager import tree_shapes
-from twig_jax.checkpoints.source import TREE, Place, Source, from_files, from_orbax, from_tree
+from twig_jax.checkpoints.source import (
+    TREE,
+    Place,
+    Source,
+    from_files,
+    from_orbax,
+    from_tree,
+    resized,
+)
 from twig_jax.checkpoints.storage import Weights, read_json, write_json
 from twig_jax.checkpoints.tables import Params, flatten, twig_tensors
 from twig_jax.config import LlavaConfig, TextConfig, TwigConfig
@@ -97,6 +105,15 @@ def twig_sizes(folder: str | Path) -> tuple[int, TextConfig]:
     return len(layers), text
 
 
+def with_words(text: TextConfig, words: int) -> TextConfig:
+    """`text` with a twig's own vocabulary, where one of the two is the other with room for images.
+
+    The official twigs have the 32,000 tokens of the original LLaVA, Hugging Face's bases 32,064.
+    """
+    smaller, larger = sorted((text.vocab_size, words))
+    return dataclasses.replace(text, vocab_size=words) if padded_size(smaller) == larger else text
+
+
 @contextmanager
 def open_twig(folder: str | Path, text: TextConfig, layers: int) -> Iterator[Source]:
     """The tensors of a twig of so many layers, while the context is open.
@@ -125,10 +142,11 @@ def read_twig(
 ) -> tuple[TwigConfig, Params]:
     """A twig folder: (configuration, parameters), checked against its base.
 
-    base, config: the base it is to run on. `dtype` and `place` as in `read_llava`. Warns where the
-    twig does not say what base it grew on. Raises FileNotFoundError for missing files, ValueError
-    for a twig of another base (unless `allow_base_mismatch`) or of a newer format, and one
-    ValueError for all tensors that are missing, unexpected or misshaped.
+    base, config: the base it is to run on, whose vocabulary the twig's head gets where only padding
+    sets them apart. `dtype` and `place` as in `read_llava`. Warns where the twig does not say what
+    base it grew on. Raises FileNotFoundError for missing files, ValueError for a twig of another
+    base (unless `allow_base_mismatch`) or of a newer format, and one ValueError for all tensors
+    that are missing, unexpected or misshaped.
     """
     twig, grown_on = read_notes(folder)
     twig.check(config.text.num_layers)
@@ -142,7 +160,9 @@ def read_twig(
             f"the twig in {folder} grew on another base than this one; give it its own base, or "
             "allow the mismatch (allow_base_mismatch) and expect few accepted drafts"
         )
-    with open_twig(folder, config.text, twig.T) as source:
+    stored = with_words(config.text, twig_sizes(folder)[1].vocab_size)
+    with open_twig(folder, stored, twig.T) as source:
+        source = resized(source, twig_tensors(config.text, twig.T))
         return twig, source.cast(dtype).tree(place)
 
 
