@@ -11,6 +11,7 @@ from twig_jax.decoding.settings import Result
 from twig_jax.evaluation.scoring import acceptance, ceiling, relacc, tokens_per_s
 
 RESULT = Result(
+    text=None,
     tokens=np.arange(7),
     stopped_by="eos",
     accepted=np.zeros(7, bool),
