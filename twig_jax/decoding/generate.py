@@ -229,6 +229,7 @@ class Generator:
         self, prepared: Prepared, requests: Sequence[Request], past: Past | None = None
     ) -> tuple[State, Signals]:
         """Runs the prompts of a batch, and their first drafts."""
+        self._announce(prepared.program, prepared.bucket)
         cost = self._cost(prepared)
         with self.context():
             visual = self._embed(requests, prepared)
@@ -289,7 +290,6 @@ class Generator:
         )
         limit = device_memory(jax.local_devices()[0])
         check_memory(program, chosen, nbytes(self.weights), self._dtype.itemsize, limit)
-        self._announce(program, chosen)
         B, slots = chosen.rows, program.prompt_slots
         S = slots
         if any(r.before for r in requests):
