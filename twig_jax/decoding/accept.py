@@ -22,7 +22,7 @@ def accept(
 ) -> State:
     """Accepts the longest prefix of drafts that the base agrees with, and its next token.
 
-    `middle` and `top` hold the new nodes' keys and values [B, W, K, D], `choice` int32 [B, W] what
+    `middle` and `top` hold the new nodes' keys and values [B, K, W, D], `choice` int32 [B, W] what
     the base chooses after every node; cost as in adaptive.py. A row emits between 1 and drafted + 1
     tokens; nothing follows an EOS.
     """
@@ -46,6 +46,9 @@ def accept(
     # Node j is token n - 1 + j. Before the first token, node 0 is the prompt's last token.
     token = state.n[:, None] - 1 + node
     alive = (node <= matched[:, None]) & ~state.done[:, None]
+    # Always true, but tokens are known last: so no cache is written before all have been read, and
+    # the compiler needs no copy of one.
+    alive &= choice >= 0
     cached = jnp.where(alive & (token >= 0), token, _NOWHERE)
     before = jnp.where((state.n >= 2) & ~state.done, state.n - 2, _NOWHERE)[:, None]
     # What a row that did not draft has in the scratch block was computed beside its companions.

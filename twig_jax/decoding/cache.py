@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 
 from twig_jax.decoding.settings import Controls
 from twig_jax.models.attention import KV
@@ -30,7 +31,7 @@ Cache = tuple[KV, ...]
 
 
 class Caches(NamedTuple):
-    """One KV a layer and segment, each [B, slots, K, D]; empty tuples where there is no layer."""
+    """One KV a layer and segment, each [B, K, slots, D]; empty tuples where there is no layer."""
 
     trunk: Cache
     twig: Cache
@@ -76,7 +77,7 @@ class State(NamedTuple):
 
 def spread_rows(state: State) -> State:
     """The state with its rows over the mesh's data axes and its heads over 'tensor'."""
-    caches = jax.tree.map(lambda x: spread(x, "rows", None, "tensor"), state.caches)
+    caches = jax.tree.map(lambda x: spread(x, "rows", "tensor"), state.caches)
     rest = jax.tree.map(lambda x: spread(x, "rows"), state._replace(caches=Caches((), (), (), ())))
     return rest._replace(caches=caches)
 
@@ -94,13 +95,27 @@ def idle(state: State, rows: int) -> State:
 
 def grow(cache: Cache, slots: int) -> Cache:
     """A cache with `slots` empty slots after those it has."""
-    return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, slots), (0, 0), (0, 0))), cache)
+    return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, slots), (0, 0))), cache)
 
 
 def commit(cache: Cache, block: Cache, slots: jax.Array) -> Cache:
-    """Writes block [B, W, K, D] to slots int32 [B, W] of every layer; out-of-range slots drop."""
+    """Writes block [B, K, W, D] to slots int32 [B, W] of every layer; out-of-range slots drop."""
     rows = jnp.arange(slots.shape[0])[:, None]
-    return jax.tree.map(lambda c, x: c.at[rows, slots].set(x, mode="drop"), cache, block)
+
+    def write(c: jax.Array, x: jax.Array) -> jax.Array:
+        return c.at[rows, :, slots].set(rearrange(x, "B K W D -> B W K D"), mode="drop")
+
+    return jax.tree.map(write, cache, block)
+
+
+def pick(cache: Cache, slots: jax.Array) -> Cache:
+    """The slots int32 [B, W] of every layer, [B, K, W, D]; an index past the end gives zeros."""
+    return jax.tree.map(
+        lambda c: jnp.take_along_axis(
+            c, slots[:, None, :, None], axis=2, mode="fill", fill_value=0
+        ),
+        cache,
+    )
 
 
 def sees(prompt: jax.Array, generated: jax.Array, slots: int, width: int) -> jax.Array:
@@ -115,4 +130,4 @@ def sees(prompt: jax.Array, generated: jax.Array, slots: int, width: int) -> jax
 
 def slots_of(cache: Cache) -> int:
     """Slots of a cache with at least one layer."""
-    return cache[0].k.shape[1]
+    return cache[0].k.shape[2]

@@ -22,8 +22,8 @@ class Drafts(NamedTuple):
     probs: jax.Array  # float32 [B, W - 1], the twig's probability of drafts 1 .. W-1
     drafted: jax.Array  # int32 [B], drafts of each row
     states: jax.Array  # [B, W, d], after layer K - 1
-    trunk: Cache  # scratch [B, W, K, D]
-    twig: Cache  # scratch [B, W + 1, K, D]: slot 0 is token n - 2, slot 1 + j is node j
+    trunk: Cache  # scratch [B, K, W, D]
+    twig: Cache  # scratch [B, K, W + 1, D]: slot 0 is token n - 2, slot 1 + j is node j
 
 
 class Committed(NamedTuple):
@@ -38,7 +38,7 @@ class Committed(NamedTuple):
 def scratch(program: Program, layers: int, rows: int, width: int, dtype: jnp.dtype) -> Cache:
     """Empty blocks for new nodes."""
     text = program.base.text
-    empty = jnp.zeros((rows, width, text.num_kv_heads, text.head_dim), dtype)
+    empty = jnp.zeros((rows, text.num_kv_heads, width, text.head_dim), dtype)
     return tuple(KV(empty, empty) for _ in range(layers))
 
 
@@ -162,7 +162,7 @@ def catch_up(program: Program, weights: Weights, state: State, upto: jax.Array) 
         cache = state.caches.twig
         token = state.in_twig[:, None] + jnp.arange(_SPAN)
         missing = token < upto[:, None]
-        _, new = program.twig_apply(
+        x, new = program.twig_apply(
             weights,
             "run",
             take(state.states, jnp.where(missing, token, G)),
@@ -171,7 +171,9 @@ def catch_up(program: Program, weights: Weights, state: State, upto: jax.Array) 
             cached=cache,
             cached_mask=sees(state.prompt.trunk, state.in_twig, slots_of(cache), _SPAN),
         )
-        cache = commit(cache, new, jnp.where(missing, P + token, P + G))
+        # A last state that is a number is known last: see `accept` on copies of caches.
+        written = missing & ~jnp.isnan(x[..., 0])
+        cache = commit(cache, new, jnp.where(written, P + token, P + G))
         return state._replace(
             caches=state.caches._replace(twig=cache),
             in_twig=jnp.maximum(state.in_twig, jnp.minimum(state.in_twig + _SPAN, upto)),

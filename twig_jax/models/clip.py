@@ -27,7 +27,8 @@ class EncoderLayer(nn.Module):
             for n in "qkv"
         )
         everything = jnp.ones((x.shape[0], x.shape[1], x.shape[1]), bool)
-        y = rearrange(attend(q, [Context(KV(k, v), everything)]), "B S H D -> B S (H D)")
+        kv = KV(*(rearrange(x, "B S H D -> B H S D") for x in (k, v)))
+        y = rearrange(attend(q, [Context(kv, everything)]), "B S H D -> B S (H D)")
         x = x + nn.Dense(c.hidden_size, name="out_proj")(y)
         y = LayerNorm(c.layer_norm_eps, name="layer_norm2")(x)
         y = quick_gelu(nn.Dense(c.intermediate_size, name="fc1")(y))
