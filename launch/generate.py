@@ -7,7 +7,9 @@ python -m launch.generate --batch_file questions.jsonl --json answers.jsonl
 
 question: --image --prompt, or --raw_prompt; --batch_file --image_folder for many
 model:    --checkpoint --twig --dtype --template --allow_base_mismatch
-decoding: --mode --avg_retained --max_new_tokens --gamma --theta
+decoding: --mode --avg_retained --max_new_tokens --min_new_tokens --stop --batch
+drafting: --gamma --theta --adaptive
+sampling: --temperature --top_k --top_p --min_p --repetition_penalty --seed
 output:   --json
 """
 
@@ -15,6 +17,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -41,14 +44,33 @@ _DTYPE = flags.DEFINE_enum(
 _TEMPLATE = flags.DEFINE_string("template", None, "conversation template other than the base's own")
 _MISMATCH = flags.DEFINE_bool("allow_base_mismatch", False, "use a twig grown on another base")
 
-# Decoding.
+# Decoding: fields of Settings; what is not given is the model's default.
 _MODE = flags.DEFINE_enum("mode", None, MODES, "default ttp_ssd with a twig, else plain")
 _RETAINED = flags.DEFINE_float("avg_retained", None, "visual tokens a layer sees, on average")
-_MAX_NEW = flags.DEFINE_integer("max_new_tokens", 128, "most tokens of an answer", lower_bound=1)
-_GAMMA = flags.DEFINE_integer("gamma", 5, "most drafts an iteration", lower_bound=0)
-_THETA = flags.DEFINE_float("theta", 0.6, "drafting stops after a token less probable than this")
+_MAX_NEW = flags.DEFINE_integer("max_new_tokens", None, "most tokens of an answer (128)")
+_MIN_NEW = flags.DEFINE_integer("min_new_tokens", None, "fewest tokens of an answer (0)")
+_GAMMA = flags.DEFINE_integer("gamma", None, "most drafts an iteration (5)")
+_THETA = flags.DEFINE_float("theta", None, "drafting stops after a token less probable (0.6)")
+_ADAPTIVE = flags.DEFINE_bool("adaptive", None, "stop drafting while drafts are in vain")
+_TEMPERATURE = flags.DEFINE_float("temperature", None, "0, the default, takes the likeliest token")
+_TOP_K = flags.DEFINE_integer("top_k", None, "draw from so many likeliest tokens")
+_TOP_P = flags.DEFINE_float("top_p", None, "draw from the likeliest that reach this probability")
+_MIN_P = flags.DEFINE_float("min_p", None, "none less probable than this share of the likeliest")
+_PENALTY = flags.DEFINE_float("repetition_penalty", None, "above 1: less of what was there")
+_SEED = flags.DEFINE_integer("seed", None, "of the draws")
+_STOP = flags.DEFINE_multi_string("stop", [], "text that ends an answer; repeatable")
+_DECODING = {
+    flag.name: flag
+    for flag in (
+        _MODE, _RETAINED, _MAX_NEW, _MIN_NEW, _GAMMA, _THETA, _ADAPTIVE,
+        _TEMPERATURE, _TOP_K, _TOP_P, _MIN_P, _PENALTY, _SEED,
+    )
+}  # fmt: skip
 
+_BATCH = flags.DEFINE_integer("batch", 16, "questions of a file answered at once", lower_bound=1)
 _JSON = flags.DEFINE_string("json", None, "write one JSON line a question here; - is stdout")
+
+_WINDOW = 16  # batches of a file that are sorted by length together
 
 
 def main(argv: list[str]) -> None:
@@ -57,7 +79,7 @@ def main(argv: list[str]) -> None:
         raise app.UsageError("give one of --prompt, --raw_prompt and --batch_file")
     try:
         generate()
-    except (ImportError, OSError, ValueError) as error:
+    except (ImportError, MemoryError, OSError, ValueError) as error:
         sys.exit(f"generate: {error}")
 
 
@@ -74,40 +96,65 @@ def generate() -> None:
         _DTYPE.value,
         allow_base_mismatch=_MISMATCH.value,
         template=_TEMPLATE.value,
+        # Files often ask several questions about an image.
+        remembered_images=0 if _BATCH_FILE.value is None else 4 * _BATCH.value,
     )
-    changes: dict[str, Any] = {
-        "max_new_tokens": _MAX_NEW.value,
-        "gamma": _GAMMA.value,
-        "theta": _THETA.value,
-    }
-    for name, flag in (("mode", _MODE), ("avg_retained", _RETAINED)):
-        if flag.value is not None:
-            changes[name] = flag.value
-    # The answer itself goes to standard output, unless JSON or a whole file of answers does.
-    streams = _BATCH_FILE.value is None and _JSON.value != "-"
-    failed = 0
+    changes: dict[str, Any] = {n: f.value for n, f in _DECODING.items() if f.value is not None}
+    settings = replace(model.settings, stop=tuple(_STOP.value), **changes)
     with lines_to(_JSON.value, many=_BATCH_FILE.value is not None) as out:
-        for question in asked:
-            told = (lambda piece: print(piece, end="", flush=True)) if streams else None
-            try:
-                result = model.generate(
-                    question["text"],
-                    question["images"],
-                    raw=_RAW_PROMPT.value is not None,
-                    told=told,
-                    **changes,
-                )
-            except ValueError as error:
-                if _BATCH_FILE.value is None:
-                    raise
-                failed += 1
-                line = {"question_id": question["question_id"], "error": str(error)}
-                print(f"question {question['question_id']}: {error}", file=sys.stderr)
-            else:
-                line = described(question, result)
-            if streams:
-                print()
-            if out is not None:
+        if _BATCH_FILE.value is None:
+            answer_one(model, settings, asked[0], out)
+        else:
+            answer_all(model, settings, asked, out)
+
+
+def answer_one(model: Any, settings: Any, question: dict[str, Any], out: TextIO | None) -> None:
+    """Prints the text as it comes; standard output stays clean where it carries JSON."""
+    streams = _JSON.value != "-"
+    result = model.generate(
+        question["text"],
+        question["images"],
+        settings,
+        raw=_RAW_PROMPT.value is not None,
+        told=(lambda piece: print(piece, end="", flush=True)) if streams else None,
+    )
+    if streams:
+        print()
+    if out is not None:
+        print(json.dumps(described(question, result)), file=out, flush=True)
+
+
+def answer_all(model: Any, settings: Any, asked: list[dict[str, Any]], out: TextIO | None) -> None:
+    """Answers a file of questions in batches of like lengths; lines come in the file's order.
+
+    A question that cannot be answered is a line with its error. Raises ValueError at the end if
+    there was any.
+    """
+    from tqdm import tqdm
+
+    failed, window = 0, _WINDOW * _BATCH.value
+    with tqdm(total=len(asked), unit="question", disable=not sys.stderr.isatty()) as bar:
+        # A window at a time: the images of a long file do not fit into memory together.
+        for first in range(0, len(asked), window):
+            part = asked[first : first + window]
+            lines: list[dict[str, Any]] = [{} for _ in part]
+            requests = {}
+            for i, question in enumerate(part):
+                try:
+                    requests[i] = model.request(question["text"], question["images"])
+                    model.generator.prepare([requests[i]], settings)
+                except ValueError as error:
+                    requests.pop(i, None)
+                    failed += 1
+                    lines[i] = {"question_id": question["question_id"], "error": str(error)}
+                    print(f"question {question['question_id']}: {error}", file=sys.stderr)
+                    bar.update()
+            results = model.generator.generate_many(
+                list(requests.values()), settings, _BATCH.value, told=lambda *_: bar.update()
+            )
+            for i, result in zip(requests, results, strict=True):
+                lines[i] = described(part[i], result)
+            for line in lines:
                 print(json.dumps(line), file=out, flush=True)
     if failed:
         raise ValueError(f"{failed} of {len(asked)} questions could not be answered, see above")

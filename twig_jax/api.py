@@ -15,6 +15,7 @@ from twig_jax.data.tokens import Conventions
 from twig_jax.decoding.buckets import Bucket
 from twig_jax.decoding.generate import Generator
 from twig_jax.decoding.running import Running
+from twig_jax.decoding.session import Session
 from twig_jax.decoding.settings import Request, Result, Settings
 from twig_jax.sharding.rules import shardings
 
@@ -52,6 +53,13 @@ class Model:
         markers and images differ in number.
         """
         from twig_jax.data import conversation
+
+        if not raw:
+            template = self.conventions.template
+            prompt = conversation.prompt(template, [(prompt, None)], images=len(images))
+        return self._request(prompt, images)
+
+    def _request(self, prompt: str, images: Sequence[Any]) -> Request:
         from twig_jax.data.images import load_image, preprocess
         from twig_jax.data.tokens import prompt_ids
 
@@ -67,8 +75,6 @@ class Model:
             )
             for image in images
         ]
-        if not raw:
-            prompt = conversation.prompt(c.template, [(prompt, None)], images=len(images))
         ids, is_visual = prompt_ids(
             self.tokenizer,
             prompt,
@@ -97,17 +103,60 @@ class Model:
         """
         settings = replace(settings or self.settings, **changes)
         request = self.request(prompt, images, raw=raw)
-        if told is None:
-            return self.generator.generate([request], settings)[0]
-        said = 0
+        return self.generator.generate([request], settings, _telling(told))[0]
 
-        def watch(running: Running) -> None:
-            nonlocal said
-            text = running.text(0)
-            told(text[said:])
-            said = max(said, len(text))
+    def chat(
+        self, settings: Settings | None = None, *, reprune: bool = True, **changes: Any
+    ) -> "Chat":
+        """A conversation of several turns; the arguments are as in `generate` and `Session`."""
+        settings = replace(settings or self.settings, **changes)
+        return Chat(self, Session(self.generator, settings, reprune=reprune))
 
-        return self.generator.generate([request], settings, watch=watch)[0]
+
+@dataclass(frozen=True)
+class Chat:
+    """A conversation: each question is answered in the light of those before."""
+
+    model: Model
+    session: Session
+
+    def ask(
+        self, prompt: str, images: Sequence[Any] = (), told: Callable[[str], Any] | None = None
+    ) -> Result:
+        """Answers the next question, about images that are new with it; see `Model.generate`."""
+        from twig_jax.data import conversation
+
+        model, so_far = self.model, self.session.ids
+        if not len(so_far):
+            request = model.request(prompt, images)
+        else:
+            text = conversation.following(model.conventions.template, prompt, len(images))
+            request = model._request(text, images)
+            # The text starts with the end of the last answer, of which the model may have said EOS.
+            eos = model.config.eos_token_id
+            ends = np.flatnonzero(request.ids == eos)
+            first = int(request.ids[0] == model.tokenizer.bos_token_id)
+            if so_far[-1] == eos and len(ends):
+                first = ends[0] + 1
+            request = replace(request, ids=request.ids[first:], is_visual=request.is_visual[first:])
+        return self.session.ask(
+            request.ids, request.is_visual, request.pixels, watch=_telling(told)
+        )
+
+
+def _telling(told: Callable[[str], Any] | None) -> Callable[[Running], Any] | None:
+    """A watch that hands on the text of a single row piece by piece."""
+    if told is None:
+        return None
+    said = 0
+
+    def watch(running: Running) -> None:
+        nonlocal said
+        text = running.text(0)
+        told(text[said:])
+        said = max(said, len(text))
+
+    return watch
 
 
 def load(

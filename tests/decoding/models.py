@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from twig_jax.config import LlavaConfig, TextConfig, TwigConfig, VisionConfig
 from twig_jax.decoding.generate import Generator
@@ -20,7 +21,7 @@ CONFIG = LlavaConfig(
         image_size=12, patch_size=4, hidden_size=16, intermediate_size=32, num_layers=2, num_heads=2
     ),
     text=TextConfig(
-        vocab_size=37,
+        vocab_size=40,
         hidden_size=32,
         intermediate_size=48,
         num_layers=5,
@@ -54,17 +55,19 @@ def weights(seed: int = 0, damping: float = 0.35) -> dict[str, Any]:
     return jax.tree_util.tree_map_with_path(wide, base)
 
 
-def generator(twig: TwigConfig = TWIG, seed: int = 0, **changed: Any) -> Generator:
+def generator(
+    twig: TwigConfig = TWIG, seed: int = 0, mesh: Mesh | None = None, **changed: Any
+) -> Generator:
     """Base and twig; `changed` replaces fields of the base's configuration."""
     config = dataclasses.replace(CONFIG, **changed)
     base = weights(seed)
-    return Generator(config, base, twig, init_twig(base, config.text, twig))
+    return Generator(config, base, twig, init_twig(base, config.text, twig), mesh=mesh)
 
 
 CALL = Settings(mode="ttp_ssd", avg_retained=4, max_new_tokens=14, gamma=3, theta=0.1)
 
 
-def request(seed: int, images: int, before: int, after: int, **changes: Any) -> Request:
+def request(seed: int, images: int, before: int, after: int, /, **changes: Any) -> Request:
     """A random prompt: text, then all images, then text. `changes` of CALL are its settings."""
     rng = np.random.default_rng(seed)
     ids = rng.integers(3, CONFIG.text.vocab_size, before + images * M + after).astype(np.int32)
@@ -77,3 +80,13 @@ def request(seed: int, images: int, before: int, after: int, **changes: Any) -> 
         pixels=pixels,
         settings=dataclasses.replace(CALL, **changes) if changes else None,
     )
+
+
+def mixed() -> list[Request]:
+    """Four unlike rows: two images and a short answer, one, none, and a sampled one."""
+    return [
+        request(99, 2, 8, 8, avg_retained=5),
+        request(1, 1, 2, 5, gamma=2),
+        request(2, 0, 3, 4, temperature=1.0, top_k=20, seed=5),
+        request(3, 1, 5, 1, avg_retained=3.2, max_new_tokens=5, repetition_penalty=1.2),
+    ]

@@ -48,10 +48,10 @@ def tokens(results: Sequence[Result]) -> list[list[int]]:
 rows = st.lists(
     st.builds(
         request,
-        seed=st.integers(0, 10_000),
-        images=st.integers(0, 2),
-        before=st.integers(1, 8),
-        after=st.integers(1, 8),
+        st.integers(0, 10_000),
+        st.integers(0, 2),
+        st.integers(1, 8),
+        st.integers(1, 8),
         avg_retained=st.sampled_from([3.2, 4, 5]),
         max_new_tokens=st.integers(1, 14),
     ),

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -108,3 +109,23 @@ def test_bad_arguments(arguments, message):
     done = launcher(*arguments)
     assert done.returncode == 1 and message in done.stderr + done.stdout
     assert "Traceback" not in done.stderr
+
+
+def test_a_chat_has_the_tokens_of_the_whole_conversation(model):
+    """The second answer is that to the ids of everything said so far."""
+    chat, pieces = model.chat(max_new_tokens=24), []
+    first = chat.ask(ASK, [PAGE])
+    asked_before = chat.session.ids.tolist()
+    second = chat.ask("What digit is right of the digit in row B, column 2?", told=pieces.append)
+    assert first.text and "".join(pieces) == second.text
+    ids, is_visual = chat.session.ids, chat.session.is_visual
+    assert ids[: len(asked_before)].tolist() == asked_before
+    answered = len(second.tokens) + (second.stopped_by == "eos")
+    text = f"USER: <image>\n{ASK} ASSISTANT: {first.text}</s>"
+    text += "USER: What digit is right of the digit in row B, column 2? ASSISTANT:"
+    assert ids[:-answered].tolist() == model.request(text, [PAGE], raw=True).ids.tolist()
+    request = model.request(ASK, [PAGE])
+    whole = replace(request, ids=ids[:-answered], is_visual=is_visual[:-answered])
+    settings = replace(model.settings, max_new_tokens=24)
+    (again,) = model.generator.generate([whole], settings)
+    assert again.tokens.tolist() == second.tokens.tolist()

@@ -104,6 +104,16 @@ def turn(name: str, question: str, answer: str | None = None) -> str:
     return question + (chosen.user_end if chosen.open_end is None else chosen.open_end)
 
 
+def following(name: str, question: str, images: int = 0) -> str:
+    """A later question, from the end of the answer before it up to where the model answers.
+
+    images: how many come with it; where the question has no marker, all are put before it.
+    """
+    chosen = template(name)
+    markers = "" if IMAGE in question else (IMAGE + chosen.image_end) * images
+    return chosen.answer_end + chosen.user_start + markers + turn(name, question)
+
+
 def prompt(name: str, turns: Sequence[tuple[str, str | None]], images: int = 0) -> str:
     """The text of a conversation of (question, answer) turns; the last answer may be None.
 

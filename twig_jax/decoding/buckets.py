@@ -11,7 +11,7 @@ from twig_jax.decoding.network import Program
 from twig_jax.decoding.settings import Settings
 from twig_jax.pruning.budget import retained
 
-_TEXT_STEP = 32  # undeclared shapes are rounded up to multiples of these
+TEXT_STEP = 32  # undeclared shapes are rounded up to multiples of these
 _NEW_STEP = 32
 
 
@@ -42,7 +42,7 @@ def fit(need: Bucket, declared: Sequence[Bucket]) -> Bucket:
     Raises ValueError where none is large enough.
     """
     if not declared:
-        text = -(-need.text // _TEXT_STEP) * _TEXT_STEP
+        text = -(-need.text // TEXT_STEP) * TEXT_STEP
         return Bucket(need.rows, text, need.images, -(-need.new // _NEW_STEP) * _NEW_STEP)
     fitting = [bucket for bucket in declared if bucket.holds(need)]
     if not fitting:
@@ -78,7 +78,7 @@ def program_for(
         prune=settings.prune,
         draft=settings.draft,
         adaptive=settings.draft and settings.adaptive,
-        resumes=resumes,
+        resumes=resumes and settings.prune and not settings.draft,
         text_slots=bucket.text,
         images=bucket.images,
         retained_slots=slots,

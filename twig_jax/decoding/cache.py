@@ -86,6 +86,12 @@ def insert(state: State, row: jax.Array | int, other: State, of: jax.Array | int
     return spread_rows(jax.tree.map(lambda x, y: x.at[row].set(y[of]), state, other))
 
 
+def idle(state: State, rows: int) -> State:
+    """So many rows that are done, in the shape of a state's first."""
+    state = jax.tree.map(lambda x: jnp.broadcast_to(x[:1], (rows, *x.shape[1:])), state)
+    return spread_rows(state._replace(done=jnp.ones((rows,), bool)))
+
+
 def grow(cache: Cache, slots: int) -> Cache:
     """A cache with `slots` empty slots after those it has."""
     return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, slots), (0, 0), (0, 0))), cache)

@@ -14,8 +14,16 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from twig_jax.config import LlavaConfig, TwigConfig
-from twig_jax.decoding.buckets import Bucket, check_memory, device_memory, fit, nbytes, program_for
-from twig_jax.decoding.cache import State, insert
+from twig_jax.decoding.buckets import (
+    TEXT_STEP,
+    Bucket,
+    check_memory,
+    device_memory,
+    fit,
+    nbytes,
+    program_for,
+)
+from twig_jax.decoding.cache import State, idle, insert
 from twig_jax.decoding.images import AT_ONCE, ImageEncoder, encode, place, upload
 from twig_jax.decoding.loop import decode
 from twig_jax.decoding.network import Program, Weights
@@ -39,6 +47,7 @@ IMAGE_PROGRAMS = tuple(1 << i for i in range(AT_ONCE.bit_length()))
 _prefill = jax.jit(prefill, static_argnums=0)
 _decode = jax.jit(decode, static_argnums=0, donate_argnums=2)
 _insert = jax.jit(insert, donate_argnums=0)
+_idle = jax.jit(idle, static_argnums=1)
 
 
 @dataclass(frozen=True)
@@ -112,7 +121,12 @@ class Generator:
         do not match the images, a batch larger than all declared buckets; and MemoryError for a
         batch that does not fit into the device's memory.
         """
-        running = self.start(requests, settings)
+        return self.finish(self.start(requests, settings), watch)
+
+    def finish(
+        self, running: Running, watch: Callable[[Running], Any] | None = None
+    ) -> list[Result]:
+        """Lets a batch decode to its end; watch as in `generate`."""
         stops = any(row is not None and row.transcript.can_stop for row in running.rows)
         chunk = 1 if watch is not None else _STOP_CHUNK if stops else _UNBOUNDED
         while True:
@@ -152,17 +166,18 @@ class Generator:
         settings: Settings,
         *,
         bucket: Bucket | None = None,
-        past: Past | None = None,
+        past: Callable[[Program], Past] | None = None,
         resumes: bool = False,
     ) -> Running:
         """Prefills a batch: what `generate` does before its loop.
 
-        bucket: None to choose one. past: a conversation that the requests' prompts continue, in the
-        bucket's shape. resumes: what another turn needs is kept.
+        bucket: None to choose one. past: gives the tokens that requests have `before`, in the shape
+        of a program. resumes: what another turn needs is kept.
         """
         prepared = self.prepare(requests, settings, bucket=bucket, resumes=resumes)
         began = time.perf_counter()
-        state, signals = self.prefill(prepared, requests, past)
+        earlier = None if past is None else past(prepared.program)
+        state, signals = self.prefill(prepared, requests, earlier)
         jax.block_until_ready(state.n)
         now = time.perf_counter()
         rows: list[Row | None] = [
@@ -172,9 +187,19 @@ class Generator:
         rows += [None] * (prepared.bucket.rows - len(rows))
         return Running(self, prepared.program, state, rows)
 
+    def idle(self, settings: Settings, bucket: Bucket) -> Running:
+        """A batch of free rows, to `insert` into; needs no program but that of a single row."""
+        nobody = Request(np.zeros(1, np.int32), np.zeros(1, bool))
+        one = self.start([nobody], settings, bucket=replace(bucket, rows=1))
+        self._cost(self.prepare([nobody], settings, bucket=bucket))
+        with self.context():
+            state = _idle(one.state, bucket.rows)
+        return Running(self, one.program, state, [None] * bucket.rows)
+
     def warm_up(self, settings: Settings, buckets: Sequence[Bucket] = ()) -> list[Compiled]:
         """Compiles all that a mode needs for the declared buckets, or for those given, ahead.
 
+        settings: with the largest budget and gamma that any request will have.
         With jax's persistent compilation cache later starts only load the programs.
         """
         report = []
@@ -204,8 +229,9 @@ class Generator:
         self, prepared: Prepared, requests: Sequence[Request], past: Past | None = None
     ) -> tuple[State, Signals]:
         """Runs the prompts of a batch, and their first drafts."""
+        self._announce(prepared.program, prepared.bucket)
         cost = self._cost(prepared)
-        with self._context():
+        with self.context():
             visual = self._embed(requests, prepared)
             inputs = self._spread(prepared.inputs._replace(visual=visual))
             rows = self._spread(prepared.controls)
@@ -214,12 +240,12 @@ class Generator:
     def decode(self, program: Program, state: State, stop: np.ndarray, most: int) -> State:
         """Runs the loop for `most` iterations. The state's buffers are reused."""
         cost = self._costs[program, len(stop)]
-        with self._context():
+        with self.context():
             return _decode(program, self.weights, state, stop, cost, most)
 
     def insert(self, state: State, row: int, other: State) -> State:
         """Replaces a row by row 0 of another state. The first state's buffers are reused."""
-        with self._context():
+        with self.context():
             return _insert(state, row, other, 0)
 
     def fetch(self, tree: Any) -> Any:
@@ -253,7 +279,7 @@ class Generator:
         need = Bucket(len(requests), texts, images, news)
         chosen = fit(need, self.buckets) if bucket is None else fit(need, [bucket])
         budgets = [self._budget(s, n[0]) for s, n in zip(own, needs, strict=True)]
-        widest = replace(settings, gamma=max(s.gamma for s in own))
+        widest = replace(settings, gamma=max(settings.gamma, *(s.gamma for s in own)))
         program = program_for(
             chosen,
             widest,
@@ -264,20 +290,25 @@ class Generator:
         )
         limit = device_memory(jax.local_devices()[0])
         check_memory(program, chosen, nbytes(self.weights), self._dtype.itemsize, limit)
-        self._announce(program, chosen)
         B, slots = chosen.rows, program.prompt_slots
-        tokens: Any = np.zeros((B, slots), np.int32)
-        is_visual: Any = np.zeros((B, slots), bool)
+        S = slots
+        if any(r.before for r in requests):
+            # Only what is new runs, rounded up as other shapes are.
+            new = max(len(r.ids) - r.before for r in requests)
+            S = min(slots, -(-new // TEXT_STEP) * TEXT_STEP)
+        tokens: Any = np.zeros((B, S), np.int32)
+        is_visual: Any = np.zeros((B, S), bool)
         scores: Any = np.zeros((B, slots), np.float32)
         # Rows that fill the batch up are prompts of one token, and done from the start.
         lengths: Any = np.ones(B, np.int32)
         kept: Any = np.zeros(B, np.int32)
         for b, request in enumerate(requests):
-            size = len(request.ids)
-            tokens[b, :size], is_visual[b, :size] = request.ids, request.is_visual
-            lengths[b], kept[b] = size, budgets[b]
+            new = len(request.ids) - request.before
+            tokens[b, :new] = request.ids[request.before :]
+            is_visual[b, :new] = request.is_visual[request.before :]
+            lengths[b], kept[b] = new, budgets[b]
             if request.scores is not None:
-                scores[b, :size] = request.scores
+                scores[b, : len(request.scores)] = request.scores
         visual: Any = np.zeros((B, 0, self.config.text.hidden_size), self._dtype)
         inputs = Inputs(tokens, is_visual, lengths, visual, kept, scores)
         filled = own + [None] * (B - len(own))
@@ -295,7 +326,10 @@ class Generator:
         if self.detokenize is None and any(isinstance(s, str) for s in settings.stop):
             raise ValueError("stopping at texts needs a tokenizer; give sequences of token ids")
         M = self.config.vision.num_tokens
+        if not 0 <= request.before < max(len(request.ids), 1):
+            raise ValueError(f"request {i}: of {len(request.ids)} ids, {request.before} are before")
         slots = int(request.is_visual.sum())
+        new_slots = int(request.is_visual[request.before :].sum())
         given = sum(
             0 if x is None else f * len(x) for x, f in ((request.pixels, M), (request.visual, 1))
         )
@@ -303,9 +337,9 @@ class Generator:
             raise ValueError(f"request {i}: ids and is_visual must have one length above 0")
         if request.is_visual[-1]:
             raise ValueError(f"request {i}: the prompt's last token must be text")
-        if slots != given:
+        if new_slots != given:
             raise ValueError(
-                f"request {i}: the prompt has {slots} image slots but its images give {given} "
+                f"request {i}: the prompt has {new_slots} image slots but its images give {given} "
                 "visual tokens"
             )
         if settings.prune and slots % M:
@@ -348,7 +382,7 @@ class Generator:
     def _dtype(self) -> np.dtype:
         return self.weights.base["text"]["embed_tokens"]["embedding"].dtype
 
-    def _context(self) -> Any:
+    def context(self) -> Any:
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
     def _spread(self, tree: Any) -> Any:
@@ -413,5 +447,5 @@ class Generator:
 
 def compiled_programs() -> int:
     """How many programs this process has compiled for decoding."""
-    jitted: tuple[Any, ...] = (_prefill, _decode, _insert, encode, upload, place)
+    jitted: tuple[Any, ...] = (_prefill, _decode, _insert, _idle, encode, upload, place)
     return sum(f._cache_size() for f in jitted)

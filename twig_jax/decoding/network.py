@@ -23,9 +23,9 @@ class Program:
     """The static side of a compiled program: models and shapes.
 
     prune, draft: the two halves of the mode. adaptive: drafting may be switched off for a while.
-    resumes: another turn may follow, so the twig's cache is kept in any mode. text_slots N, images
-    I, retained_slots R_max: the bucket. width W = γ_max + 1 nodes an iteration. max_new: the most
-    new tokens of any row.
+    resumes: another turn may follow, so the twig's cache is kept though nothing is drafted.
+    text_slots N, images I, retained_slots R_max: the bucket. width W = γ_max + 1 nodes an
+    iteration. max_new: the most new tokens of any row.
     """
 
     base: LlavaConfig
@@ -73,7 +73,7 @@ class Program:
     @property
     def keeps_twig(self) -> bool:
         """Whether the twig's cache outlives the prompt."""
-        return self.draft or (self.prune and self.resumes)
+        return self.draft or self.resumes
 
     def base_apply(self, weights: Weights, method: str, *args: Any, **kwargs: Any) -> Any:
         """A method of the base."""

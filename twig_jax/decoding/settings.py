@@ -84,7 +84,8 @@ class Request:
 
     ids int32 [S] with image slots, is_visual bool [S]; pixels float32 [I, H, W, 3], normalised, or
     visual [I·M, d], already embedded; neither for text. `settings` replaces the call's, but for the
-    mode; `scores` float32 [S] is what selector "given" ranks.
+    mode; `scores` float32 [S] is what selector "given" ranks. The first `before` tokens, with their
+    images, are of an earlier turn that is kept.
     """
 
     ids: np.ndarray
@@ -93,6 +94,7 @@ class Request:
     visual: np.ndarray | None = None
     settings: Settings | None = None
     scores: np.ndarray | None = None
+    before: int = 0
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,202 @@
+"""What people build on: stops, streams, buckets, remembered images, files of questions, memory."""
+
+import dataclasses
+import itertools
+import logging
+
+import jax
+import pytest
+
+from tests.decoding.models import CALL, generator, mixed, request
+from twig_jax.decoding import buckets
+from twig_jax.decoding.buckets import Bucket
+from twig_jax.decoding.generate import compiled_programs
+
+WORDS = ["", "", "", *"abcdefghijklmnopqrstuvwxyz", *map(str, range(10)), "é"]
+BUCKET = Bucket(rows=4, text=32, images=2, new=32)
+LONG = dataclasses.replace(CALL, max_new_tokens=30)
+
+
+@pytest.fixture(autouse=True)
+def precise():
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
+def speaking():
+    """A generator with a tokenizer, a letter or digit a token, in one bucket; there is no EOS."""
+    model = generator(eos_token_id=-1)
+    model.detokenize = lambda tokens: "".join(WORDS[t] for t in tokens)
+    model.buckets = (BUCKET,)
+    return model
+
+
+def ask(settings, count: int = 3, model=None):
+    rows = [request(20 + i, 1, 3, 4) for i in range(count)]
+    return (model or speaking()).generate(rows, settings)
+
+
+def test_a_stop_text_ends_an_answer_before_it() -> None:
+    wholes = ask(LONG)
+    stop = wholes[0].text[5:8]
+    for whole, result in zip(wholes, ask(dataclasses.replace(LONG, stop=(stop,))), strict=True):
+        if stop in whole.text:
+            assert result.text == whole.text[: whole.text.index(stop)]
+            assert result.stopped_by == "stop"
+        else:
+            assert result.text == whole.text
+        assert whole.tokens[: len(result.tokens)].tolist() == result.tokens.tolist()
+
+
+def test_a_stop_sequence_ends_an_answer_before_it() -> None:
+    wholes = ask(LONG)
+    stop = tuple(wholes[1].tokens[4:6].tolist())
+    result = ask(dataclasses.replace(LONG, stop=(stop,)))[1]
+    whole = wholes[1].tokens.tolist()
+    at = next(i for i in range(len(whole)) if tuple(whole[i : i + 2]) == stop)
+    assert result.tokens.tolist() == whole[:at]
+    assert result.stopped_by == "stop"
+
+
+def test_nothing_stops_before_min_new_tokens() -> None:
+    wholes = ask(LONG)
+    first = wholes[0].text[0]
+    settings = dataclasses.replace(LONG, stop=(first,), min_new_tokens=10)
+    result = ask(settings)[0]
+    later = wholes[0].text.find(first, 10)
+    assert result.text == (wholes[0].text if later < 0 else wholes[0].text[:later])
+    eos = int(wholes[0].tokens[3])
+    model = generator(eos_token_id=eos)
+    (short,) = model.generate([request(20, 1, 3, 4)], LONG)
+    (longer,) = model.generate([request(20, 1, 3, 4)], dataclasses.replace(LONG, min_new_tokens=12))
+    assert len(short.tokens) <= 3 and short.stopped_by == "eos"
+    assert len(longer.tokens) >= 12 and eos not in longer.tokens[:12]
+
+
+def test_rows_stop_each_for_its_own_reason() -> None:
+    stop = ask(LONG)[1].text[3]
+    rows = [
+        request(20, 1, 3, 4, max_new_tokens=4),
+        request(21, 1, 3, 4, max_new_tokens=30, stop=("?", stop)),
+    ]
+    results = speaking().generate(rows, LONG)
+    assert [r.stopped_by for r in results] == ["length", "stop"]
+
+
+def test_watching_changes_nothing_and_sees_text_grow() -> None:
+    model, seen = speaking(), []
+    rows = [request(20 + i, 1, 3, 4) for i in range(3)]
+    settings = dataclasses.replace(LONG, stop=("q7",))
+    results = model.generate(rows, settings, watch=lambda running: seen.append(running.text(0)))
+    assert [r.text for r in results] == [r.text for r in ask(settings)]
+    assert len(seen) > 3
+    assert all(b.startswith(a) for a, b in itertools.pairwise(seen))
+    assert seen[-1] == results[0].text
+
+
+def test_half_a_character_is_never_shown() -> None:
+    """Bytes become characters only together, as sentencepiece's byte tokens do."""
+    model, seen = speaking(), []
+    model.detokenize = lambda tokens: bytes(
+        b for t in tokens for b in ("ä".encode()[t % 2 : t % 2 + 1])
+    ).decode(errors="replace")
+    model.generate([request(20, 1, 3, 4)], LONG, watch=lambda r: seen.append(r.text(0)))
+    assert not any(text.endswith("\ufffd") for text in seen[:-1])
+
+
+def test_warm_up_leaves_nothing_to_compile(caplog) -> None:
+    call = dataclasses.replace(CALL, avg_retained=5)  # the largest budget of any row
+    model = speaking()
+    model.buckets = (BUCKET, Bucket(rows=2, text=64, images=0, new=32))
+    with caplog.at_level(logging.INFO, "twig_jax"):
+        report = model.warm_up(call)
+    assert [c.bucket for c in report] == list(model.buckets)
+    assert [line.message for line in caplog.records] == [
+        f"compiling for {bucket}" for bucket in model.buckets
+    ]
+    before = compiled_programs()
+    caplog.clear()
+    with caplog.at_level(logging.INFO, "twig_jax"):
+        model.generate(mixed(), call)
+        model.generate(mixed()[1:2], call)
+        model.generate([request(5, 0, 20, 20)], call)
+    assert compiled_programs() == before
+    assert not caplog.records
+
+
+def test_a_prompt_longer_than_every_bucket_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"fits into none.*4 rows x \(32 text, 2 images"):
+        speaking().generate([request(1, 1, 20, 20)], CALL)
+
+
+def test_images_are_encoded_once() -> None:
+    rows = [request(1, 1, 2, 3), request(2, 0, 2, 3), request(1, 1, 2, 3), request(1, 1, 2, 3)]
+    model = generator()
+    model.images.remembered = 2
+    known = model.generate(rows, CALL)
+    assert model.images.encoded == 1
+    model.generate([*rows[2:], request(7, 1, 2, 3), request(8, 1, 2, 3)], CALL)
+    assert model.images.encoded == 3
+    model.generate(rows, CALL)  # forgotten by now: two later ones took its place
+    assert model.images.encoded == 4
+    fresh = generator().generate(rows, CALL)
+    assert [r.tokens.tolist() for r in known] == [r.tokens.tolist() for r in fresh]
+
+
+def test_many_questions_come_back_in_order() -> None:
+    rows = [request(i, i % 3, 1 + i % 7, 1 + i % 5, max_new_tokens=3 + i) for i in range(10)]
+    model, told = speaking(), []
+    results = model.generate_many(rows, CALL, batch=4, told=lambda i, r: told.append((i, r)))
+    for i, (row, result) in enumerate(zip(rows, results, strict=True)):
+        (alone,) = model.generate([row], CALL)
+        assert result.tokens.tolist() == alone.tokens.tolist()
+        assert [r for j, r in told if j == i] == [result]
+    assert sorted(i for i, _ in told) == list(range(10))
+
+
+def test_a_batch_too_large_for_the_memory_says_what_would_fit(monkeypatch) -> None:
+    model = speaking()
+    weights = buckets.nbytes(model.weights)
+    program = model.prepare(mixed(), CALL).program
+    row = buckets.state_bytes(program, 1, 4)
+    from twig_jax.decoding import generate
+
+    monkeypatch.setattr(generate, "device_memory", lambda _: weights + 3 * row)
+    with pytest.raises(MemoryError, match="about 3 rows of this shape and budget would fit"):
+        model.generate(mixed(), CALL)
+    monkeypatch.setattr(generate, "device_memory", lambda _: weights)
+    with pytest.raises(MemoryError, match="not even one row fits"):
+        model.generate(mixed(), CALL)
+
+
+def test_the_estimate_covers_the_state() -> None:
+    """The caches are most of a state; the estimate must not be below what is allocated."""
+    model = speaking()
+    running = model.start(mixed(), CALL)
+    caches = buckets.nbytes(running.state.caches)
+    estimate = buckets.state_bytes(running.program, 4, 4)
+    assert caches <= estimate
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"temperature": -1.0}, "temperature must be 0 or more"),
+        ({"top_p": 0.0}, "top_p must be above 0"),
+        ({"top_k": -1}, "top_k must be at least 0"),
+        ({"min_p": 2.0}, "min_p must be from 0 to 1"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty must be above 0"),
+        ({"seed": -1}, "seed must be from 0"),
+        ({"stop": ("",)}, "stop must be"),
+        ({"stop": ("x",)}, "needs a tokenizer"),
+    ],
+)
+def test_settings_that_mean_nothing(changes, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        generator().generate([request(1, 1, 2, 2)], dataclasses.replace(CALL, **changes))
+
+
+def test_one_batch_has_one_mode() -> None:
+    rows = [request(1, 1, 2, 2), request(2, 1, 2, 2, mode="plain")]
+    with pytest.raises(ValueError, match="request 1: one batch has one mode"):
+        generator().generate(rows, CALL)

@@ -1,0 +1,115 @@
+"""Continuous batching: whoever comes when, every answer is the one it would get alone."""
+
+import dataclasses
+import random
+
+import jax
+import pytest
+
+from tests.decoding.models import CALL, generator, request
+from twig_jax.decoding.buckets import Bucket
+from twig_jax.decoding.generate import compiled_programs
+from twig_jax.decoding.scheduler import Scheduler
+
+BUCKET = Bucket(rows=3, text=32, images=1, new=32)
+SETTINGS = dataclasses.replace(CALL, max_new_tokens=20)
+
+
+@pytest.fixture(autouse=True)
+def precise():
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
+def some(count: int, seed: int = 0):
+    rng = random.Random(seed)
+    return [
+        request(
+            100 * seed + i,
+            rng.randint(0, 1),
+            rng.randint(1, 8),
+            rng.randint(1, 8),
+            max_new_tokens=rng.randint(1, 20),
+            temperature=rng.choice([0.0, 1.0]),
+            seed=i,
+        )
+        for i in range(count)
+    ]
+
+
+def test_arrivals_at_random_change_no_answer_and_compile_nothing() -> None:
+    model, rng = generator(), random.Random(5)
+    model.detokenize = lambda tokens: " ".join(map(str, tokens))
+    waiting = some(12)
+    scheduler = Scheduler(model, SETTINGS, BUCKET, chunk=2)
+    warm = scheduler.submit(waiting[0])
+    scheduler.run()
+    before = compiled_programs()
+    tickets = []
+    while len(tickets) < len(waiting) or not all(t.done for t in tickets):
+        if len(tickets) < len(waiting) and rng.random() < 0.5:
+            tickets.append(scheduler.submit(waiting[len(tickets)]))
+        scheduler.step()
+    assert compiled_programs() == before
+    assert warm.result is not None
+    for one, ticket in zip(waiting, tickets, strict=True):
+        alone = model.start([one], SETTINGS, bucket=dataclasses.replace(BUCKET, rows=1))
+        (expected,) = model.finish(alone)
+        assert ticket.result.tokens.tolist() == expected.tokens.tolist()
+        assert ticket.result.stopped_by == expected.stopped_by
+        assert ticket.text == ticket.result.text
+
+
+def test_first_come_first_served() -> None:
+    scheduler = Scheduler(generator(), SETTINGS, BUCKET, chunk=1)
+    tickets = [scheduler.submit(r) for r in some(7, seed=2)]
+    started: list[int] = []
+    while scheduler.step():
+        started += [
+            i
+            for i, t in enumerate(tickets)
+            if i not in started and (t.done or t in scheduler.running)
+        ]
+    assert started == sorted(started)
+    assert all(t.done for t in tickets)
+
+
+def test_cancelling_ends_one_and_disturbs_nobody() -> None:
+    scheduler = Scheduler(generator(), SETTINGS, BUCKET, chunk=1)
+    few = [request(40 + i, 1, 4, 4, max_new_tokens=20) for i in range(5)]
+    tickets = [scheduler.submit(r) for r in few]
+    scheduler.step()
+    tickets[1].cancel()
+    tickets[4].cancel()
+    scheduler.run()
+    assert tickets[1].result.stopped_by == "cancelled"
+    assert len(tickets[1].result.tokens) < 20
+    assert tickets[4].done and tickets[4].result is None
+    for i in (0, 2, 3):
+        (alone,) = generator().generate([few[i]], SETTINGS)
+        assert tickets[i].result.tokens.tolist() == alone.tokens.tolist()
+
+
+def test_a_ticket_streams_its_text() -> None:
+    model = generator()
+    model.detokenize = lambda tokens: " ".join(map(str, tokens))
+    scheduler = Scheduler(model, SETTINGS, BUCKET, chunk=1)
+    first, second = (scheduler.submit(request(60 + i, 1, 4, 4)) for i in range(2))
+    pieces = list(first)
+    assert len(pieces) > 2
+    assert "".join(pieces) == first.result.text
+    assert "".join(second) == second.result.text
+
+
+def test_what_does_not_fit_is_refused_before_anything_runs() -> None:
+    scheduler = Scheduler(generator(), SETTINGS, BUCKET)
+    for bad, message in (
+        (request(1, 2, 4, 4), "fits into none"),
+        (request(1, 1, 4, 40), "fits into none"),
+        (request(1, 1, 4, 4, max_new_tokens=64), "fits into none"),
+        (request(1, 1, 4, 4, avg_retained=6), "larger budget"),
+        (request(1, 1, 4, 4, gamma=9), "larger budget or gamma"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            scheduler.submit(bad)
+    assert not scheduler.step()

@@ -1,0 +1,91 @@
+"""Several turns: the same tokens as decoding the whole conversation's ids from the beginning."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from tests.decoding.models import CALL, generator, request
+from twig_jax.decoding.buckets import Bucket
+from twig_jax.decoding.session import Session
+from twig_jax.decoding.settings import Request
+
+
+@pytest.fixture(autouse=True)
+def precise():
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
+def model():
+    """One bucket for all turns: nothing is compiled twice."""
+    found = generator()
+    found.buckets = (Bucket(rows=1, text=64, images=2, new=32),)
+    return found
+
+
+def whole(session: Session, pixels: list[np.ndarray], settings) -> list[int]:
+    """The next answer, computed from the conversation's ids alone."""
+    request = Request(session.ids, session.is_visual, pixels=np.concatenate(pixels))
+    return model().generate([request], settings)[0].tokens.tolist()
+
+
+@pytest.mark.parametrize(
+    ("mode", "changes"),
+    [
+        ("plain", {}),
+        ("ssd", {}),
+        ("ttp", {}),
+        ("ttp_ssd", {}),
+        ("ttp_ssd", {"temperature": 1.0, "seed": 3, "repetition_penalty": 1.3}),
+    ],
+)
+def test_turns_equal_the_whole_conversation(mode, changes) -> None:
+    settings = dataclasses.replace(CALL, mode=mode, max_new_tokens=9, **changes)
+    session = Session(model(), settings)
+    pixels = []
+    for seed, images, before, after in ((1, 1, 3, 4), (2, 0, 2, 3), (3, 1, 2, 2)):
+        turn = request(seed, images, before, after)
+        if turn.pixels is not None:
+            pixels.append(turn.pixels)
+        asked = Session(model(), settings)
+        asked.ids = np.concatenate([session.ids, turn.ids])
+        asked.is_visual = np.concatenate([session.is_visual, turn.is_visual])
+        result = session.ask(turn.ids, turn.is_visual, turn.pixels)
+        assert result.tokens.tolist() == whole(asked, pixels, settings)
+        assert len(session.ids) == len(asked.ids) + len(result.tokens) + (
+            result.stopped_by == "eos"
+        )
+
+
+def test_a_new_question_chooses_anew_and_an_old_choice_can_be_kept() -> None:
+    """Kept from the first turn, the answer is that of the whole conversation with these tokens."""
+    settings = dataclasses.replace(CALL, max_new_tokens=6, avg_retained=3.2)
+    first, second = request(11, 2, 3, 4), request(12, 0, 2, 6)
+    sessions = {reprune: Session(model(), settings, reprune=reprune) for reprune in (True, False)}
+    kept = {}
+    for reprune, session in sessions.items():
+        start = session.ask(first.ids, first.is_visual, first.pixels)
+        asked = np.concatenate([session.ids, second.ids])
+        is_visual = np.concatenate([session.is_visual, second.is_visual])
+        result = session.ask(second.ids, second.is_visual)
+        kept[reprune] = result.kept.tolist()
+        scores = np.zeros(len(asked), np.float32)
+        scores[result.kept] = 1
+        given = Request(asked, is_visual, pixels=first.pixels, scores=scores)
+        (again,) = model().generate([given], dataclasses.replace(settings, selector="given"))
+        assert result.tokens.tolist() == again.tokens.tolist()
+        if not reprune:
+            assert result.kept.tolist() == start.kept.tolist()
+    assert kept[True] != kept[False]
+
+
+def test_what_cannot_go_on_says_so() -> None:
+    turn = request(1, 1, 3, 4)
+    session = Session(model(), CALL, reprune=False)
+    session.ask(turn.ids, turn.is_visual, turn.pixels)
+    with pytest.raises(ValueError, match="leave reprune on"):
+        session.ask(turn.ids, turn.is_visual, turn.pixels)
+    with pytest.raises(ValueError, match="keeps its mode"):
+        session.ask(turn.ids, turn.is_visual, settings=dataclasses.replace(CALL, mode="plain"))

@@ -1,0 +1,167 @@
+"""A conversation of several turns, whose earlier turns are not computed again.
+
+Between turns the trunk's and the twig's keys and values stay, and the layer-K states of all tokens.
+A new question runs through trunk and twig alone; then the visual tokens are chosen anew, for this
+question, and the deep layers run over all text and what was chosen.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from twig_jax.decoding.cache import Cache, Caches, State
+from twig_jax.decoding.draft import catch_up
+from twig_jax.decoding.generate import Generator
+from twig_jax.decoding.network import Program, Weights
+from twig_jax.decoding.prefill import Past
+from twig_jax.decoding.running import Running
+from twig_jax.decoding.settings import Request, Result, Settings
+from twig_jax.pruning.select import take
+
+
+class Session:
+    """One conversation. `ids` int32 [S] and `is_visual` bool [S] are all of its tokens so far.
+
+    The answers are those of decoding the whole conversation's ids from the beginning. With
+    reprune=False the first question's choice of visual tokens is kept for all later ones, and
+    nothing is computed twice.
+    """
+
+    def __init__(self, generator: Generator, settings: Settings, *, reprune: bool = True) -> None:
+        settings.check()
+        self.generator = generator
+        self.settings = settings
+        self.reprune = reprune
+        self.ids = np.zeros(0, np.int32)
+        self.is_visual = np.zeros(0, bool)
+        self._running: Running | None = None
+        self._cached = 0  # tokens whose keys and values are kept
+        self._kept = np.zeros(0, np.int32)
+
+    def ask(
+        self,
+        ids: np.ndarray,
+        is_visual: np.ndarray,
+        pixels: np.ndarray | None = None,
+        settings: Settings | None = None,
+        watch: Callable[[Running], Any] | None = None,
+    ) -> Result:
+        """Answers the next tokens int32 [S], with image slots bool [S] and the images that are new.
+
+        settings: for this turn, in the session's mode. watch: as in `Generator.generate`. Raises
+        ValueError as `Generator.generate` does, and for new images where reprune is off.
+        """
+        own = settings or self.settings
+        if own.mode != self.settings.mode:
+            raise ValueError(f"a session keeps its mode, {self.settings.mode}, not {own.mode}")
+        keeps = own.prune and not self.reprune and self._running is not None
+        if keeps and is_visual.any():
+            raise ValueError("new images need a new choice of visual tokens: leave reprune on")
+        request = Request(
+            np.concatenate([self.ids, ids]).astype(np.int32),
+            np.concatenate([self.is_visual, is_visual]),
+            pixels=pixels,
+            settings=own,
+            before=self._cached,
+        )
+        earlier = self._running
+        running = self.generator.start(
+            [request],
+            own,
+            resumes=True,
+            past=None if earlier is None else lambda program: self._past(earlier, program),
+        )
+        (result,) = self.generator.finish(running, watch)
+        appended = earlier is not None and (keeps or not own.prune)
+        kept = np.concatenate([self._kept, result.kept]) if appended else result.kept
+        emitted = result.tokens
+        if result.stopped_by == "eos":
+            emitted = np.append(emitted, np.int32(self.generator.config.eos_token_id))
+        # The last token emitted is pending: its keys and values come with the next turn.
+        self._running, self._kept = running, kept
+        self._cached = len(request.ids) + max(len(emitted) - 1, 0)
+        self.ids = np.concatenate([request.ids, emitted])
+        self.is_visual = np.concatenate([request.is_visual, np.zeros(len(emitted), bool)])
+        return replace(result, kept=kept)
+
+    def _past(self, earlier: Running, program: Program) -> Past:
+        row = earlier.rows[0]
+        assert row is not None
+        with self.generator.context():
+            return _repack(
+                earlier.program,
+                program,
+                program.prune and self.reprune,
+                self.generator.weights,
+                earlier.state,
+                row.signals.states,
+                row.signals.is_visual,
+                np.array([self._cached], np.int32),
+            )
+
+
+def repack(
+    old: Program,
+    new: Program,
+    reprune: bool,
+    weights: Weights,
+    state: State,
+    states: jax.Array,
+    is_visual: jax.Array,
+    lengths: jax.Array,
+) -> Past:
+    """The first lengths[b] tokens of prompt and answer, as the beginning of a longer prompt.
+
+    states [B, P, d] and is_visual bool [B, P]: the prompt's, see `Signals`; lengths int32 [B].
+    """
+    asked = state.prompt.lengths
+    answered = lengths - asked
+    if old.keeps_twig:
+        state = catch_up(old, weights, state, answered)
+
+    def joined(slots: int, first: jax.Array, generated: int, size: int) -> jax.Array:
+        """Where in (slots, generated slots) the tokens are, int32 [B, size]; past it for none."""
+        to = jnp.arange(size)
+        from_answer = slots + to - first[:, None]
+        index = jnp.where(to < first[:, None], to, from_answer)
+        return jnp.where(to < (first + answered)[:, None], index, slots + generated)
+
+    P, G = old.prompt_slots, old.generated_slots
+    index = joined(P, asked, G, new.prompt_slots)
+
+    def moved(cache: Cache, index: jax.Array) -> Cache:
+        return jax.tree.map(lambda x: take(x, index), cache)
+
+    def of_prompt(prompt: jax.Array, answer: jax.Array) -> jax.Array:
+        pad = ((0, 0), (0, G - answer.shape[1])) + ((0, 0),) * (answer.ndim - 2)
+        return take(jnp.concatenate([prompt, jnp.pad(answer, pad)], axis=1), index)
+
+    middle: Cache = ()
+    top: Cache = ()
+    in_middle, in_top = (
+        mask.sum(1, dtype=jnp.int32) for mask in (state.prompt.middle, state.prompt.top)
+    )
+    if not reprune:
+        Q, N = state.prompt.middle.shape[1], state.prompt.top.shape[1]
+        width = new.text_slots + new.retained_slots if new.prune else new.prompt_slots
+        middle = moved(state.caches.middle, joined(Q, in_middle, G, width))
+        top = moved(state.caches.top, joined(N, in_top, G, new.text_slots))
+    nothing = jnp.int32(new.base.text.vocab_size)
+    return Past(
+        caches=Caches(
+            moved(state.caches.trunk, index), moved(state.caches.twig, index), middle, top
+        ),
+        states=of_prompt(states, state.states),
+        context=jnp.where(index < P + G, of_prompt(state.context, state.tokens), nothing),
+        is_visual=of_prompt(is_visual, jnp.zeros_like(state.tokens, bool)),
+        lengths=lengths,
+        middle=in_middle + answered,
+        top=in_top + answered,
+    )
+
+
+_repack = jax.jit(repack, static_argnums=(0, 1, 2))
