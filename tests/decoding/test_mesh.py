@@ -35,7 +35,7 @@ def test_a_mesh_changes_no_token(shape, expected) -> None:
     heads = "tensor" if shape[2] == 2 else None
     for cache in jax.tree.leaves(running.state.caches):
         assert cache.sharding.is_equivalent_to(
-            jax.NamedSharding(model.mesh, P(rows, None, heads)), cache.ndim
+            jax.NamedSharding(model.mesh, P(rows, heads)), cache.ndim
         )
     results = model.finish(running)
     assert [r.tokens.tolist() for r in results] == expected

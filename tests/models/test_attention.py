@@ -25,21 +25,21 @@ def textbook(q, k, v, mask):
     """Every head for itself, in float64: (output [B, Q, H, D], weights [B, H, Q, S])."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     out = np.zeros(q.shape)
-    weights = np.zeros((q.shape[0], q.shape[2], q.shape[1], k.shape[1]))
+    weights = np.zeros((q.shape[0], q.shape[2], q.shape[1], k.shape[2]))
     for b, h in np.ndindex(q.shape[0], q.shape[2]):
-        group = h // (q.shape[2] // k.shape[2])
-        logits = q[b, :, h] @ k[b, :, group].T / np.sqrt(q.shape[3])
+        group = h // (q.shape[2] // k.shape[1])
+        logits = q[b, :, h] @ k[b, group].T / np.sqrt(q.shape[3])
         logits[~np.asarray(mask[b])] = -np.inf
         w = np.exp(logits - logits.max(-1, keepdims=True))
         weights[b, h] = w / w.sum(-1, keepdims=True)
-        out[b, :, h] = weights[b, h] @ v[b, :, group]
+        out[b, :, h] = weights[b, h] @ v[b, group]
     return out, weights
 
 
 @pytest.fixture
 def case():
     mask = jax.random.bernoulli(jax.random.key(9), 0.6, (B, Q, S)).at[:, :, 0].set(True)
-    return normal(0, B, Q, H, D), normal(1, B, S, K, D), normal(2, B, S, K, D), mask
+    return normal(0, B, Q, H, D), normal(1, B, K, S, D), normal(2, B, K, S, D), mask
 
 
 def test_equals_textbook(case):
@@ -52,7 +52,8 @@ def test_equals_textbook(case):
 def test_blocks_share_one_softmax(case, cut):
     q, k, v, mask = case
     blocks = [
-        Context(KV(k[:, s], v[:, s]), mask[:, :, s]) for s in (slice(0, cut), slice(cut, None))
+        Context(KV(k[:, :, s], v[:, :, s]), mask[:, :, s])
+        for s in (slice(0, cut), slice(cut, None))
     ]
     expected, _ = textbook(q, k, v, mask)
     np.testing.assert_allclose(attend(q, blocks), expected, atol=1e-5)

@@ -70,13 +70,13 @@ def test_cached_prefix(run, inputs, whole, cut):
 def test_token_by_token_through_a_scratch_block(run, inputs, whole, config):
     x, positions = inputs
     width = S + 2  # two slots stay unused
-    empty = jnp.full((B, width, config.text.num_kv_heads, config.text.head_dim), 7.0)
+    empty = jnp.full((B, config.text.num_kv_heads, width, config.text.head_dim), 7.0)
     scratch = (KV(empty, empty),) * config.text.num_layers
     for i in range(S):
         mask = jnp.broadcast_to(jnp.arange(width) <= i, (B, 1, width))
         out, scratch = run(x[:, i : i + 1], positions[:, i : i + 1], mask, scratch=scratch, index=i)
         close(out[:, 0], whole[0][:, i])
-    close(tuple(KV(c.k[:, :S], c.v[:, :S]) for c in scratch), whole[1])
+    close(tuple(KV(c.k[:, :, :S], c.v[:, :, :S]) for c in scratch), whole[1])
 
 
 def test_masked_keys_do_not_matter(run, inputs):
@@ -105,8 +105,8 @@ def test_attention_row_averages_to_the_values_attended(config, base, run, inputs
     )
     assert row.shape == (B, config.text.num_heads, S)
     group = config.text.num_heads // config.text.num_kv_heads
-    values = jnp.repeat(kvs[layer].v, group, axis=2)
-    heads = jnp.einsum("BHS,BSHD->BHD", row, values).reshape(B, -1)
+    values = jnp.repeat(kvs[layer].v, group, axis=1)
+    heads = jnp.einsum("BHS,BHSD->BHD", row, values).reshape(B, -1)
     weights = base["text"][f"layers_{layer}"]
     y = before[:, -1] + heads @ weights["o_proj"]["kernel"]
     z = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + config.text.rms_norm_eps)

@@ -22,7 +22,7 @@ def accept(
 ) -> State:
     """Accepts the longest prefix of drafts that the base agrees with, and its next token.
 
-    `middle` and `top` hold the new nodes' keys and values [B, W, K, D], `choice` int32 [B, W] what
+    `middle` and `top` hold the new nodes' keys and values [B, K, W, D], `choice` int32 [B, W] what
     the base chooses after every node; cost as in adaptive.py. A row emits between 1 and drafted + 1
     tokens; nothing follows an EOS.
     """

@@ -24,13 +24,14 @@ import jax.numpy as jnp
 
 from twig_jax.decoding.settings import Controls
 from twig_jax.models.attention import KV
+from twig_jax.pruning.select import take
 from twig_jax.sharding.placement import spread
 
 Cache = tuple[KV, ...]
 
 
 class Caches(NamedTuple):
-    """One KV a layer and segment, each [B, slots, K, D]; empty tuples where there is no layer."""
+    """One KV a layer and segment, each [B, K, slots, D]; empty tuples where there is no layer."""
 
     trunk: Cache
     twig: Cache
@@ -76,7 +77,7 @@ class State(NamedTuple):
 
 def spread_rows(state: State) -> State:
     """The state with its rows over the mesh's data axes and its heads over 'tensor'."""
-    caches = jax.tree.map(lambda x: spread(x, "rows", None, "tensor"), state.caches)
+    caches = jax.tree.map(lambda x: spread(x, "rows", "tensor"), state.caches)
     rest = jax.tree.map(lambda x: spread(x, "rows"), state._replace(caches=Caches((), (), (), ())))
     return rest._replace(caches=caches)
 
@@ -94,13 +95,23 @@ def idle(state: State, rows: int) -> State:
 
 def grow(cache: Cache, slots: int) -> Cache:
     """A cache with `slots` empty slots after those it has."""
-    return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, slots), (0, 0), (0, 0))), cache)
+    return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, slots), (0, 0))), cache)
+
+
+def taken(cache: Cache, slots: jax.Array) -> Cache:
+    """Every layer's keys and values at slots int32 [B, S]; zeros for a slot past the end."""
+    over_heads = jax.vmap(take, (1, None), 1)
+    return jax.tree.map(lambda x: over_heads(x, slots), cache)
 
 
 def commit(cache: Cache, block: Cache, slots: jax.Array) -> Cache:
-    """Writes block [B, W, K, D] to slots int32 [B, W] of every layer; out-of-range slots drop."""
+    """Writes block [B, K, W, D] to slots int32 [B, W] of every layer; out-of-range slots drop."""
     rows = jnp.arange(slots.shape[0])[:, None]
-    return jax.tree.map(lambda c, x: c.at[rows, slots].set(x, mode="drop"), cache, block)
+
+    def write(c: jax.Array, x: jax.Array) -> jax.Array:
+        return c.at[rows, :, slots].set(x.swapaxes(1, 2), mode="drop")
+
+    return jax.tree.map(write, cache, block)
 
 
 def sees(prompt: jax.Array, generated: jax.Array, slots: int, width: int) -> jax.Array:
@@ -115,4 +126,4 @@ def sees(prompt: jax.Array, generated: jax.Array, slots: int, width: int) -> jax
 
 def slots_of(cache: Cache) -> int:
     """Slots of a cache with at least one layer."""
-    return cache[0].k.shape[1]
+    return cache[0].k.shape[2]

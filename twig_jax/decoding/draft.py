@@ -22,8 +22,8 @@ class Drafts(NamedTuple):
     probs: jax.Array  # float32 [B, W - 1], the twig's probability of drafts 1 .. W-1
     drafted: jax.Array  # int32 [B], drafts of each row
     states: jax.Array  # [B, W, d], after layer K - 1
-    trunk: Cache  # scratch [B, W, K, D]
-    twig: Cache  # scratch [B, W + 1, K, D]: slot 0 is token n - 2, slot 1 + j is node j
+    trunk: Cache  # scratch [B, K, W, D]
+    twig: Cache  # scratch [B, K, W + 1, D]: slot 0 is token n - 2, slot 1 + j is node j
 
 
 class Committed(NamedTuple):
@@ -38,7 +38,7 @@ class Committed(NamedTuple):
 def scratch(program: Program, layers: int, rows: int, width: int, dtype: jnp.dtype) -> Cache:
     """Empty blocks for new nodes."""
     text = program.base.text
-    empty = jnp.zeros((rows, width, text.num_kv_heads, text.head_dim), dtype)
+    empty = jnp.zeros((rows, text.num_kv_heads, width, text.head_dim), dtype)
     return tuple(KV(empty, empty) for _ in range(layers))
 
 

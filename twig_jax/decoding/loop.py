@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from twig_jax.decoding.accept import accept
 from twig_jax.decoding.adaptive import drafting
-from twig_jax.decoding.cache import Cache, State, sees, slots_of, spread_rows
+from twig_jax.decoding.cache import Cache, State, grow, sees, slots_of, spread_rows
 from twig_jax.decoding.draft import Committed, Drafts, catch_up, draft, scratch, trunk_step
 from twig_jax.decoding.network import Program, Weights
 from twig_jax.decoding.sampling import choose, seen_before
@@ -120,11 +120,8 @@ def iterate(program: Program, weights: Weights, state: State, cost: jax.Array) -
             seen,
             path,
         )
-        middle, top, choice = jax.tree.map(
-            lambda a: jnp.pad(a, ((0, 0), (0, W - width)) + ((0, 0),) * (a.ndim - 2)),
-            (new[0], new[1], choice),
-        )
-        return middle, top, choice
+        middle, top = (grow(kvs, W - width) for kvs in new)
+        return middle, top, jnp.pad(choice, ((0, 0), (0, W - width)))
 
     with jax.named_scope("verify"):
         if p.adaptive and W > 1:

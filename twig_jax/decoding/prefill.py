@@ -20,6 +20,7 @@ from twig_jax.decoding.cache import (
     sees,
     slots_of,
     spread_rows,
+    taken,
 )
 from twig_jax.decoding.draft import Committed, Drafts, draft, scratch
 from twig_jax.decoding.network import Program, Weights
@@ -170,10 +171,7 @@ def prefill(
             probs=jnp.zeros((B, W - 1), jnp.float32),
             drafted=jnp.zeros((B,), jnp.int32),
             states=jnp.pad(first, ((0, 0), (0, W - 1), (0, 0))),
-            trunk=jax.tree.map(
-                lambda a: jnp.pad(take(a, end[:, None]), ((0, 0), (0, W - 1), (0, 0), (0, 0))),
-                trunk,
-            ),
+            trunk=grow(taken(trunk, end[:, None]), W - 1),
             twig=scratch(p, p.twig.T if p.keeps_twig else 0, B, W + 1, dtype),
         )
         n = jnp.zeros((B,), jnp.int32)
@@ -292,4 +290,4 @@ def _prompt_and_nodes(
 
 
 def _part(cache: Cache, part: slice) -> Cache:
-    return jax.tree.map(lambda x: x[:, part], cache)
+    return jax.tree.map(lambda x: x[:, :, part], cache)

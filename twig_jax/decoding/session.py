@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from twig_jax.decoding.cache import Cache, Caches, State
+from twig_jax.decoding.cache import Cache, Caches, State, taken
 from twig_jax.decoding.draft import catch_up
 from twig_jax.decoding.generate import Generator
 from twig_jax.decoding.network import Program, Weights
@@ -133,9 +133,6 @@ def repack(
     P, G = old.prompt_slots, old.generated_slots
     index = joined(P, asked, G, new.prompt_slots)
 
-    def moved(cache: Cache, index: jax.Array) -> Cache:
-        return jax.tree.map(lambda x: take(x, index), cache)
-
     def of_prompt(prompt: jax.Array, answer: jax.Array) -> jax.Array:
         pad = ((0, 0), (0, G - answer.shape[1])) + ((0, 0),) * (answer.ndim - 2)
         return take(jnp.concatenate([prompt, jnp.pad(answer, pad)], axis=1), index)
@@ -148,12 +145,12 @@ def repack(
     if not reprune:
         Q, N = state.prompt.middle.shape[1], state.prompt.top.shape[1]
         width = new.text_slots + new.retained_slots if new.prune else new.prompt_slots
-        middle = moved(state.caches.middle, joined(Q, in_middle, G, width))
-        top = moved(state.caches.top, joined(N, in_top, G, new.text_slots))
+        middle = taken(state.caches.middle, joined(Q, in_middle, G, width))
+        top = taken(state.caches.top, joined(N, in_top, G, new.text_slots))
     nothing = jnp.int32(new.base.text.vocab_size)
     return Past(
         caches=Caches(
-            moved(state.caches.trunk, index), moved(state.caches.twig, index), middle, top
+            taken(state.caches.trunk, index), taken(state.caches.twig, index), middle, top
         ),
         states=of_prompt(states, state.states),
         context=jnp.where(index < P + G, of_prompt(state.context, state.tokens), nothing),

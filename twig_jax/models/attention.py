@@ -12,7 +12,7 @@ from einops import rearrange
 
 
 class KV(NamedTuple):
-    """Keys (after RoPE) and values of one layer, both [B, S, K, D]."""
+    """Keys (after RoPE) and values of one layer, both [B, K, S, D]: as attention reads them."""
 
     k: jax.Array
     v: jax.Array
@@ -41,10 +41,13 @@ def apply_rope(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
 
 def _logits(q: jax.Array, k: jax.Array, mask: jax.Array) -> jax.Array:
     """Scaled, masked float32 attention logits [B, K, G, Q, S]."""
-    # Heads lead explicitly: on CPU this halves the time of the einsum's own transposes.
-    q = rearrange(q * q.shape[-1] ** -0.5, "B Q (K G) D -> B K G Q D", K=k.shape[2])
-    k = rearrange(k, "B S K D -> B K S D")
-    logits = jnp.einsum("BKGQD,BKSD->BKGQS", q, k, preferred_element_type=jnp.float32)
+    q = rearrange(q * q.shape[-1] ** -0.5, "B Q (K G) D -> B K G Q D", K=k.shape[1])
+    if q.shape[3] < k.shape[2]:
+        # Few queries: with the keys on the left no backend needs a transposed copy of the cache.
+        logits = jnp.einsum("BKSD,BKGQD->BKSGQ", k, q, preferred_element_type=jnp.float32)
+        logits = rearrange(logits, "B K S G Q -> B K G Q S")
+    else:
+        logits = jnp.einsum("BKGQD,BKSD->BKGQS", q, k, preferred_element_type=jnp.float32)
     return jnp.where(mask[:, None, None], logits, -jnp.inf)
 
 
@@ -64,7 +67,7 @@ def attend(q: jax.Array, context: Sequence[Context]) -> jax.Array:
         jnp.einsum(
             "BKGQS,BKSD->BKGQD",
             w.astype(q.dtype),
-            rearrange(c.kv.v, "B S K D -> B K S D"),
+            c.kv.v,
             preferred_element_type=jnp.float32,
         )
         for w, c in zip(weights, context, strict=True)
@@ -75,7 +78,7 @@ def attend(q: jax.Array, context: Sequence[Context]) -> jax.Array:
 def attention_row(q: jax.Array, k: jax.Array, mask: jax.Array) -> jax.Array:
     """Attention probabilities of one query a row of the batch.
 
-    q [B, H, D], k [B, S, K, D], mask bool [B, S] -> float32 [B, H, S]. This is O(S·D): pruning
+    q [B, H, D], k [B, K, S, D], mask bool [B, S] -> float32 [B, H, S]. This is O(S·D): pruning
     never needs the whole S x S matrix, whatever kernel computes the layer itself.
     """
     logits = _logits(q[:, None], k, mask[:, None])  # [B, K, G, 1, S]

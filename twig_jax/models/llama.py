@@ -47,18 +47,19 @@ class DecoderLayer(nn.Module):
         """x [B, Q, d] -> ([B, Q, d], keys and values).
 
         Without `scratch` the queries see each other under `mask` [B, Q, Q], and the new keys and
-        values [B, Q, K, D] are returned. With `scratch` = (block [B, W, K, D], index) they are
+        values [B, K, Q, D] are returned. With `scratch` = (block [B, K, W, D], index) they are
         written to the block at that slot first, `mask` is [B, Q, W] and the block is returned.
         `cached` is an earlier block that is read but never written.
         """
         y = self.input_layernorm(x)
         q = apply_rope(self._heads(self.q_proj(y)), rope)
-        kv = KV(apply_rope(self._heads(self.k_proj(y)), rope), self._heads(self.v_proj(y)))
+        k, v = apply_rope(self._heads(self.k_proj(y)), rope), self._heads(self.v_proj(y))
+        kv = KV(*(rearrange(t, "B S K D -> B K S D") for t in (k, v)))
         if scratch is not None:
             block, index = scratch
             kv = KV(
-                jax.lax.dynamic_update_slice_in_dim(block.k, kv.k.astype(block.k.dtype), index, 1),
-                jax.lax.dynamic_update_slice_in_dim(block.v, kv.v.astype(block.v.dtype), index, 1),
+                jax.lax.dynamic_update_slice_in_dim(block.k, kv.k.astype(block.k.dtype), index, 2),
+                jax.lax.dynamic_update_slice_in_dim(block.v, kv.v.astype(block.v.dtype), index, 2),
             )
         context = [Context(kv, mask)] if cached is None else [cached, Context(kv, mask)]
         x = x + self.o_proj(rearrange(attend(q, context), "B S H D -> B S (H D)"))
@@ -68,7 +69,7 @@ class DecoderLayer(nn.Module):
     def attention_row(self, x: jax.Array, rope: Rope, k: jax.Array, mask: jax.Array) -> jax.Array:
         """Attention of one token a row, from this layer's input x [B, 1, d], over its keys k.
 
-        k [B, S, K, D], mask bool [B, S] -> float32 [B, H, S].
+        k [B, K, S, D], mask bool [B, S] -> float32 [B, H, S].
         """
         q = apply_rope(self._heads(self.q_proj(self.input_layernorm(x))), rope)
         return attention_row(q[:, 0], k, mask)
