@@ -71,29 +71,13 @@ def load_generator():
     return Generator(config, base, twig_config, twig), "random"
 
 
-def bandwidth() -> float:
-    """Bytes/s this machine reads in a large reduction, the best of five."""
-    import jax
-    import jax.numpy as jnp
-
-    x = jnp.ones((1 << 27,), jnp.float32)
-    total = jax.jit(lambda x: x.sum())
-    total(x).block_until_ready()
-    times = []
-    for _ in range(5):
-        began = time.perf_counter()
-        total(x).block_until_ready()
-        times.append(time.perf_counter() - began)
-    return x.nbytes / min(times)
-
-
 def measure() -> dict:
     """Runs every mode in turn, `repeats` times, after one call each that compiles."""
     import jax
 
     from twig_jax.decoding.settings import Settings
     from twig_jax.evaluation.scoring import ceiling
-    from twig_jax.runtime import environment
+    from twig_jax.runtime import bandwidth, environment
 
     generator, weights = load_generator()
     config = generator.config

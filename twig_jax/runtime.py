@@ -2,10 +2,12 @@
 
 import os
 import platform
+import time
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 
 def use_compilation_cache() -> None:
@@ -33,3 +35,16 @@ def environment() -> dict[str, Any]:
             "flax": flax.__version__,
         },
     }
+
+
+def bandwidth() -> float:
+    """Bytes/s this machine reads in a large reduction, the best of five."""
+    x = jnp.ones((1 << 27,), jnp.float32)
+    total = jax.jit(lambda x: x.sum())
+    total(x).block_until_ready()
+    times = []
+    for _ in range(5):
+        began = time.perf_counter()
+        total(x).block_until_ready()
+        times.append(time.perf_counter() - began)
+    return x.nbytes / min(times)
