@@ -23,7 +23,7 @@ CONFIG = LlavaConfig(
         image_size=12, patch_size=4, hidden_size=16, intermediate_size=32, num_layers=2, num_heads=2
     ),
     text=TextConfig(
-        vocab_size=40,
+        vocab_size=37,
         hidden_size=32,
         intermediate_size=48,
         num_layers=5,

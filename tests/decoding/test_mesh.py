@@ -10,7 +10,8 @@ import jax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from tests.decoding.models import CALL, generator, mixed
+from tests.decoding.models import CALL, mixed
+from tests.decoding.worker import model
 from twig_jax.sharding.mesh import make_mesh
 
 
@@ -23,21 +24,21 @@ def precise():
 @pytest.fixture(scope="module")
 def expected() -> list[list[int]]:
     with jax.default_matmul_precision("highest"):
-        return [r.tokens.tolist() for r in generator().generate(mixed(), CALL)]
+        return [r.tokens.tolist() for r in model().generate(mixed(), CALL)]
 
 
 @pytest.mark.parametrize("shape", [(4, 1, 2), (2, 2, 2), (8, 1, 1)])
 def test_a_mesh_changes_no_token(shape, expected) -> None:
     """Rows go over data and fsdp (four rows over eight devices stay whole), heads over tensor."""
-    model = generator(made={"mesh": make_mesh(*shape)})
-    running = model.start(mixed(), CALL)
+    spread = model(make_mesh(*shape))
+    running = spread.start(mixed(), CALL)
     rows = ("data", "fsdp") if shape[0] * shape[1] == 4 else None
     heads = "tensor" if shape[2] == 2 else None
     for cache in jax.tree.leaves(running.state.caches):
         assert cache.sharding.is_equivalent_to(
-            jax.NamedSharding(model.mesh, P(rows, heads)), cache.ndim
+            jax.NamedSharding(spread.mesh, P(rows, heads)), cache.ndim
         )
-    results = model.finish(running)
+    results = spread.finish(running)
     assert [r.tokens.tolist() for r in results] == expected
 
 

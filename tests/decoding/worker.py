@@ -1,18 +1,27 @@
 """One of two processes that decode together: python -m tests.decoding.worker ADDRESS INDEX."""
 
+import dataclasses
 import json
 import sys
 
 import jax
+from jax.sharding import Mesh
 
-from tests.decoding.models import CALL, generator, mixed
+from tests.decoding.models import CALL, CONFIG, generator, mixed
+from twig_jax.decoding.generate import Generator
 from twig_jax.sharding.mesh import make_mesh
+
+
+def model(mesh: Mesh | None = None) -> Generator:
+    """One whose words two devices can share."""
+    text = dataclasses.replace(CONFIG.text, vocab_size=40)
+    return generator(made={"mesh": mesh}, text=text)
 
 
 def main(address: str, index: str) -> None:
     jax.distributed.initialize(address, num_processes=2, process_id=int(index))
     with jax.default_matmul_precision("highest"):
-        results = generator(made={"mesh": make_mesh(2, 2, 2)}).generate(mixed(), CALL)
+        results = model(make_mesh(2, 2, 2)).generate(mixed(), CALL)
     print(json.dumps([r.tokens.tolist() for r in results]))
 
 
