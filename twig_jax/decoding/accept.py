@@ -45,10 +45,10 @@ def accept(
 
     # Node j is token n - 1 + j. Before the first token, node 0 is the prompt's last token.
     token = state.n[:, None] - 1 + node
-    # Always true, a choice is an id, but it makes the slots depend on it where there is one node:
-    # else XLA might write a cache before attention has read it, and copies every cache instead.
-    chosen = choice[:, :1] >= 0
-    alive = (node <= matched[:, None]) & ~state.done[:, None] & chosen
+    alive = (node <= matched[:, None]) & ~state.done[:, None]
+    # Always true, but tokens are known last: so no cache is written before all have been read, and
+    # the compiler needs no copy of one.
+    alive &= choice >= 0
     cached = jnp.where(alive & (token >= 0), token, _NOWHERE)
     before = jnp.where((state.n >= 2) & ~state.done, state.n - 2, _NOWHERE)[:, None]
     # What a row that did not draft has in the scratch block was computed beside its companions.

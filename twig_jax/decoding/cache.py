@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 
 from twig_jax.decoding.settings import Controls
 from twig_jax.models.attention import KV
@@ -98,20 +99,24 @@ def grow(cache: Cache, slots: int) -> Cache:
     return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, slots), (0, 0))), cache)
 
 
-def taken(cache: Cache, slots: jax.Array) -> Cache:
-    """Every layer's keys and values at slots int32 [B, S]; zeros for a slot past the end."""
-    over_heads = jax.vmap(take, (1, None), 1)
-    return jax.tree.map(lambda x: over_heads(x, slots), cache)
-
-
 def commit(cache: Cache, block: Cache, slots: jax.Array) -> Cache:
     """Writes block [B, K, W, D] to slots int32 [B, W] of every layer; out-of-range slots drop."""
     rows = jnp.arange(slots.shape[0])[:, None]
 
     def write(c: jax.Array, x: jax.Array) -> jax.Array:
-        return c.at[rows, :, slots].set(x.swapaxes(1, 2), mode="drop")
+        return c.at[rows, :, slots].set(rearrange(x, "B K W D -> B W K D"), mode="drop")
 
     return jax.tree.map(write, cache, block)
+
+
+def pick(cache: Cache, slots: jax.Array) -> Cache:
+    """The slots int32 [B, W] of every layer, [B, K, W, D]; an index past the end gives zeros."""
+    return jax.tree.map(
+        lambda c: jnp.take_along_axis(
+            c, slots[:, None, :, None], axis=2, mode="fill", fill_value=0
+        ),
+        cache,
+    )
 
 
 def sees(prompt: jax.Array, generated: jax.Array, slots: int, width: int) -> jax.Array:

@@ -162,7 +162,7 @@ def catch_up(program: Program, weights: Weights, state: State, upto: jax.Array) 
         cache = state.caches.twig
         token = state.in_twig[:, None] + jnp.arange(_SPAN)
         missing = token < upto[:, None]
-        _, new = program.twig_apply(
+        x, new = program.twig_apply(
             weights,
             "run",
             take(state.states, jnp.where(missing, token, G)),
@@ -171,7 +171,9 @@ def catch_up(program: Program, weights: Weights, state: State, upto: jax.Array) 
             cached=cache,
             cached_mask=sees(state.prompt.trunk, state.in_twig, slots_of(cache), _SPAN),
         )
-        cache = commit(cache, new, jnp.where(missing, P + token, P + G))
+        # A last state that is a number is known last: see `accept` on copies of caches.
+        written = missing & ~jnp.isnan(x[..., 0])
+        cache = commit(cache, new, jnp.where(written, P + token, P + G))
         return state._replace(
             caches=state.caches._replace(twig=cache),
             in_twig=jnp.maximum(state.in_twig, jnp.minimum(state.in_twig + _SPAN, upto)),

@@ -120,8 +120,8 @@ def iterate(program: Program, weights: Weights, state: State, cost: jax.Array) -
             seen,
             path,
         )
-        middle, top = (grow(kvs, W - width) for kvs in new)
-        return middle, top, jnp.pad(choice, ((0, 0), (0, W - width)))
+        unused = W - width
+        return grow(new[0], unused), grow(new[1], unused), jnp.pad(choice, ((0, 0), (0, unused)))
 
     with jax.named_scope("verify"):
         if p.adaptive and W > 1:

@@ -17,6 +17,7 @@ from twig_jax.decoding.cache import (
     State,
     commit,
     grow,
+    pick,
     sees,
     slots_of,
     spread_rows,
@@ -171,7 +172,7 @@ def prefill(
             probs=jnp.zeros((B, W - 1), jnp.float32),
             drafted=jnp.zeros((B,), jnp.int32),
             states=jnp.pad(first, ((0, 0), (0, W - 1), (0, 0))),
-            trunk=grow(taken(trunk, end[:, None]), W - 1),
+            trunk=grow(pick(trunk, end[:, None]), W - 1),
             twig=scratch(p, p.twig.T if p.keeps_twig else 0, B, W + 1, dtype),
         )
         n = jnp.zeros((B,), jnp.int32)

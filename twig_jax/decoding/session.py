@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from twig_jax.decoding.cache import Cache, Caches, State, taken
+from twig_jax.decoding.cache import Cache, Caches, State, pick
 from twig_jax.decoding.draft import catch_up
 from twig_jax.decoding.generate import Generator
 from twig_jax.decoding.network import Program, Weights
@@ -145,13 +145,11 @@ def repack(
     if not reprune:
         Q, N = state.prompt.middle.shape[1], state.prompt.top.shape[1]
         width = new.text_slots + new.retained_slots if new.prune else new.prompt_slots
-        middle = taken(state.caches.middle, joined(Q, in_middle, G, width))
-        top = taken(state.caches.top, joined(N, in_top, G, new.text_slots))
+        middle = pick(state.caches.middle, joined(Q, in_middle, G, width))
+        top = pick(state.caches.top, joined(N, in_top, G, new.text_slots))
     nothing = jnp.int32(new.base.text.vocab_size)
     return Past(
-        caches=Caches(
-            taken(state.caches.trunk, index), taken(state.caches.twig, index), middle, top
-        ),
+        caches=Caches(pick(state.caches.trunk, index), pick(state.caches.twig, index), middle, top),
         states=of_prompt(states, state.states),
         context=jnp.where(index < P + G, of_prompt(state.context, state.tokens), nothing),
         is_visual=of_prompt(is_visual, jnp.zeros_like(state.tokens, bool)),

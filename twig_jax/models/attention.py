@@ -12,7 +12,11 @@ from einops import rearrange
 
 
 class KV(NamedTuple):
-    """Keys (after RoPE) and values of one layer, both [B, K, S, D]: as attention reads them."""
+    """Keys (after RoPE) and values of one layer, both [B, K, S, D].
+
+    Heads lead, so that attention reads them as they lie: with slots first, every step would copy
+    the whole cache into this order.
+    """
 
     k: jax.Array
     v: jax.Array
@@ -42,12 +46,7 @@ def apply_rope(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
 def _logits(q: jax.Array, k: jax.Array, mask: jax.Array) -> jax.Array:
     """Scaled, masked float32 attention logits [B, K, G, Q, S]."""
     q = rearrange(q * q.shape[-1] ** -0.5, "B Q (K G) D -> B K G Q D", K=k.shape[1])
-    if q.shape[3] < k.shape[2]:
-        # Few queries: with the keys on the left no backend needs a transposed copy of the cache.
-        logits = jnp.einsum("BKSD,BKGQD->BKSGQ", k, q, preferred_element_type=jnp.float32)
-        logits = rearrange(logits, "B K S G Q -> B K G Q S")
-    else:
-        logits = jnp.einsum("BKGQD,BKSD->BKGQS", q, k, preferred_element_type=jnp.float32)
+    logits = jnp.einsum("BKGQD,BKSD->BKGQS", q, k, preferred_element_type=jnp.float32)
     return jnp.where(mask[:, None, None], logits, -jnp.inf)
 
 

@@ -54,7 +54,7 @@ class DecoderLayer(nn.Module):
         y = self.input_layernorm(x)
         q = apply_rope(self._heads(self.q_proj(y)), rope)
         k, v = apply_rope(self._heads(self.k_proj(y)), rope), self._heads(self.v_proj(y))
-        kv = KV(*(rearrange(t, "B S K D -> B K S D") for t in (k, v)))
+        kv = KV(*(rearrange(x, "B S K D -> B K S D") for x in (k, v)))
         if scratch is not None:
             block, index = scratch
             kv = KV(

@@ -47,7 +47,7 @@ def _run(
         blocks,
         rearrange(batch["positions"], "B n S -> (B n) S"),
         mask,
-        cached=jax.tree.map(lambda x: repeat(x, "B P K D -> (B n) P K D", n=n), kvs),
+        cached=jax.tree.map(lambda x: repeat(x, "B K P D -> (B n) K P D", n=n), kvs),
         cached_mask=jnp.ones((B * n, S, P0), bool),
     )
     return prefix, blocks
