@@ -25,14 +25,14 @@ def textbook(q, k, v, mask):
     """Every head for itself, in float64: (output [B, Q, H, D], weights [B, H, Q, S])."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     out = np.zeros(q.shape)
-    weights = np.zeros((q.shape[0], q.shape[2], q.shape[1], k.shape[2]))
+    weights = np.zeros((q.shape[0], q.shape[2], q.shape[1], k.shape[1]))
     for b, h in np.ndindex(q.shape[0], q.shape[2]):
-        group = h // (q.shape[2] // k.shape[1])
-        logits = q[b, :, h] @ k[b, group].T / np.sqrt(q.shape[3])
+        group = h // (q.shape[2] // k.shape[2])
+        logits = q[b, :, h] @ k[b, :, group].T / np.sqrt(q.shape[3])
         logits[~np.asarray(mask[b])] = -np.inf
         w = np.exp(logits - logits.max(-1, keepdims=True))
         weights[b, h] = w / w.sum(-1, keepdims=True)
-        out[b, :, h] = weights[b, h] @ v[b, group]
+        out[b, :, h] = weights[b, h] @ v[b, :, group]
     return out, weights
 
 
@@ -44,7 +44,7 @@ def stored(k, v) -> KV:
 @pytest.fixture
 def case():
     mask = jax.random.bernoulli(jax.random.key(9), 0.6, (B, Q, S)).at[:, :, 0].set(True)
-    return normal(0, B, Q, H, D), normal(1, B, K, S, D), normal(2, B, K, S, D), mask
+    return normal(0, B, Q, H, D), normal(1, B, S, K, D), normal(2, B, S, K, D), mask
 
 
 def test_equals_textbook(case):

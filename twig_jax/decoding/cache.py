@@ -25,7 +25,6 @@ from einops import rearrange
 
 from twig_jax.decoding.settings import Controls
 from twig_jax.models.attention import KV
-from twig_jax.pruning.select import take
 from twig_jax.sharding.placement import spread
 
 Cache = tuple[KV, ...]

@@ -21,7 +21,6 @@ from twig_jax.decoding.cache import (
     sees,
     slots_of,
     spread_rows,
-    taken,
 )
 from twig_jax.decoding.draft import Committed, Drafts, draft, scratch
 from twig_jax.decoding.network import Program, Weights
