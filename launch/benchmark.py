@@ -5,9 +5,10 @@
         --plot benchmark.png
     python -m launch.benchmark --preset llava-1.5-7b --dtype bfloat16 --json -
 
-With `digits` the prompts are questions of its test pages with long answers, else random words around noise. With
---preset the weights are random: speeds of plain and ttp are real, those of speculation depend on
-how often a random twig is right, which is stated beside them. Every answer has all its tokens.
+With `digits` the prompts are questions of its test pages, of the kind with long answers, else
+random words around noise. With --preset the weights are random: speeds of plain and ttp are real,
+those of speculation depend on how often a random twig is right, which is stated beside them. Every
+answer is as long as asked for, whatever the model would have said.
 """
 
 import dataclasses
