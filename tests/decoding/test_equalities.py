@@ -5,53 +5,36 @@ about 1e-6, and these models' top two logits are farther apart than that at ever
 """
 
 import dataclasses
-from collections.abc import Sequence
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.decoding.models import CALL, CONFIG, TWIG, M, generator, request
+from tests.decoding.models import (
+    CALL,
+    CONFIG,
+    LARGEST,
+    TWIG,
+    M,
+    change,
+    forced,
+    generator,
+    request,
+    run,
+    tokens,
+)
 from twig_jax.config import TwigConfig
 from twig_jax.decoding.generate import Generator, compiled_programs
-from twig_jax.decoding.settings import Request, Result, Settings
-from twig_jax.models.llava import Llava
-from twig_jax.pruning.forward import Prompt, forward
-
-# Shapes are fixed by a first row with the largest of everything; the rest is data.
-LARGEST = request(99, 2, 8, 8, avg_retained=5)
-
-
-@pytest.fixture(autouse=True)
-def precise():
-    with jax.default_matmul_precision("highest"):
-        yield
-
-
-def change(one: Request, **changes) -> Request:
-    return dataclasses.replace(one, settings=dataclasses.replace(one.settings or CALL, **changes))
-
-
-def run(requests: Sequence[Request], call: Settings = CALL, **changed) -> list[Result]:
-    """Answers a batch; `changed` goes for the call and for rows with settings of their own."""
-    rows = [change(r, **changed) if r.settings else r for r in requests]
-    return generator().generate(rows, dataclasses.replace(call, **changed))
-
-
-def tokens(results: Sequence[Result]) -> list[list[int]]:
-    return [r.tokens.tolist() for r in results]
-
+from twig_jax.decoding.settings import Request, Settings
 
 rows = st.lists(
     st.builds(
         request,
-        st.integers(0, 10_000),
-        st.integers(0, 2),
-        st.integers(1, 8),
-        st.integers(1, 8),
+        prompt=st.integers(0, 10_000),
+        images=st.integers(0, 2),
+        before=st.integers(1, 8),
+        after=st.integers(1, 8),
         avg_retained=st.sampled_from([3.2, 4, 5]),
         max_new_tokens=st.integers(1, 14),
     ),
@@ -129,32 +112,10 @@ def test_answers_equal_the_teacher_forced_pruned_pass() -> None:
     """An independent one-pass computation agrees with every token and every kept index."""
     model = generator()
     for one, result in zip(mixed(), run(mixed(), mode="ttp"), strict=True):
-        size, images = len(one.ids), 0 if one.pixels is None else len(one.pixels)
-        visual = jnp.zeros((1, 0, CONFIG.text.hidden_size))
-        if images:
-            visual = Llava(CONFIG).apply(
-                {"params": model.weights.base}, jnp.asarray(one.pixels)[None], method="encode"
-            )
-        R = len(result.kept)
-        forced = jax.jit(forward, static_argnums=(0, 1, 7, 8))(
-            CONFIG,
-            TWIG,
-            model.weights.base,
-            model.weights.twig,
-            Prompt(
-                jnp.asarray(one.ids)[None],
-                jnp.asarray(one.is_visual)[None],
-                jnp.asarray([size], jnp.int32),
-                visual,
-            ),
-            jnp.asarray(result.tokens)[None],
-            jnp.asarray([R], jnp.int32),
-            size - images * M,
-            R,
-        )
-        kept = np.asarray(forced.kept[0])
+        known = forced(model, one, result.tokens, len(result.kept))
+        kept = np.asarray(known.kept[0])
         assert kept[one.is_visual[kept]].tolist() == result.kept.tolist()
-        choices = np.asarray(forced.logits[0].argmax(-1))
+        choices = np.asarray(known.logits[0].argmax(-1))
         assert choices[: len(result.tokens)].tolist() == result.tokens.tolist()
         if result.stopped_by == "eos":
             assert choices[len(result.tokens)] == CONFIG.eos_token_id

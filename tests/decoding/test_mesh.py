@@ -29,7 +29,7 @@ def expected() -> list[list[int]]:
 @pytest.mark.parametrize("shape", [(4, 1, 2), (2, 2, 2), (8, 1, 1)])
 def test_a_mesh_changes_no_token(shape, expected) -> None:
     """Rows go over data and fsdp (four rows over eight devices stay whole), heads over tensor."""
-    model = generator(mesh=make_mesh(*shape))
+    model = generator(made={"mesh": make_mesh(*shape)})
     running = model.start(mixed(), CALL)
     rows = ("data", "fsdp") if shape[0] * shape[1] == 4 else None
     heads = "tensor" if shape[2] == 2 else None

@@ -25,39 +25,35 @@ def textbook(q, k, v, mask):
     """Every head for itself, in float64: (output [B, Q, H, D], weights [B, H, Q, S])."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     out = np.zeros(q.shape)
-    weights = np.zeros((q.shape[0], q.shape[2], q.shape[1], k.shape[1]))
+    weights = np.zeros((q.shape[0], q.shape[2], q.shape[1], k.shape[2]))
     for b, h in np.ndindex(q.shape[0], q.shape[2]):
-        group = h // (q.shape[2] // k.shape[2])
-        logits = q[b, :, h] @ k[b, :, group].T / np.sqrt(q.shape[3])
+        group = h // (q.shape[2] // k.shape[1])
+        logits = q[b, :, h] @ k[b, group].T / np.sqrt(q.shape[3])
         logits[~np.asarray(mask[b])] = -np.inf
         w = np.exp(logits - logits.max(-1, keepdims=True))
         weights[b, h] = w / w.sum(-1, keepdims=True)
-        out[b, :, h] = weights[b, h] @ v[b, :, group]
+        out[b, :, h] = weights[b, h] @ v[b, group]
     return out, weights
-
-
-def stored(k, v) -> KV:
-    """Keys and values [B, S, K, D] as a cache holds them."""
-    return KV(k.swapaxes(1, 2), v.swapaxes(1, 2))
 
 
 @pytest.fixture
 def case():
     mask = jax.random.bernoulli(jax.random.key(9), 0.6, (B, Q, S)).at[:, :, 0].set(True)
-    return normal(0, B, Q, H, D), normal(1, B, S, K, D), normal(2, B, S, K, D), mask
+    return normal(0, B, Q, H, D), normal(1, B, K, S, D), normal(2, B, K, S, D), mask
 
 
 def test_equals_textbook(case):
     q, k, v, mask = case
     expected, _ = textbook(q, k, v, mask)
-    np.testing.assert_allclose(attend(q, [Context(stored(k, v), mask)]), expected, atol=1e-5)
+    np.testing.assert_allclose(attend(q, [Context(KV(k, v), mask)]), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("cut", [1, 3, 6])
 def test_blocks_share_one_softmax(case, cut):
     q, k, v, mask = case
     blocks = [
-        Context(stored(k[:, s], v[:, s]), mask[:, :, s]) for s in (slice(0, cut), slice(cut, None))
+        Context(KV(k[:, :, s], v[:, :, s]), mask[:, :, s])
+        for s in (slice(0, cut), slice(cut, None))
     ]
     expected, _ = textbook(q, k, v, mask)
     np.testing.assert_allclose(attend(q, blocks), expected, atol=1e-5)
@@ -68,9 +64,9 @@ def test_a_query_that_sees_nothing_is_zero_and_has_finite_gradients(case):
     mask = mask.at[0, 2].set(False)
 
     def total(q):
-        return attend(q, [Context(stored(k, v), mask)]).sum()
+        return attend(q, [Context(KV(k, v), mask)]).sum()
 
-    out = attend(q, [Context(stored(k, v), mask)])
+    out = attend(q, [Context(KV(k, v), mask)])
     assert not out[0, 2].any() and out[0, 1].any()
     assert jnp.isfinite(jax.grad(total)(q)).all()
 
@@ -78,7 +74,7 @@ def test_a_query_that_sees_nothing_is_zero_and_has_finite_gradients(case):
 def test_bfloat16_accumulates_in_float32(case):
     q, k, v, mask = case
     half = [x.astype(jnp.bfloat16) for x in (q, k, v)]
-    out = attend(half[0], [Context(stored(*half[1:]), mask)])
+    out = attend(half[0], [Context(KV(*half[1:]), mask)])
     assert out.dtype == jnp.bfloat16
     expected, _ = textbook(*(x.astype(jnp.float32) for x in half), mask)
     np.testing.assert_allclose(out.astype(jnp.float32), expected, atol=0.03)
@@ -87,7 +83,7 @@ def test_bfloat16_accumulates_in_float32(case):
 def test_attention_row_is_one_row_of_the_whole(case):
     q, k, v, mask = case
     _, weights = textbook(q, k, v, mask)
-    row = attention_row(q[:, 3], stored(k, k).k, mask[:, 3])
+    row = attention_row(q[:, 3], k, mask[:, 3])
     assert row.dtype == jnp.float32
     np.testing.assert_allclose(row, weights[:, :, 3], atol=1e-6)
     np.testing.assert_allclose(row.sum(-1), 1, atol=1e-6)

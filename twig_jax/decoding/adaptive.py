@@ -4,8 +4,9 @@ The unit is a plain step, an iteration without drafts: it gives every row one to
 tokens makes an iteration longer by cost[d] steps, for all rows at once, and gives a row as many
 further tokens as it accepts. A row starts with enough for one try, wins the drafts it accepts, pays
 its share of the cost, and receives TAX of a step a token. It drafts while the rows that can afford
-a share can pay together. So all rows together lose no more than TAX of the tokens and one try, and
-where drafting begins to pay, a try finds out.
+a try can pay together, each in proportion to what it has, so that none gets into debt. So all rows
+together lose no more than TAX of the tokens and one try each, and where drafting begins to pay, a
+try finds out.
 """
 
 import jax
@@ -24,8 +25,10 @@ def opening(rows: int, cost: jax.Array) -> jax.Array:
 
 def drafting(state: State, cost: jax.Array) -> jax.Array:
     """Which rows draft in the next iteration, bool [B]. cost float32 [W]."""
-    alive = ~state.done & (state.controls.gamma > 0)
-    able = alive & (state.balance >= cost.max())
+    c = state.controls
+    # A row's last token is never a draft: it could not pay its share.
+    may = ~state.done & (c.gamma > 0) & (c.max_new - state.n > 1)
+    able = may & (state.balance >= cost.max())
     purse = jnp.where(able, state.balance, 0).sum()
     return able & (purse >= cost.max() * (~state.done).sum(dtype=cost.dtype))
 
@@ -38,10 +41,14 @@ def settle(
     done: jax.Array,
     cost: jax.Array,
 ) -> jax.Array:
-    """Balances after an iteration; all [B] but cost [W]. Rows that were done keep theirs."""
-    payers = (drafted > 0) & ~done
+    """Balances after an iteration; all [B] but cost [W]. Rows that were done keep theirs.
+
+    After the prompt, where all rows draft, rows that do not may leave a debt to those that do: it
+    is no more than what they themselves started with.
+    """
     bill = cost[jnp.where(done, 0, drafted).max()] * (~done).sum(dtype=cost.dtype)
-    share = jnp.where(payers, bill / jnp.maximum(payers.sum(dtype=cost.dtype), 1), 0)
+    purse = jnp.where((drafted > 0) & ~done, balance, 0)
+    share = bill * purse / jnp.maximum(purse.sum(), jnp.finfo(cost.dtype).tiny)
     won = matched.astype(cost.dtype) + TAX * emitted.astype(cost.dtype)
     new = balance + won - share
     return jnp.where(done, balance, jnp.minimum(new, _DEEPEST * cost.max()))

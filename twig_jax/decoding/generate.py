@@ -77,7 +77,8 @@ class Generator:
     any, each batch is rounded up to a shape of its own. mesh: what to spread over, with the axes of
     sharding/mesh.py; all processes of several hosts make the same calls. detokenize: tokens ->
     text, for texts in results and stops. remembered_images: how many images' embeddings are kept,
-    by content.
+    by content. draft_cost: how many plain steps each draft adds to an iteration, for adaptive
+    drafting; None to measure it.
     """
 
     def __init__(
@@ -91,6 +92,7 @@ class Generator:
         mesh: Mesh | None = None,
         detokenize: Detokenize | None = None,
         remembered_images: int = 0,
+        draft_cost: float | None = None,
     ) -> None:
         self.config = config
         self.twig_config = twig_config
@@ -103,6 +105,7 @@ class Generator:
         self.buckets = tuple(buckets)
         self.mesh = mesh
         self.detokenize = detokenize
+        self.draft_cost = draft_cost
         self.images = ImageEncoder(config, remembered_images)
         self._costs: dict[tuple[Program, int], np.ndarray] = {}
         self._known: set[tuple[Program, int]] = set()
@@ -406,8 +409,8 @@ class Generator:
     def _cost(self, prepared: Prepared) -> np.ndarray:
         """What drafting 0 .. W-1 tokens adds to an iteration, in plain steps; see adaptive.py.
 
-        Zeros where drafting is not adaptive; otherwise measured once a program, by drafting none,
-        one and all tokens in a few iterations each.
+        Zeros where drafting is not adaptive; otherwise what `draft_cost` says, or measured once a
+        program, by drafting none, one and all tokens in a few iterations each.
         """
         program, rows = prepared.program, prepared.bucket.rows
         key = (program, rows)
@@ -415,7 +418,9 @@ class Generator:
             return self._costs[key]
         cost = np.zeros(program.width, np.float32)
         self._costs[key] = cost
-        if program.adaptive:
+        if program.adaptive and self.draft_cost is not None:
+            cost += np.arange(program.width) * self.draft_cost
+        elif program.adaptive:
             cost = self._costs[key] = self._measured(prepared)
             _log.info("an iteration that drafts costs %s plain steps", np.round(cost + 1, 2))
         return cost

@@ -27,33 +27,50 @@ def choose(
     the repetition penalty, bool [B, V] `seen` has the tokens before, and int32 [B, Q, E] `path`
     further ones of each query, -1 for none.
     """
-    c = jax.tree.map(lambda x: x[:, None, None], controls)
+    logits = adjusted(controls, logits, n, seen, path)
+
+    def drawn(logits: jax.Array) -> jax.Array:
+        warm = controls.temperature[:, None, None] > 0
+        noise = gumbel(controls.seed, positions, logits.shape[-1])
+        return jnp.where(warm, filtered(controls, logits) + noise, logits)
+
+    logits = jax.lax.cond((controls.temperature > 0).any(), drawn, lambda x: x, logits)
+    return logits.argmax(-1).astype(jnp.int32)
+
+
+def adjusted(
+    controls: Controls, logits: jax.Array, n: jax.Array, seen: jax.Array, path: jax.Array
+) -> jax.Array:
+    """Logits [B, Q, V] after repetition penalty and min_new_tokens; arguments as in `choose`."""
+    penalty = controls.penalty[:, None, None]
 
     def shaped(logits: jax.Array) -> jax.Array:
         logits = jax.lax.cond(
-            (controls.penalty != 1).any(),
-            lambda x: _penalised(x, c.penalty, seen, path),
+            (penalty != 1).any(),
+            lambda x: _penalised(x, penalty, seen, path),
             lambda x: x,
             logits,
         )
-        ends = jnp.arange(logits.shape[-1]) == c.eos
-        return jnp.where(ends & (n[..., None] < c.min_new), -jnp.inf, logits)
-
-    def drawn(logits: jax.Array) -> jax.Array:
-        warm = c.temperature > 0
-        logits = logits / jnp.where(warm, c.temperature, 1)
-        logits = jax.lax.cond(
-            ((controls.top_k > 0) | (controls.top_p < 1) | (controls.min_p > 0)).any(),
-            lambda x: jnp.where(x >= _threshold(x, c), x, -jnp.inf),
-            lambda x: x,
-            logits,
-        )
-        return jnp.where(warm, logits + gumbel(controls.seed, positions, logits.shape[-1]), logits)
+        ends = jnp.arange(logits.shape[-1]) == controls.eos[:, None, None]
+        early = n < controls.min_new[:, None]
+        return jnp.where(ends & early[..., None], -jnp.inf, logits)
 
     plain = ((controls.penalty == 1) & (controls.min_new == 0)).all()
-    logits = jax.lax.cond(plain, lambda x: x, shaped, logits)
-    logits = jax.lax.cond((controls.temperature > 0).any(), drawn, lambda x: x, logits)
-    return logits.argmax(-1).astype(jnp.int32)
+    return jax.lax.cond(plain, lambda x: x, shaped, logits)
+
+
+def filtered(controls: Controls, logits: jax.Array) -> jax.Array:
+    """Logits [B, Q, V] after temperature (where above 0), top_k, top_p and min_p.
+
+    Their softmax is what a token is drawn from; tokens that cannot be drawn are at -inf.
+    """
+    c = jax.tree.map(lambda x: x[:, None, None], controls)
+    return jax.lax.cond(
+        ((c.top_k > 0) | (c.top_p < 1) | (c.min_p > 0)).any(),
+        lambda x: jnp.where(x >= _threshold(x, c), x, -jnp.inf),
+        lambda x: x,
+        logits / jnp.where(c.temperature > 0, c.temperature, 1),
+    )
 
 
 def gumbel(seeds: jax.Array, positions: jax.Array, size: int) -> jax.Array:
@@ -105,7 +122,8 @@ def _threshold(logits: jax.Array, c: Controls) -> jax.Array:
     rank = jnp.arange(V)
     allowed = (c.top_k == 0) | (rank < c.top_k)
     p = jax.nn.softmax(jnp.where(allowed, best, -jnp.inf), axis=-1)
-    # A token stays if those above it do not reach top_p yet; the first always does.
-    allowed &= (rank == 0) | (jnp.cumsum(p, axis=-1) - p < c.top_p)
+    # A token stays if those above it do not reach top_p yet; the first always does. Sums may round
+    # up to 1 before the last token, and rows without top_p keep all.
+    allowed &= (rank == 0) | (jnp.cumsum(p, axis=-1) - p < c.top_p) | (c.top_p == 1)
     allowed &= p >= c.min_p * p[..., :1]
     return jnp.min(jnp.where(allowed, best, jnp.inf), axis=-1, keepdims=True)

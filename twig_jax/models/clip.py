@@ -20,15 +20,11 @@ class EncoderLayer(nn.Module):
         """x [B, S, d] -> [B, S, d]."""
         c = self.config
         y = LayerNorm(c.layer_norm_eps, name="layer_norm1")(x)
-        q, k, v = (
-            rearrange(
-                nn.Dense(c.hidden_size, name=f"{n}_proj")(y), "B S (H D) -> B S H D", H=c.num_heads
-            )
-            for n in "qkv"
-        )
+        q, k, v = (nn.Dense(c.hidden_size, name=f"{n}_proj")(y) for n in "qkv")
+        q = rearrange(q, "B S (H D) -> B S H D", H=c.num_heads)
+        k, v = (rearrange(x, "B S (H D) -> B H S D", H=c.num_heads) for x in (k, v))
         everything = jnp.ones((x.shape[0], x.shape[1], x.shape[1]), bool)
-        kv = KV(*(rearrange(x, "B S H D -> B H S D") for x in (k, v)))
-        y = rearrange(attend(q, [Context(kv, everything)]), "B S H D -> B S (H D)")
+        y = rearrange(attend(q, [Context(KV(k, v), everything)]), "B S H D -> B S (H D)")
         x = x + nn.Dense(c.hidden_size, name="out_proj")(y)
         y = LayerNorm(c.layer_norm_eps, name="layer_norm2")(x)
         y = quick_gelu(nn.Dense(c.intermediate_size, name="fc1")(y))
