@@ -1,15 +1,19 @@
 """Prefill and decoding speed of the four modes, beside this machine's bandwidth floor.
 
     python -m launch.benchmark --checkpoint digits
+    python -m launch.benchmark --checkpoint digits --batch 1,4,16,64 --max_new_tokens 10,50,200 \\
+        --plot benchmark.png
     python -m launch.benchmark --preset llava-1.5-7b --dtype bfloat16 --json -
 
-With --preset the weights are random: speeds of plain and ttp are real, those of speculation depend
-on how often a random twig is right, which is stated beside them.
+With `digits` the prompts are questions of its test pages, of the kind with long answers, else
+random words around noise. With --preset the weights are random: speeds of plain and ttp are real,
+those of speculation depend on how often a random twig is right, which is stated beside them. Every
+answer is as long as asked for, whatever the model would have said.
 """
 
-import statistics
+import dataclasses
 import sys
-import time
+from typing import Any
 
 from absl import app, flags
 
@@ -21,13 +25,14 @@ _TWIG = flags.DEFINE_string("twig", None, "twig folder")
 _PRESET = flags.DEFINE_string("preset", None, "shapes with random weights, as llava-1.5-7b")
 _MODES = flags.DEFINE_list("modes", ["plain", "ttp", "ssd", "ttp_ssd"], "what to measure")
 _AVG_RETAINED = flags.DEFINE_float("avg_retained", None, "R̄ per image; default 1/9 of M")
-_TEXT = flags.DEFINE_integer("text_tokens", 24, "text tokens of the prompt", lower_bound=2)
-_NEW = flags.DEFINE_integer("max_new_tokens", 40, "tokens of each answer", lower_bound=2)
-_BATCH = flags.DEFINE_integer("batch", 1, "rows", lower_bound=1)
+_TEXT = flags.DEFINE_integer("text_tokens", 24, "text tokens of a random prompt", lower_bound=2)
+_NEW = flags.DEFINE_list("max_new_tokens", ["40"], "tokens of each answer, one or several lengths")
+_BATCH = flags.DEFINE_list("batch", ["1"], "rows, one or several sizes")
 _REPEATS = flags.DEFINE_integer("repeats", 7, "interleaved measurements of each", lower_bound=1)
 _GAMMA = flags.DEFINE_integer("gamma", 6, "most drafts an iteration", lower_bound=1)
 _THETA = flags.DEFINE_float("theta", 0.3, "drafting stops after a token less probable than this")
 _DTYPE = flags.DEFINE_string("dtype", "float32", "of weights and computation")
+_PLOT = flags.DEFINE_string("plot", None, "draw speeds relative to plain here, as PNG")
 _JSON = flags.DEFINE_string("json", None, "write results here; - is standard output")
 
 
@@ -36,20 +41,33 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     if (_CHECKPOINT.value is None) == (_PRESET.value is None):
         raise app.UsageError("give either --checkpoint or --preset")
+    if _PLOT.value and "plain" not in _MODES.value:
+        raise app.UsageError("--plot draws speeds relative to plain; add it to --modes")
     from twig_jax.runtime import use_compilation_cache
 
     use_compilation_cache()
     try:
-        results = measure()
-    except (FileNotFoundError, ValueError) as error:
+        results = measure(whole("batch", _BATCH.value), whole("max_new_tokens", _NEW.value))
+    except (FileNotFoundError, ValueError, MemoryError) as error:
         sys.exit(f"benchmark: {error}")
     if _JSON.value != "-":
         report(results)
     write_json(_JSON.value, results)
 
 
-def load_generator():
-    """The model to measure, and what its weights are."""
+def whole(flag: str, values: list[str]) -> list[int]:
+    """The numbers of a list flag; UsageError unless all are whole and above 0."""
+    try:
+        numbers = [int(value) for value in values]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 1:
+        raise app.UsageError(f"--{flag} takes whole numbers above 0, not {','.join(values)!r}")
+    return numbers
+
+
+def load_generator() -> tuple[Any, str, Any]:
+    """The model to measure, what its weights are, and its tokenizer where there is one."""
     import jax
 
     from twig_jax import api
@@ -59,7 +77,8 @@ def load_generator():
     from twig_jax.presets import preset
 
     if _CHECKPOINT.value is not None:
-        return api.load(_CHECKPOINT.value, _TWIG.value, _DTYPE.value).generator, "trained"
+        model = api.load(_CHECKPOINT.value, _TWIG.value, _DTYPE.value)
+        return model.generator, "trained", model.tokenizer
     config, twig_config = preset(_PRESET.value or "")
 
     def build():
@@ -68,106 +87,68 @@ def load_generator():
         return base, init_twig(base, config.text, twig_config)
 
     base, twig = jax.jit(build)()
-    return Generator(config, base, twig_config, twig), "random"
+    return Generator(config, base, twig_config, twig), "random", None
 
 
-def measure() -> dict:
-    """Runs every mode in turn, `repeats` times, after one call each that compiles."""
-    import jax
-
+def measure(batches: list[int], lengths: list[int]) -> dict:
+    """All modes at every batch size and answer length."""
     from twig_jax.decoding.settings import Settings
-    from twig_jax.evaluation.scoring import ceiling
+    from twig_jax.evaluation import plots, speed, tasks
     from twig_jax.runtime import bandwidth, environment
 
-    generator, weights = load_generator()
+    generator, weights, tokenizer = load_generator()
     config = generator.config
     M = config.vision.num_tokens
     average = M / 9 if _AVG_RETAINED.value is None else _AVG_RETAINED.value
-    requests = random_requests(config)
-    settings = {
-        mode: Settings(
-            mode=mode,
-            avg_retained=average,
-            max_new_tokens=_NEW.value,
-            gamma=_GAMMA.value,
-            theta=_THETA.value,
-        )
-        for mode in _MODES.value
-    }
-    compile_s = {}
-    for mode, one in settings.items():
-        began = time.perf_counter()
-        generator.generate(requests, one)
-        compile_s[mode] = time.perf_counter() - began
-    runs: dict[str, list] = {mode: [] for mode in settings}
-    for _ in range(_REPEATS.value):
-        for mode, one in settings.items():
-            runs[mode].append(generator.generate(requests, one))
-
+    if _CHECKPOINT.value == "digits":
+        samples = tasks.load_samples(tokenizer, config, max(batches), task="long")
+        requests = [sample.request for sample in samples]
+    else:
+        requests = random_requests(config, max(batches))
     rate = bandwidth()
-    text = generator.weights.base["text"]
-    layers = {k: v for k, v in text.items() if k != "embed_tokens"}
-    floor_s = sum(x.nbytes for x in jax.tree.leaves(layers)) / rate
-    results = []
-    for mode, calls in runs.items():
-        first = calls[0]
-        emitted = [len(r.tokens) + (r.stopped_by == "eos") for r in first]
-        iterations = max(len(r.matched) for r in first)
-        decode_s = statistics.median(c[0].decode_s for c in calls)
-        prefill_s = statistics.median(c[0].prefill_s for c in calls)
-        drafted = sum(len(d) for r in first for d in r.drafts)
-        matched = sum(int(r.matched.sum()) for r in first)
-        rounds = sum(len(r.matched) for r in first)
-        # The first iteration belongs to prefill.
-        step_s = decode_s / max(iterations - 1, 1)
-        results.append(
-            {
-                "mode": mode,
-                "prefill_ms": 1e3 * prefill_s,
-                "decode_ms": 1e3 * decode_s,
-                "tokens": sum(emitted),
-                "tokens_per_s": sum(emitted) / (prefill_s + decode_s),
-                "step_ms": 1e3 * step_s,
-                "floor_step_ms": 1e3 * floor_s,
-                "floor_share": floor_s / step_s,
-                "first_call_s": compile_s[mode],
-                "tokar": matched / drafted if drafted else None,
-                "mean_drafted": drafted / rounds,
-                "mean_accepted": matched / rounds,
-                "ceiling": ceiling(
-                    generator.twig_config,
-                    config.text.num_layers,
-                    drafted / rounds,
-                    matched / rounds,
-                ),
+    speeds = []
+    for batch in batches:
+        for new in lengths:
+            settings = {
+                mode: Settings(
+                    mode=mode,
+                    avg_retained=average,
+                    max_new_tokens=new,
+                    min_new_tokens=new,
+                    gamma=_GAMMA.value,
+                    theta=_THETA.value,
+                )
+                for mode in _MODES.value
             }
-        )
-    plain = next((r for r in results if r["mode"] == "plain"), None)
-    for r in results:
-        r["relspd"] = r["tokens_per_s"] / plain["tokens_per_s"] if plain else None
+            speeds += speed.measure(generator, requests[:batch], settings, _REPEATS.value, rate)
+    model = _CHECKPOINT.value or _PRESET.value or ""
+    where = environment()
+    if _PLOT.value:
+        title = f"{model}, {_DTYPE.value}, {where['device']}"
+        plots.relative_speed(_PLOT.value, title, speeds)
     return {
         "schema": 1,
-        **environment(),
+        **where,
         "settings": {
-            "model": _CHECKPOINT.value or _PRESET.value,
+            "model": model,
             "weights": weights,
             "dtype": _DTYPE.value,
             "avg_retained": average,
-            "text_tokens": _TEXT.value,
+            "text_tokens": max(int((~r.is_visual).sum()) for r in requests),
             "visual_tokens": M,
-            "max_new_tokens": _NEW.value,
-            "batch": _BATCH.value,
+            "max_new_tokens": lengths,
+            "batch": batches,
             "repeats": _REPEATS.value,
             "gamma": _GAMMA.value,
             "theta": _THETA.value,
         },
         "bandwidth_gb_per_s": rate / 1e9,
-        "results": results,
+        "results": [dataclasses.asdict(one) for one in speeds],
     }
 
 
-def random_requests(config) -> list:
-    """`--batch` prompts of random words around one image of noise."""
+def random_requests(config: Any, rows: int) -> list:
+    """Prompts of random words around one image of noise."""
     import numpy as np
 
     from twig_jax.decoding.settings import Request
@@ -175,7 +156,7 @@ def random_requests(config) -> list:
     M = config.vision.num_tokens
     rng = np.random.default_rng(0)
     size = config.vision.image_size
-    text = rng.integers(4, config.text.vocab_size - 1, (_BATCH.value, _TEXT.value))
+    text = rng.integers(4, config.text.vocab_size - 1, (rows, _TEXT.value))
     requests = []
     for row in text.astype(np.int32):
         ids = np.concatenate([row[:2], np.full(M, config.image_token_id, np.int32), row[2:]])
@@ -189,16 +170,18 @@ def report(results: dict) -> None:
     """The results as a table."""
     s = results["settings"]
     print(
-        f"{s['model']} ({s['weights']} weights, {s['dtype']}), batch {s['batch']}, "
-        f"{s['visual_tokens']} visual + {s['text_tokens']} text tokens, {results['device']}, "
+        f"{s['model']} ({s['weights']} weights, {s['dtype']}), {s['visual_tokens']} visual + up to "
+        f"{s['text_tokens']} text tokens, {results['device']}, "
         f"{results['bandwidth_gb_per_s']:.1f} GB/s read"
     )
     columns = (
+        ("batch", "batch", "{}"),
+        ("tokens", "max_new_tokens", "{}"),
         ("mode", "mode", "{}"),
         ("prefill ms", "prefill_ms", "{:.1f}"),
-        ("decode ms", "decode_ms", "{:.1f}"),
-        ("tokens", "tokens", "{}"),
-        ("tokens/s", "tokens_per_s", "{:.1f}"),
+        ("first ms", "first_token_ms", "{:.1f}"),
+        ("token ms", "token_ms", "{:.2f}"),
+        ("tokens/s", "tokens_per_s", "{:.0f}"),
         ("RelSpd", "relspd", "{:.2f}"),
         ("ceiling", "ceiling", "{:.2f}"),
         ("step ms", "step_ms", "{:.2f}"),
@@ -213,8 +196,9 @@ def report(results: dict) -> None:
     ]
     print(aligned([head for head, _, _ in columns], lines))
     print(
-        "Medians of interleaved runs. floor: the decoder's weights read once per iteration at the "
-        "measured bandwidth; an iteration emits accepted + 1 tokens."
+        "Medians of interleaved calls. first: until a first token can be read; token: what each\n"
+        "further one adds; floor: weights and caches of a step (accepted + 1 tokens), read once\n"
+        "where they are needed at the measured bandwidth."
     )
 
 

@@ -113,16 +113,40 @@ def test_growing_the_twig_again(environment, tmp_path):
     assert (tmp_path / "run" / "metrics.jsonl").is_file()
 
 
-def test_the_benchmark(environment):
-    command = [sys.executable, "-m", "launch.benchmark", "--checkpoint", "digits", "--json", "-"]
-    few = ["--repeats", "1", "--max_new_tokens", "4", "--gamma", "2"]
-    result = subprocess.run(
-        [*command, *few], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900
+def benchmark(environment, *arguments):
+    command = [sys.executable, "-m", "launch.benchmark", "--checkpoint", "digits", *arguments]
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900
     )
+
+
+def test_the_benchmark(environment, tmp_path):
+    few = "--modes=plain,ttp_ssd --batch=1,2 --max_new_tokens=3,4 --repeats=1 --gamma=2".split()
+    picture = tmp_path / "benchmark.png"
+    result = benchmark(environment, *few, "--json", "-", "--plot", str(picture))
     assert result.returncode == 0, result.stderr[-2000:]
     rows = json.loads(result.stdout)["results"]
-    assert [r["mode"] for r in rows] == ["plain", "ttp", "ssd", "ttp_ssd"]
-    assert all(r["floor_share"] > 0 for r in rows)
+    cells = [(r["batch"], r["max_new_tokens"], r["mode"]) for r in rows]
+    assert cells == [(b, n, m) for b in (1, 2) for n in (3, 4) for m in ("plain", "ttp_ssd")]
+    for row in rows:
+        assert 0 < row["prefill_ms"] <= row["first_token_ms"]
+        assert row["relspd"] > 0 and row["tokens_per_s"] > 0
+        assert (row["relspd"] == 1) == (row["mode"] == "plain")
+        assert (row["tokar"] is None) == (row["mode"] == "plain")
+    # A longer answer reads nothing more a step, a second row reads another cache.
+    floors = [r["floor_step_ms"] for r in rows if r["mode"] == "plain"]
+    assert floors[0] == floors[1] < floors[2]
+    assert Image.open(picture).size[0] > 300
+
+
+@pytest.mark.parametrize(
+    ("flag", "said"),
+    [("--batch=1,x", "--batch takes whole numbers above 0"), ("--modes=ttp", "add it to --modes")],
+)
+def test_the_benchmark_names_bad_flags(environment, flag, said):
+    result = benchmark(environment, flag, "--plot", "picture.png")
+    assert result.returncode == 1
+    assert said in result.stderr and "Traceback" not in result.stderr
 
 
 def test_the_shipped_model_reads_pages():

@@ -46,7 +46,12 @@ def apply_rope(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
 def _logits(q: jax.Array, k: jax.Array, mask: jax.Array) -> jax.Array:
     """Scaled, masked float32 attention logits [B, K, G, Q, S]."""
     q = rearrange(q * q.shape[-1] ** -0.5, "B Q (K G) D -> B K G Q D", K=k.shape[1])
-    logits = jnp.einsum("BKGQD,BKSD->BKGQS", q, k, preferred_element_type=jnp.float32)
+    if q.shape[3] < k.shape[2]:
+        # Few queries over a cache: with the keys on the left, CPUs need no transposed copy of them.
+        logits = jnp.einsum("BKSD,BKGQD->BKSGQ", k, q, preferred_element_type=jnp.float32)
+        logits = rearrange(logits, "B K S G Q -> B K G Q S")
+    else:
+        logits = jnp.einsum("BKGQD,BKSD->BKGQS", q, k, preferred_element_type=jnp.float32)
     return jnp.where(mask[:, None, None], logits, -jnp.inf)
 
 
