@@ -136,7 +136,8 @@ def test_the_benchmark(environment, tmp_path):
     # A longer answer reads nothing more a step, a second row reads another cache.
     floors = [r["floor_step_ms"] for r in rows if r["mode"] == "plain"]
     assert floors[0] == floors[1] < floors[2]
-    assert Image.open(picture).size[0] > 300
+    with Image.open(picture) as image:
+        assert image.size[0] > 300
 
 
 @pytest.mark.parametrize(
