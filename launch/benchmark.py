@@ -12,6 +12,7 @@ answer is as long as asked for, whatever the model would have said.
 """
 
 import dataclasses
+import itertools
 import sys
 from typing import Any
 
@@ -92,6 +93,9 @@ def load_generator() -> tuple[Any, str, Any]:
 
 def measure(batches: list[int], lengths: list[int]) -> dict:
     """All modes at every batch size and answer length."""
+    import jax
+    from tqdm import tqdm
+
     from twig_jax.decoding.settings import Settings
     from twig_jax.evaluation import plots, speed, tasks
     from twig_jax.runtime import bandwidth, environment
@@ -107,20 +111,22 @@ def measure(batches: list[int], lengths: list[int]) -> dict:
         requests = random_requests(config, max(batches))
     rate = bandwidth()
     speeds = []
-    for batch in batches:
-        for new in lengths:
-            settings = {
-                mode: Settings(
-                    mode=mode,
-                    avg_retained=average,
-                    max_new_tokens=new,
-                    min_new_tokens=new,
-                    gamma=_GAMMA.value,
-                    theta=_THETA.value,
-                )
-                for mode in _MODES.value
-            }
-            speeds += speed.measure(generator, requests[:batch], settings, _REPEATS.value, rate)
+    for batch, new in tqdm(list(itertools.product(batches, lengths)), unit="cell"):
+        settings = {
+            mode: Settings(
+                mode=mode,
+                avg_retained=average,
+                max_new_tokens=new,
+                min_new_tokens=new,
+                gamma=_GAMMA.value,
+                theta=_THETA.value,
+            )
+            for mode in _MODES.value
+        }
+        speeds += speed.measure(generator, requests[:batch], settings, _REPEATS.value, rate)
+        # No other cell uses these programs, and on a CPU dozens of them use up the memory maps
+        # that Linux lets a process have.
+        jax.clear_caches()
     model = _CHECKPOINT.value or _PRESET.value or ""
     where = environment()
     if _PLOT.value:

@@ -23,7 +23,7 @@ _OUT = flags.DEFINE_string("out", "runs/demo_twig", "where --grow keeps its chec
 _SAMPLES = flags.DEFINE_integer("samples", 64, "test pages for accuracy", lower_bound=1)
 _TIMED = flags.DEFINE_integer("timed_samples", 12, "test pages for speed", lower_bound=1)
 _REPEATS = flags.DEFINE_integer("repeats", 3, "interleaved timings of each", lower_bound=1)
-_GAMMA = flags.DEFINE_integer("gamma", 6, "most drafts an iteration", lower_bound=1)
+_GAMMA = flags.DEFINE_integer("gamma", 40, "most drafts an iteration", lower_bound=1)
 _THETA = flags.DEFINE_float("theta", 0.3, "drafting stops after a token less probable than this")
 _BATCH = flags.DEFINE_integer("batch", 32, "batch size of the accuracy runs", lower_bound=1)
 _SEED = flags.DEFINE_integer("seed", 0, "seed of the test pages")

@@ -91,35 +91,35 @@ def draft(
     probable than θ, which both count as drafts.
     """
     W = program.width
+    Carry = tuple[jax.Array, jax.Array, Drafts]
 
-    def going(carry: tuple[jax.Array, jax.Array, Drafts]) -> jax.Array:
+    def going(carry: Carry) -> jax.Array:
         return carry[1].any()
 
-    def step(
-        carry: tuple[jax.Array, jax.Array, Drafts],
-    ) -> tuple[jax.Array, jax.Array, Drafts]:
+    def step(carry: Carry, before: jax.Array | None = None) -> Carry:
         node, active, d = carry
-        # The node before runs again beside the newest one: its keys may be missing (see cache.py).
-        before = jax.lax.dynamic_slice_in_dim(d.states, jnp.maximum(node - 1, 0), 1, 1)
-        before = jnp.where(node == 0, last[:, None], before)
-        newest = jax.lax.dynamic_slice_in_dim(d.states, node, 1, 1)
+        x = jax.lax.dynamic_slice_in_dim(d.states, node, 1, 1)
+        if before is not None:
+            x = jnp.concatenate([before[:, None], x], axis=1)
+        Q = x.shape[1]
+        index = node + 2 - Q
         slot = jnp.arange(W + 1)
-        visible = slot <= node + jnp.arange(2)[:, None]  # [2, W + 1]
-        visible = visible & ((slot > 0) | last_valid[:, None])[:, None]  # [B, 2, W + 1]
+        visible = slot <= index + jnp.arange(Q)[:, None]  # [Q, W + 1]
+        visible = visible & ((slot > 0) | last_valid[:, None])[:, None]  # [B, Q, W + 1]
         x, twig = program.twig_apply(
             weights,
             "run",
-            jnp.concatenate([before, newest], axis=1),
-            (positions + node)[:, None] + jnp.arange(-1, 1),
+            x,
+            (positions + node)[:, None] + jnp.arange(1 - Q, 1),
             visible,
             cached=committed.twig,
             cached_mask=jnp.broadcast_to(
-                committed.twig_mask[:, None], (visible.shape[0], 2, committed.twig_mask.shape[1])
+                committed.twig_mask[:, None], (visible.shape[0], Q, committed.twig_mask.shape[1])
             ),
             scratch=d.twig,
-            index=node,
+            index=index,
         )
-        logits = program.twig_apply(weights, "logits", x[:, 1:])[:, 0]  # [B, V]
+        logits = program.twig_apply(weights, "logits", x[:, -1:])[:, 0]  # [B, V]
         path = jnp.where((jnp.arange(W) > 0) & (jnp.arange(W) <= node), d.tokens, -1)
         token = choose(
             controls,
@@ -142,7 +142,10 @@ def draft(
         d = trunk_step(program, weights, d, committed, positions + node + 1, node + 1)
         return node + 1, active, d
 
-    return jax.lax.while_loop(going, step, (jnp.int32(0), limit > 0, drafts))[2]
+    # The last token enters the twig beside node 0: its keys may be missing (see cache.py).
+    start = (jnp.int32(0), limit > 0, drafts)
+    started = jax.lax.cond(going(start), lambda: step(start, before=last), lambda: start)
+    return jax.lax.while_loop(going, step, started)[2]
 
 
 def catch_up(program: Program, weights: Weights, state: State, upto: jax.Array) -> State:

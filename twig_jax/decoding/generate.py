@@ -102,6 +102,7 @@ class Generator:
         if mesh is not None:
             weights = jax.device_put(weights, shardings(weights, mesh))
         self.weights = weights
+        self._weights_bytes = nbytes(weights)
         self.buckets = tuple(buckets)
         self.mesh = mesh
         self.detokenize = detokenize
@@ -292,7 +293,7 @@ class Generator:
             resumes=resumes,
         )
         limit = device_memory(jax.local_devices()[0])
-        check_memory(program, chosen, nbytes(self.weights), self._dtype.itemsize, limit)
+        check_memory(program, chosen, self._weights_bytes, self._dtype.itemsize, limit)
         B, slots = chosen.rows, program.prompt_slots
         S = slots
         if any(r.before for r in requests):
