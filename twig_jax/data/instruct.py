@@ -16,7 +16,7 @@ import numpy as np
 from twig_jax.config import LlavaConfig
 from twig_jax.data import conversation, images, packing
 from twig_jax.data.packing import Batch, Encoded, Shape
-from twig_jax.data.sources import NEEDS, BadSample, Sample, Source
+from twig_jax.data.sources import NEEDS, BadSample, Sample, Source, check_bad
 from twig_jax.data.tokens import Conventions, answer_ids
 
 # Samples that wait to be packed. More make less padding, and take longer to read on resuming.
@@ -25,8 +25,6 @@ _POOL = 128
 _THREADS, _READY = 4, 16
 # Batches that are made ahead of training.
 _AHEAD = 2
-# So many samples are read before the share of bad ones is judged, or an epoch if that is shorter.
-_ENOUGH = 100
 
 _LOG = logging.getLogger(__name__)
 
@@ -289,12 +287,8 @@ class _Packer:
             _LOG.warning("left out: %s", sample)
         else:
             self._pool.append(_received(position, sample))
-        read, bad = self._counts["read"], self._counts["bad"]
-        if bad > self._max_bad_fraction * read and (read >= _ENOUGH or read % self._epoch == 0):
-            raise ValueError(
-                f"{bad} of the first {read} samples are bad, more than max_bad_fraction "
-                f"{self._max_bad_fraction}; they are logged, the last one is: {sample}"
-            )
+        counts = self._counts
+        check_bad(counts["bad"], counts["read"], self._epoch, self._max_bad_fraction)
         return True
 
     def _open(self, position: int) -> Any:
