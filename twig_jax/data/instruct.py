@@ -137,13 +137,12 @@ class InstructBatches:
         encoder = Encoder(
             tokenizer, config, conventions, max_tokens=max_tokens, max_images=row_images
         )
-        part = grain.MapDataset.source(_Reader(source, encoder)).shuffle(seed=seed)
-        part = part[shard[0] :: shard[1]]
+        samples = grain.MapDataset.source(_Reader(source, encoder)).shuffle(seed=seed)
         self._packer = _Packer(
-            part.repeat(epochs),
+            samples.repeat(epochs)[shard[0] :: shard[1]],
             Shape(batch_size, row_tokens, row_images, config.vision.image_size),
             config,
-            epoch=len(part),
+            epoch=len(source) // shard[1],
             origin={"samples": len(source), "seed": seed, "shard": list(shard)},
             workers=workers,
             by_modality=by_modality,
