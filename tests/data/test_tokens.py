@@ -1,6 +1,7 @@
 """The embedded tokenizer, and prompts as ids."""
 
 import json
+import pickle
 import sys
 
 import numpy as np
@@ -159,6 +160,13 @@ def test_llava_s_ids_are_sentencepiece_s(llama_tokenizer, pieces, text):
 @pytest.fixture(scope="session")
 def llama_tokenizer(llama):
     return load_tokenizer(llama)
+
+
+def test_llava_s_tokenizer_survives_pickling(llama_tokenizer):
+    """As it goes to processes that read data."""
+    again = pickle.loads(pickle.dumps(llama_tokenizer))
+    for text in (" <image> in", "USER: What</s>USER: on", "▁a  b"):
+        assert again.encode(text) == llama_tokenizer.encode(text)
 
 
 @pytest.fixture(scope="session", params=[True, False])

@@ -100,8 +100,9 @@ class InstructBatches:
     base, see `tokens`. batch_size, row_tokens, row_images: rows of a batch on this host, tokens and
     images of a row. max_tokens: where samples are cut off (None: at the length of a row).
     seed: of the order, which is another in each epoch. epochs: None for no end; otherwise the last
-    batch is filled up with empty rows. shard: (index, count) of this host among those that share
-    the source; every epoch they hold other parts of it.
+    batch is filled up with empty rows, and hosts may end after different numbers of batches.
+    shard: (index, count) of this host among those that share the source; every epoch they hold
+    other parts of it.
     workers: processes that read ahead, 0 to read in threads of this one.
     by_modality: no row has both samples with images and samples without, as LLaVA groups them.
     max_bad_fraction: the share of bad samples, logged and left out, that is put up with.
