@@ -31,7 +31,7 @@ MAY_IMPORT = {
 INFERENCE_NEEDS = {"jax", "flax", "numpy", "einops"}
 # Where else a package may appear: a file, or a folder with all in it.
 ONLY_IN = {
-    "absl": ["launch"],
+    "absl": ["launch", "twig_jax/data/instruct.py"],
     "orbax": ["twig_jax/checkpoints/manager.py"],
     "torch": ["twig_jax/checkpoints/storage.py"],
     "huggingface_hub": ["twig_jax/checkpoints/llava.py"],

@@ -131,3 +131,16 @@ def test_a_prompt_is_a_head_and_turns(name):
 def test_bad_conversations_are_refused(name, turns, message):
     with pytest.raises(ValueError, match=message):
         conversation.prompt(name, turns)
+
+
+@pytest.mark.parametrize("name", conversation.TEMPLATES)
+@pytest.mark.parametrize("images", [0, 2])
+def test_answers_lie_where_they_are_said_to(name, images):
+    turns = [("Who?", "me"), ("Who?", ""), ("And me?", "me ASSISTANT: me</s>")]
+    text, spans = conversation.answers(name, turns, images)
+    assert text == conversation.prompt(name, turns, images)
+    form = conversation.template(name)
+    expected = [form.answer_start + answer + form.answer_end for _, answer in turns]
+    assert [text[begin:end] for begin, end in spans] == expected
+    assert all(text[:begin].endswith(form.user_end) for begin, _ in spans)
+    assert spans[-1][1] == len(text)

@@ -1,6 +1,7 @@
 """The embedded tokenizer, and prompts as ids."""
 
 import json
+import pickle
 import sys
 
 import numpy as np
@@ -15,7 +16,13 @@ from tests.llama import PIECES
 from twig_jax.assets.digits import make_assets
 from twig_jax.data import conversation, wordings
 from twig_jax.data.digits import ASSETS
-from twig_jax.data.tokens import Conventions, conventions, load_tokenizer, prompt_ids
+from twig_jax.data.tokens import (
+    Conventions,
+    answer_ids,
+    conventions,
+    load_tokenizer,
+    prompt_ids,
+)
 
 IMAGE_ID = 3
 TOKENIZER = load_tokenizer(ASSETS)
@@ -155,6 +162,13 @@ def llama_tokenizer(llama):
     return load_tokenizer(llama)
 
 
+def test_llava_s_tokenizer_survives_pickling(llama_tokenizer):
+    """As it goes to processes that read data."""
+    again = pickle.loads(pickle.dumps(llama_tokenizer))
+    for text in (" <image> in", "USER: What</s>USER: on", "▁a  b"):
+        assert again.encode(text) == llama_tokenizer.encode(text)
+
+
 @pytest.fixture(scope="session", params=[True, False])
 def stock_tokenizer(request, llama):
     """The same as transformers loads it, with and without BOS."""
@@ -243,6 +257,51 @@ def test_hf_needs_the_model_s_marker(llama_tokenizer, tokenizer):
         prompt_ids(llama_tokenizer, "<image>", 777, 4, tokenize="hf")
     with pytest.raises(ValueError, match="image token is 777, but the tokenizer has 3 for <image>"):
         prompt_ids(tokenizer, "<image>", 777, 4, tokenize="hf")
+
+
+@pytest.fixture(scope="session")
+def marked(llama):
+    """LLaVA's tokenizer with a token for the marker, and that token's id."""
+    return with_marker(load_tokenizer(llama))
+
+
+words = st.lists(st.sampled_from([*PIECES, "é", "漢", "🙂", "\n", "12"]), min_size=1, max_size=4)
+
+
+@anything
+@given(
+    turns=st.lists(
+        st.tuples(
+            st.lists(st.sampled_from(["<image>", *PIECES]), max_size=4).map(" ".join),
+            words.map(" ".join),
+        ),
+        min_size=1,
+        max_size=3,
+    ),
+    name=st.sampled_from(["vicuna_v1", "llava_hf", "llava_llama_2"]),
+    tokenize=st.sampled_from(["llava", "hf"]),
+)
+def test_tokens_of_answers_are_the_answers(marked, turns, name, tokenize):
+    """What each run of answer tokens says is the answer with its end, and no more."""
+    tokenizer, image_id = marked
+    text, spans = conversation.answers(name, turns)
+    ids, visual, inside = answer_ids(tokenizer, text, spans, image_id, SLOTS, tokenize=tokenize)
+    expected, slots = prompt_ids(tokenizer, text, image_id, SLOTS, tokenize=tokenize)
+    np.testing.assert_array_equal(ids, expected)
+    np.testing.assert_array_equal(visual, slots)
+    assert not (inside & visual).any()
+    edges = np.flatnonzero(np.diff(np.pad(inside.astype(int), 1)))
+    said = [tokenizer.decode(ids[a:b]).strip() for a, b in edges.reshape(-1, 2)]
+    end = conversation.template(name).answer_end
+    assert said == [(answer + end).strip() for _, answer in turns]
+
+
+def test_a_tokenizer_without_places_is_refused(tokenizer):
+    class Slow:
+        is_fast = False
+
+    with pytest.raises(ValueError, match="Slow does not say where"):
+        answer_ids(Slow(), "a", [(0, 1)], IMAGE_ID, SLOTS)
 
 
 def test_another_way_to_tokenize_is_refused(tokenizer):

@@ -132,3 +132,21 @@ def prompt(name: str, turns: Sequence[tuple[str, str | None]], images: int = 0) 
     text = head(name, 0 if marked else images) + turn(name, *turns[0])
     start = template(name).user_start
     return text + "".join(start + turn(name, *later) for later in turns[1:])
+
+
+def answers(
+    name: str, turns: Sequence[tuple[str, str]], images: int = 0
+) -> tuple[str, list[tuple[int, int]]]:
+    """The `prompt` of a conversation with all answers known, and where they lie in it.
+
+    An answer begins at answer_start and ends behind answer_end, which the model is to learn too.
+    Returns (text, [(begin, end)] in characters). Raises ValueError as `prompt` does.
+    """
+    text = prompt(name, turns, images)
+    chosen, spans, begin, end = template(name), list[tuple[int, int]](), 0, len(text)
+    # From the end backwards, as markers may stand before the first question alone.
+    for question, answer in reversed(turns):
+        begin = end - len(chosen.answer_start + answer + chosen.answer_end)
+        spans.append((begin, end))
+        end = begin - len(chosen.user_start + question + chosen.user_end)
+    return text, spans[::-1]

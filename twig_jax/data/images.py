@@ -55,7 +55,19 @@ def preprocess(
     *,
     shortest_edge: int | None = None,
 ) -> np.ndarray:
-    """Normalised pixels float32 [size, size, 3] of an RGB image.
+    """Normalised pixels float32 [size, size, 3] of an RGB image: `fit`, then `normalize`."""
+    return normalize(fit(image, size, mean, pad, shortest_edge=shortest_edge), mean, std)
+
+
+def fit(
+    image: Image.Image,
+    size: int,
+    mean: tuple[float, ...] = CLIP_MEAN,
+    pad: bool = True,
+    *,
+    shortest_edge: int | None = None,
+) -> np.ndarray:
+    """Pixels uint8 [size, size, 3] of an RGB image of any shape.
 
     The shorter side is resized to `shortest_edge` (None: to `size`) and the middle is cut out, with
     black around it where the image is smaller: transformers' CLIP image processor. Resizing is
@@ -67,8 +79,7 @@ def preprocess(
         image = _pad_to_square(image, tuple(int(channel * 255) for channel in mean))
     image = _resize(image, size if shortest_edge is None else shortest_edge, size)
     left, top = (image.width - size) // 2, (image.height - size) // 2
-    image = image.crop((left, top, left + size, top + size))
-    return normalize(np.asarray(image), mean, std)
+    return np.asarray(image.crop((left, top, left + size, top + size)))
 
 
 def normalize(pixels: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:

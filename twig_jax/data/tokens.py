@@ -1,7 +1,7 @@
 """From a conversation's text to token ids with image slots, as a checkpoint needs them."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
@@ -127,14 +127,69 @@ def prompt_ids(
     if tokenize != "llava":
         raise ValueError(f"tokenize is {tokenize!r}, expected llava or hf")
     chunks = [tokenizer.encode(chunk, add_special_tokens=True) for chunk in text.split(IMAGE)]
+    return _joined(tokenizer, chunks, chunks, image_token_id, tokens_per_image)[:2]
+
+
+def answer_ids(
+    tokenizer: Any,
+    text: str,
+    answers: Sequence[tuple[int, int]],
+    image_token_id: int,
+    tokens_per_image: int,
+    *,
+    tokenize: str = "llava",
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The ids of `prompt_ids`, and which of them belong to an answer.
+
+    answers: where they lie in the text, in characters, as `conversation.answers` gives it. A token
+    belongs to the answer that its last character lies in.
+    Returns (ids int32 [P], is_visual bool [P], is_answer bool [P]). Raises ValueError as
+    `prompt_ids` does, and for a tokenizer that does not say where in a text its tokens are.
+    """
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"{type(tokenizer).__name__} does not say where in a text its tokens are: "
+            "load one that is saved as tokenizer.json"
+        )
+    if tokenize == "hf":
+        ids, visual = prompt_ids(tokenizer, text, image_token_id, tokens_per_image, tokenize="hf")
+        _, found = _located(tokenizer, text.replace(IMAGE, IMAGE * tokens_per_image), 0)
+        grown = (tokens_per_image - 1) * len(IMAGE)  # characters, by every marker before
+        ends = np.array(found) - np.cumsum(visual) // tokens_per_image * grown
+    else:
+        chunks, chunk_ends, begin = [], [], 0
+        for chunk in text.split(IMAGE):
+            chunk_ids, found = _located(tokenizer, chunk, begin)
+            chunks.append(chunk_ids)
+            chunk_ends.append(found)
+            begin += len(chunk) + len(IMAGE)
+        ids, visual, ends = _joined(tokenizer, chunks, chunk_ends, image_token_id, tokens_per_image)
+    # Odd where begin < end of the token <= end of the answer.
+    inside = np.searchsorted(np.array(answers).reshape(-1), ends) % 2 == 1
+    return ids, visual, inside & ~visual
+
+
+def _located(tokenizer: Any, text: str, begin: int) -> tuple[list[int], list[int]]:
+    """Ids of a text, and where each ends, for a text that begins at that character."""
+    encoded = tokenizer(text, add_special_tokens=True, return_offsets_mapping=True, verbose=False)
+    return encoded["input_ids"], [begin + end for _, end in encoded["offset_mapping"]]
+
+
+def _joined(
+    tokenizer: Any,
+    chunks: Sequence[list[int]],
+    values: Sequence[list[int]],
+    image_token_id: int,
+    tokens_per_image: int,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Chunks of ids with image slots between and one BOS, which of them are slots, their values."""
     lead = int(chunks[0][:1] == [tokenizer.bos_token_id])
-    ids = chunks[0]
-    visual = [False] * len(ids)
-    for chunk in chunks[1:]:
+    ids, visual, joined = chunks[0], [False] * len(chunks[0]), values[0]
+    for chunk, value in zip(chunks[1:], values[1:], strict=True):
         ids = ids + [image_token_id] * tokens_per_image + chunk[lead:]
-        visual += [True] * tokens_per_image
-        visual += [False] * (len(ids) - len(visual))
-    return np.array(ids, np.int32), np.array(visual, bool)
+        visual += [True] * tokens_per_image + [False] * (len(chunk) - lead)
+        joined = joined + [0] * tokens_per_image + value[lead:]
+    return np.array(ids, np.int32), np.array(visual, bool), np.array(joined, np.int64)
 
 
 def _whole(

@@ -1,0 +1,1 @@
+"""LLaVA's instruction data as a data set of TFDS, images included."""
