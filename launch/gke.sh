@@ -22,7 +22,10 @@
 
 set -euo pipefail
 
-[[ -f launch/job.sh ]] || { echo "gke.sh: start this from the repository's folder" >&2 && exit 2; }
+if [[ ! -f launch/job.sh ]]; then
+  echo "gke.sh: start this from the repository's folder" >&2
+  exit 2
+fi
 arguments=() dry_run="" name="" image="" accelerator="" topology="" chips=4 spot=""
 config="" out="" export="" restarts=10
 source launch/job.sh
@@ -32,11 +35,13 @@ require_config
 require_number chips restarts
 [[ $name =~ ^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$ ]] ||
   die "--name $name: up to 40 lower-case letters, digits and dashes, a letter first"
-[[ $topology =~ ^[1-9][0-9]{0,2}(x[1-9][0-9]{0,2}){1,2}$ ]] || die "--topology $topology: not AxB or AxBxC"
+[[ $topology =~ ^[1-9][0-9]{0,2}(x[1-9][0-9]{0,2}){1,2}$ ]] ||
+  die "--topology $topology: not AxB or AxBxC"
 [[ $out == gs://?* ]] || die "--out $out: pods keep no files, give a folder as gs://BUCKET/FOLDER"
 ((chips > 0)) || die "--chips 0: a host has chips"
 total=$((${topology//x/ * }))
-((total % chips == 0)) || die "--topology $topology: its $total chips are not hosts of --chips $chips"
+((total % chips == 0)) ||
+  die "--topology $topology: its $total chips are not hosts of --chips $chips"
 hosts=$((total / chips))
 
 # A string of the manifest, which Kubernetes shall not expand.
@@ -57,8 +62,8 @@ for word in "${train[@]}"; do
                     - $(string "$word")"
 done
 
-# One slice is one Job whose pods live and die together: a pod that ends early fails the Job, and the
-# JobSet starts all of them again, unless the Job failed by its podFailurePolicy.
+# One slice is one Job whose pods live and die together: a pod that ends early fails the Job, and
+# the JobSet starts all of them again, unless the Job failed by its podFailurePolicy.
 manifest="apiVersion: jobset.x-k8s.io/v1alpha2
 kind: JobSet
 metadata:

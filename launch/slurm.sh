@@ -27,7 +27,10 @@
 
 set -euo pipefail
 
-[[ -f launch/job.sh ]] || { echo "slurm.sh: start this from the repository's folder" >&2 && exit 2; }
+if [[ ! -f launch/job.sh ]]; then
+  echo "slurm.sh: start this from the repository's folder" >&2
+  exit 2
+fi
 arguments=() dry_run="" config="" out="" export=""
 source launch/job.sh
 parse_flags "config out export" "dry_run" "$@"

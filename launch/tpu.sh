@@ -25,7 +25,10 @@
 
 set -euo pipefail
 
-[[ -f launch/job.sh ]] || { echo "tpu.sh: start this from the repository's folder" >&2 && exit 2; }
+if [[ ! -f launch/job.sh ]]; then
+  echo "tpu.sh: start this from the repository's folder" >&2
+  exit 2
+fi
 arguments=() dry_run="" name="" zone="" type="" version="" spot="" project=""
 config="" out="" export="" restarts=10 delete=""
 source launch/job.sh
