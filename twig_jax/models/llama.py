@@ -1,5 +1,7 @@
 """The Llama decoder as layers that can be run in ranges, with explicit keys and values."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from einops import rearrange
@@ -57,10 +59,13 @@ class DecoderLayer(nn.Module):
         kv = KV(*(rearrange(x, "B S K D -> B K S D") for x in (k, v)))
         if scratch is not None:
             block, index = scratch
-            kv = KV(
-                jax.lax.dynamic_update_slice_in_dim(block.k, kv.k.astype(block.k.dtype), index, 2),
-                jax.lax.dynamic_update_slice_in_dim(block.v, kv.v.astype(block.v.dtype), index, 2),
-            )
+            # Selecting beats updating slices: XLA copies a block that is updated in a loop's body
+            # and read there in another shape.
+            slot = jnp.arange(block.k.shape[2])[:, None]
+            for i in range(x.shape[1]):
+                kv_i = jax.tree.map(lambda new, i=i: new[:, :, i : i + 1], kv)
+                block = jax.tree.map(partial(jnp.where, slot == index + i), kv_i, block)
+            kv = block
         context = [Context(kv, mask)] if cached is None else [cached, Context(kv, mask)]
         x = x + self.o_proj(rearrange(attend(q, context), "B S H D -> B S (H D)"))
         y = self.post_attention_layernorm(x)
