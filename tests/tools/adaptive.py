@@ -4,25 +4,31 @@
 
 Long answers of the digits model, of forced length, once with the shipped twig and once with a
 random one; every call beside a plain one, in turn. Losing at most 5 % to plain decoding is what
-adaptive drafting promises, see docs/decoding.md.
+adaptive drafting promises, see docs/decoding.md. --random takes random weights of 300M parameters,
+for which only a random twig means anything.
 """
 
 import statistics
 import time
+from collections.abc import Iterator
 
 import jax
+import numpy as np
 from absl import app, flags
 
 from launch.output import aligned
 from twig_jax import api
+from twig_jax.config import LlavaConfig, TextConfig, TwigConfig, VisionConfig
 from twig_jax.decoding.generate import Generator
-from twig_jax.decoding.settings import Settings
+from twig_jax.decoding.settings import Request, Settings
 from twig_jax.evaluation import tasks
+from twig_jax.models.llava import init_base
 from twig_jax.models.twig import init_twig
 from twig_jax.runtime import use_compilation_cache
 
 _BATCH = flags.DEFINE_multi_integer("batch", [1, 8], "rows", lower_bound=1)
 _NEW = flags.DEFINE_integer("max_new_tokens", 200, "tokens of an answer", lower_bound=2)
+_RANDOM = flags.DEFINE_bool("random", False, "random weights of 300M parameters")
 _REPEATS = flags.DEFINE_integer("repeats", 9, "interleaved measurements of each", lower_bound=1)
 
 
@@ -30,18 +36,9 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     use_compilation_cache()
-    model = api.load("digits")
-    own, config = model.generator, model.config
-    twig = own.twig_config
-    assert twig is not None
-    noise = init_twig(own.weights.base, config.text, twig, "random", 1)
-    # Noise alone agrees with nothing; its drafts are taken however improbable it finds them.
-    others = Generator(config, own.weights.base, twig, noise)
     rows = []
     for batch in _BATCH.value:
-        samples = tasks.load_samples(model.tokenizer, config, batch, task="long")
-        requests = [sample.request for sample in samples]
-        for name, generator in (("shipped", own), ("random", others)):
+        for name, generator, requests in random_model(batch) if _RANDOM.value else digits(batch):
             for adaptive in (True, False):
                 rows.append([name, batch, adaptive, *compare(generator, requests, adaptive)])
     head = ["twig", "rows", "adaptive", "plain ms", "ssd ms", "RelSpd", "TokAR", "drafts a step"]
@@ -54,6 +51,40 @@ def main(argv: list[str]) -> None:
             ],
         )
     )
+
+
+def digits(batch: int) -> Iterator[tuple[str, Generator, list[Request]]]:
+    """The shipped model with its own and with a random twig, and questions."""
+    model = api.load("digits")
+    samples = tasks.load_samples(model.tokenizer, model.config, batch, task="long")
+    requests = [sample.request for sample in samples]
+    own, config = model.generator, model.config
+    twig = own.twig_config
+    assert twig is not None
+    yield "shipped", own, requests
+    noise = init_twig(own.weights.base, config.text, twig, "random", 1)
+    yield "random", Generator(config, own.weights.base, twig, noise), requests
+
+
+def random_model(batch: int) -> Iterator[tuple[str, Generator, list[Request]]]:
+    """Random base and twig, and one prompt of random words and pixels."""
+    config = LlavaConfig(
+        VisionConfig(image_size=96, patch_size=8, hidden_size=128, num_layers=2, num_heads=4),
+        TextConfig(
+            hidden_size=1024,
+            intermediate_size=2816,
+            num_layers=18,
+            num_heads=16,
+            num_kv_heads=16,
+            head_dim=64,
+        ),
+    )
+    base = jax.jit(init_base, static_argnums=0)(config, jax.random.key(0))
+    twig = TwigConfig(K=1, T=2, K_f=config.text.num_layers - 2)
+    noise = init_twig(base, config.text, twig, "random", 1)
+    ids = np.random.default_rng(0).integers(4, 32000, 32).astype(np.int32)
+    request = Request(ids, np.zeros(len(ids), bool))
+    yield "random", Generator(config, base, twig, noise), [request] * batch
 
 
 def compare(generator: Generator, requests: list, adaptive: bool) -> tuple[float, ...]:

@@ -91,8 +91,9 @@ def cache_copies(text: str, caches: Any) -> list[str]:
 
 
 def bodies(text: str) -> str:
-    """The computations of a compiled program other than its entry: what loops run."""
-    return text.split("\nENTRY ")[0]
+    """What a compiled program's loops run: no entry, and no fusions, whose copies stay on chip."""
+    computations = text.split("\nENTRY ")[0].split("\n\n")
+    return "\n\n".join(c for c in computations if "fused_computation" not in c.split("(")[0])
 
 
 def nbytes(tree: Any) -> int:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from twig_jax.decoding.cache import State
 
-TAX = 0.04
+TAX = 0.03
 _DEEPEST = 4.0  # an account holds no more than this many tries, so that bad times are soon noticed
 
 
