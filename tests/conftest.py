@@ -26,6 +26,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _compiled_programs():
+    """Programs go with the module that compiled them: together they would pass Linux's limit
+    on the memory maps of a process (vm.max_map_count), and the compiler would abort."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def draw():
     """draw(shapes, seed=0): random parameters for a tree of shapes, as jax arrays.
