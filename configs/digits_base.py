@@ -20,7 +20,7 @@ def get_config() -> TrainConfig:
         naming_weight=0.5,
         data=DataConfig(
             batch_size=16,
-            blocks=3,
+            row_tokens=340,
             mix=(
                 ("cell", 0.14),
                 ("find", 0.08),

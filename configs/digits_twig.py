@@ -15,7 +15,7 @@ def get_config() -> TrainConfig:
         optim=OptimConfig(lr=1e-3, warmup=0.02, clip=1.0),
         data=DataConfig(
             batch_size=16,
-            blocks=3,
+            row_tokens=340,
             mix=(
                 ("cell", 0.18),
                 ("find", 0.14),

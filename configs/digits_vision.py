@@ -13,5 +13,5 @@ def get_config() -> TrainConfig:
         layers=1,  # the decoder does not run in this stage
         steps=2500,
         optim=OptimConfig(lr=1e-3, weight_decay=0.05, clip=1.0),
-        data=DataConfig(batch_size=32, blocks=1, block=80),
+        data=DataConfig(batch_size=32, row_tokens=228),
     )

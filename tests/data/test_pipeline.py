@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 
 from twig_jax.data import conversation, digits, images, pipeline, questions
+from twig_jax.data.packing import SHARED
 from twig_jax.data.tokens import prompt_ids
 
 IMAGE_ID = 3
 
 
 def batches(tokenizer, **settings):
-    defaults = {"seed": 0, "batch_size": 4, "blocks": 3, "block": 80, "image_token_id": IMAGE_ID}
+    defaults = {"seed": 0, "batch_size": 4, "row_tokens": 388, "image_token_id": IMAGE_ID}
     return pipeline.DigitsBatches(tokenizer, **defaults | settings)
 
 
@@ -25,13 +26,12 @@ def assert_same(left, right):
 
 
 def turns_of(batch, row):
-    """(block, slots) of each turn of a row, in order."""
+    """Slots of each turn of a row, in order."""
     segments = batch["segments"][row]
     for segment in range(1, segments.max() + 1):
-        blocks, slots = np.nonzero(segments == segment)
-        assert len(set(blocks)) == 1
+        (slots,) = np.nonzero(segments == segment)
         assert (np.diff(slots) == 1).all()
-        yield blocks[0], slots
+        yield slots
 
 
 @pytest.fixture(scope="module")
@@ -42,14 +42,13 @@ def batch(tokenizer):
 def test_shapes_and_types(tokenizer, batch):
     expected = {
         "pixels": ((4, 1, 96, 96, 3), np.float32),
-        "prefix": ((4, 148), np.int32),
-        "prefix_visual": ((4, 148), bool),
-        "tokens": ((4, 3, 80), np.int32),
-        "positions": ((4, 3, 80), np.int32),
-        "segments": ((4, 3, 80), np.int32),
-        "targets": ((4, 3, 80), np.int32),
-        "kinds": ((4, 3, 80), np.int32),
-        "content": ((4, 3, 80), bool),
+        "tokens": ((4, 388), np.int32),
+        "is_visual": ((4, 388), bool),
+        "positions": ((4, 388), np.int32),
+        "segments": ((4, 388), np.int32),
+        "targets": ((4, 388), np.int32),
+        "kinds": ((4, 388), np.int32),
+        "content": ((4, 388), bool),
         "patch_words": ((4, 144, 5), np.int32),
     }
     assert {name: (array.shape, array.dtype) for name, array in batch.items()} == expected
@@ -61,25 +60,25 @@ def test_prefix_and_turn_are_the_prompt_of_that_question(tokenizer, batch):
         page = digits.page("train", 0, row)
         rng = digits.generator("train", 0, row, 1)
         drawn = {question.text: question for question in questions.questions(page, rng, 40)}
-        for block, slots in turns_of(batch, row):
-            tokens = batch["tokens"][row, block, slots]
+        for slots in turns_of(batch, row):
+            tokens = batch["tokens"][row, slots]
             text = tokenizer.decode(tokens)
             asked, answer = text.removesuffix("</s>").split(" ASSISTANT: ")
             assert drawn[asked].answer == answer
             whole = conversation.prompt("llava_hf", [(asked, answer)], images=1)
             ids, visual = prompt_ids(tokenizer, whole, IMAGE_ID, digits.VISUAL_TOKENS, images=1)
-            np.testing.assert_array_equal(ids, [*batch["prefix"][row], *tokens])
+            np.testing.assert_array_equal(ids, [*batch["tokens"][row, :148], *tokens])
             assert not visual[148:].any()
-            np.testing.assert_array_equal(visual[:148], batch["prefix_visual"][row])
+            np.testing.assert_array_equal(visual[:148], batch["is_visual"][row, :148])
 
 
 def test_targets_are_the_next_tokens_of_the_answer(tokenizer, batch):
     eos = tokenizer.eos_token_id
     assistant = tokenizer.convert_tokens_to_ids("ĠASSISTANT:")
     for row in range(4):
-        for block, slots in turns_of(batch, row):
+        for slots in turns_of(batch, row):
             tokens, targets, kinds, content = (
-                batch[name][row, block, slots] for name in ("tokens", "targets", "kinds", "content")
+                batch[name][row, slots] for name in ("tokens", "targets", "kinds", "content")
             )
             (start,) = np.flatnonzero(tokens == assistant)
             np.testing.assert_array_equal(targets[start:-1], tokens[start + 1 :])
@@ -98,20 +97,28 @@ def test_content_follows_the_question(tokenizer, batch):
         page = digits.page("train", 0, row)
         drawn = questions.questions(page, digits.generator("train", 0, row, 1), 40)
         flags = {question.text: question.content for question in drawn}
-        for block, slots in turns_of(batch, row):
-            text = tokenizer.decode(batch["tokens"][row, block, slots])
-            targets = batch["targets"][row, block, slots]
+        for slots in turns_of(batch, row):
+            text = tokenizer.decode(batch["tokens"][row, slots])
+            targets = batch["targets"][row, slots]
             told = [tokenizer.decode([token]) for token in targets[targets >= 0]]
             words = [flag for flag, piece in zip(
-                batch["content"][row, block, slots][targets >= 0], told, strict=True
+                batch["content"][row, slots][targets >= 0], told, strict=True
             ) if piece.startswith(" ")]  # fmt: skip
             assert tuple(words) == flags[text.split(" ASSISTANT:")[0]]
 
 
+def test_all_turns_share_the_page(batch):
+    assert (batch["segments"][:, :148] == SHARED).all()
+    assert (batch["segments"][:, 148:] != SHARED).all()
+    assert (batch["positions"][:, :148] == np.arange(148)).all()
+    assert (batch["targets"][:, :148] == -1).all()
+    assert not batch["is_visual"][:, 148:].any()
+
+
 def test_positions_restart_in_every_turn(batch):
     for row in range(4):
-        for block, slots in turns_of(batch, row):
-            positions = batch["positions"][row, block, slots]
+        for slots in turns_of(batch, row):
+            positions = batch["positions"][row, slots]
             np.testing.assert_array_equal(positions, 148 + np.arange(len(slots)))
 
 
@@ -122,8 +129,8 @@ def test_padding_holds_nothing(batch):
     assert (batch["targets"][padding] == -1).all()
     assert (batch["kinds"][padding] == -1).all()
     assert not batch["content"][padding].any()
-    # Padding is at the end of each block.
-    assert (np.diff(padding.astype(int), axis=2) >= 0).all()
+    # Padding is at the end of each row.
+    assert (np.diff(padding.astype(int), axis=1) >= 0).all()
 
 
 def test_pixels_are_those_of_inference(batch):
@@ -186,14 +193,14 @@ def test_rows_do_not_depend_on_the_batch_size(tokenizer):
     assert_same({name: array[:1] for name, array in large.items()}, small)
 
 
-@pytest.mark.parametrize(("blocks", "block"), [(1, 80), (2, 80), (4, 64), (1, 256)])
-def test_blocks_are_well_filled(tokenizer, blocks, block):
-    stream = batches(tokenizer, batch_size=32, blocks=blocks, block=block)
-    filled = [(next(stream)["segments"] > 0).mean() for _ in range(2)]
-    assert np.mean(filled) >= 0.82
+@pytest.mark.parametrize("row_tokens", [228, 308, 404])
+def test_rows_are_well_filled(tokenizer, row_tokens):
+    stream = batches(tokenizer, batch_size=32, row_tokens=row_tokens)
+    filled = [(next(stream)["segments"] != 0).mean() for _ in range(2)]
+    assert np.mean(filled) >= 0.92
 
 
-def test_no_turn_is_longer_than_a_block_of_64(tokenizer):
+def test_no_turn_is_longer_than_64_tokens(tokenizer):
     encoder = pipeline.WordEncoder(tokenizer)
     longest = 0
     for index in range(400):
@@ -219,7 +226,7 @@ def test_word_encoder_equals_the_tokenizer(tokenizer):
 
 
 def test_a_batch_is_quick(tokenizer):
-    stream = batches(tokenizer, batch_size=32, blocks=1, block=256)
+    stream = batches(tokenizer, batch_size=32, row_tokens=404)
     next(stream)
     seconds = []
     for _ in range(3):
@@ -235,8 +242,6 @@ def test_a_batch_is_quick(tokenizer):
         ({"shard": (2, 2)}, r"shard \(2, 2\)"),
         ({"shard": (-1, 2)}, r"shard \(-1, 2\)"),
         ({"batch_size": 0}, "must be positive"),
-        ({"blocks": 0}, "must be positive"),
-        ({"block": 0}, "must be positive"),
         ({"start": -1}, "start -1 not negative"),
     ],
 )
@@ -245,9 +250,12 @@ def test_bad_settings_are_refused(tokenizer, settings, message):
         batches(tokenizer, **settings)
 
 
-def test_blocks_too_short_for_any_turn_are_refused(tokenizer):
-    with pytest.raises(ValueError, match="block of 6 tokens is too short"):
-        next(batches(tokenizer, block=6))
+@pytest.mark.parametrize(
+    ("row_tokens", "message"), [(154, "row of 154 tokens is too short"), (148, "not even hold")]
+)
+def test_rows_too_short_for_any_turn_are_refused(tokenizer, row_tokens, message):
+    with pytest.raises(ValueError, match=message):
+        next(batches(tokenizer, row_tokens=row_tokens))
 
 
 def test_a_tokenizer_for_other_data_is_refused(tokenizer):

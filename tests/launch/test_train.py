@@ -27,7 +27,7 @@ def test_a_twig_grows_and_is_exported(tmp_path):
             "steps=2",
             f"out={tmp_path / 'run'}",
             "data.batch_size=8",
-            "data.blocks=1",
+            "data.row_tokens=212",
             "log_every=1",
             "save_every=2",
         )

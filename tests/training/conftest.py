@@ -74,8 +74,8 @@ def twig(base, draw):
 
 @pytest.fixture(scope="session")
 def batch():
-    """Eight packed pages, two blocks of 64 tokens each."""
+    """Eight packed pages, rows of 276 tokens."""
     batches = DigitsBatches(
-        load_tokenizer(ASSETS), seed=3, batch_size=8, blocks=2, block=64, image_token_id=3
+        load_tokenizer(ASSETS), seed=3, batch_size=8, row_tokens=276, image_token_id=3
     )
     return jax.tree.map(jnp.asarray, next(batches))

@@ -44,7 +44,7 @@ def config(out, **changes):
         "save_every": 2,
         "log_every": 3,
         "optim": OptimConfig(lr=1e-2, clip=1.0),
-        "data": DataConfig(batch_size=8, blocks=1, block=64),
+        "data": DataConfig(batch_size=8, row_tokens=212),
     }
     return TrainConfig("twig", str(out), **settings | changes)
 

@@ -1,10 +1,14 @@
 """What the losses see, and what they must not see."""
 
+import math
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from twig_jax.data.packing import SHARED
 from twig_jax.models.twig import init_twig
 from twig_jax.presets import preset
 from twig_jax.training.config import TrainConfig
@@ -37,15 +41,17 @@ def rows(batch, keep):
 
 
 def turns_alone(batch):
-    """Every turn of a one-row batch as a batch of its own, in one block."""
+    """Every turn of a one-row batch as a batch of its own, right behind the page."""
     segments = np.asarray(batch["segments"])[0]
+    (page,) = np.nonzero(segments == SHARED)
     for segment in range(1, segments.max() + 1):
-        block, slots = np.nonzero(segments == segment)
+        (slots,) = np.nonzero(segments == segment)
+        keep = np.concatenate([page, slots])
         padding = {"targets": -1, "kinds": -1}
         alone = dict(batch)
-        for name in ("tokens", "positions", "segments", "targets", "kinds", "content"):
+        for name in ("tokens", "is_visual", "positions", "segments", "targets", "kinds", "content"):
             empty = np.full_like(batch[name], padding.get(name, 0))
-            empty[0, 0, : len(slots)] = np.asarray(batch[name])[0, block, slots]
+            empty[0, : len(keep)] = np.asarray(batch[name])[0, keep]
             alone[name] = jnp.asarray(empty)
         yield alone
 
@@ -63,12 +69,12 @@ def test_a_packed_row_is_the_mean_over_its_questions(loss_of, batch, stage):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_questions_of_a_block_do_not_see_each_other(loss_of, batch, stage):
+def test_questions_of_a_row_do_not_see_each_other(loss_of, batch, stage):
     row = rows(batch, slice(0, 1))
     first = row["segments"] == 1
     asked = row | {"targets": jnp.where(first, row["targets"], -1)}
-    later = (row["segments"] > 1) & (row["segments"][:, :, :1] == 1)
-    assert later.any()
+    later = row["segments"] > 1
+    assert first.any() and later.any()
     changed = asked | {"tokens": jnp.where(later, (row["tokens"] + 7) % 400, row["tokens"])}
     assert loss_of(stage, asked)[0] == loss_of(stage, changed)[0]
 
@@ -93,6 +99,7 @@ def test_the_page_and_the_question_matter(loss_of, batch, stage):
     loss, _ = loss_of(stage, row)
     assert loss != loss_of(stage, row | {"pixels": row["pixels"][:, :, ::-1]})[0]
     asked = (row["segments"] > 0) & (row["targets"] < 0)
+    assert asked.any()
     assert loss != loss_of(stage, row | {"tokens": jnp.where(asked, 9, row["tokens"])})[0]
 
 
@@ -128,6 +135,54 @@ def test_content_weight_weighs_content(loss_of, base, batch):
     loss, _ = jax.jit(heavy)(base, {}, row)
     expected = (3 * content * parts[0] + wording * parts[1]) / (3 * content + wording)
     assert loss == pytest.approx(float(expected), rel=1e-5)
+
+
+def gradient(stage, trained, frozen, batch, **settings):
+    """(loss, gradient) of a stage under settings of the run."""
+    loss = stage_loss(TrainConfig(stage, "", 1, preset="tiny", **settings))
+    (value, _), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(trained, frozen, batch)
+    return value, grads
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("change", [{"head_chunk": 64}, {"head_chunk": 100}, {"remat": True}])
+def test_saving_memory_changes_nothing(base, twig, batch, stage, change):
+    """The sums are the same ones in another order, so float32 rounding is all that may differ."""
+    models = (twig, base) if stage == "twig" else (base, {})
+    whole, expected = gradient(stage, *models, batch, head_chunk=1000)
+    loss, grads = gradient(stage, *models, batch, **change)
+    np.testing.assert_allclose(loss, whole, rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), grads, expected)
+
+
+def test_logits_of_a_whole_batch_never_exist(base, twig, batch):
+    config, _ = preset("tiny")
+    V = config.text.vocab_size
+
+    def largest(chunk):
+        """The most numbers that an array over the vocabulary holds."""
+        loss = stage_loss(TrainConfig("twig", "", 1, preset="tiny", head_chunk=chunk))
+        program = jax.jit(jax.grad(loss, has_aux=True)).lower(twig, base, batch).as_text()
+        found = [
+            [int(n) for n in dims.split("x")]
+            for dims in re.findall(r"tensor<([\dx]+)xf32>", program)
+        ]
+        return max(math.prod(shape) for shape in found if V in shape)
+
+    B, S = batch["tokens"].shape
+    assert largest(1000) == B * S * V
+    assert largest(16) <= max(B * 16, config.text.hidden_size) * V
+
+
+def test_a_base_in_bfloat16_trains_a_float32_twig(base, twig, batch):
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), base)
+    loss, grads = gradient("twig", twig, half, batch, head_chunk=64)
+    expected, exact = gradient("twig", twig, base, batch)
+    assert loss == pytest.approx(float(expected), rel=1e-2)  # eight bits of mantissa
+    assert {g.dtype for g in jax.tree.leaves(grads)} == {jnp.dtype("float32")}
+    flat, exact = (jnp.concatenate([g.ravel() for g in jax.tree.leaves(t)]) for t in (grads, exact))
+    cosine = flat @ exact / jnp.linalg.norm(flat) / jnp.linalg.norm(exact)
+    assert cosine > 0.99
 
 
 def test_unknown_stage():

@@ -17,6 +17,9 @@ from twig_jax.data import images
 
 Batch = dict[str, np.ndarray]
 
+# The segment of tokens that all segments of their row see.
+SHARED = -1
+
 
 @dataclass(frozen=True)
 class Encoded:

@@ -1,14 +1,13 @@
 """Training batches of digits pages: many turns about one page share its visual tokens.
 
-A row holds one prefix (BOS, the image slots and the fixed text around them) and blocks that are
-filled with as many turns as fit; a turn never straddles two blocks. Every turn is to be trained as
-if it alone followed the prefix, so its positions restart there and `segments` tells turns apart.
-One block:
+A row begins with a prefix (BOS, the image slots and the fixed text around them), followed by as
+many turns as fit. Every turn is to be trained as if it alone followed the prefix, so its positions
+restart there. `segments` tells turns apart, and marks the prefix as what all of them see:
 
-    tokens     What digit .. ASSISTANT: seven </s> | Where is .. ASSISTANT: B 3 </s> | pad
-    segments   1    1     .. 1          1     1    | 2        .. 2          2 2 2    | 0
-    positions  P    P+1   ..                       | P        ..                     | P
-    targets    -1   -1    .. seven      </s>  -1   | -1       .. B          3 </s> -1| -1
+    tokens     BOS # # .. | What digit .. ASSISTANT: seven </s> | Where .. B 3 </s> | pad
+    segments   -1 -1 -1   | 1    1     .. 1          1     1    | 2     .. 2 2 2    | 0
+    positions  0   1 2 .. | P    P+1   ..                       | P     ..          | P
+    targets    -1 -1 -1   | -1   -1    .. seven      </s>  -1   | -1    .. 3 </s> -1| -1
 """
 
 import queue
@@ -20,6 +19,7 @@ import numpy as np
 
 from twig_jax.data import conversation, digits, images, questions
 from twig_jax.data.digits import COLUMNS, ROWS, SHADES, SIZES, Page
+from twig_jax.data.packing import SHARED
 from twig_jax.data.questions import DIGIT_WORDS, KINDS, Question
 from twig_jax.data.tokens import prompt_ids
 
@@ -28,10 +28,10 @@ BLANK = "blank"
 
 Batch = dict[str, np.ndarray]
 
-# A row is complete at the second turn that fits into none of its blocks: stopping at the first
-# wastes more, searching on would favour short turns.
+# A row is complete at the second turn that does not fit any more: stopping at the first wastes
+# more, searching on would favour short turns.
 _MISFITS = 2
-# So many turns in a row that do not fit into empty blocks mean that none will.
+# So many turns that do not fit into an empty row mean that none will.
 _HOPELESS = 64
 
 
@@ -71,25 +71,24 @@ class DigitsBatches:
     """An endless iterator of batches; batch n is a function of the settings and n alone.
 
     tokenizer: as saved in assets/digits. batch_size: rows this shard gives per step.
-    blocks, block: blocks of a row and slots of a block. mix: share of each kind of question (None:
-    questions.MIX). start: the first step to give. shard: (index, count); shards of one step hold
-    consecutive rows of one global batch.
+    row_tokens: length of a row. mix: share of each kind of question (None: questions.MIX). start:
+    the first step to give. shard: (index, count); shards of one step hold consecutive rows of one
+    global batch.
     step: the step of the next item; another one with `start` set to it goes on from there.
 
-    Each item, with B = batch_size, n = blocks, S = block, P = length of the prefix:
+    Each item, with B = batch_size, S = row_tokens, P = length of the prefix:
       pixels         float32 [B, 1, 96, 96, 3]  normalised
-      prefix         int32 [B, P]     image slots hold image_token_id
-      prefix_visual  bool [B, P]
-      tokens         int32 [B, n, S]  padding holds the pad id
-      positions      int32 [B, n, S]  from P on in every turn, P at padding
-      segments       int32 [B, n, S]  1.. turns of the row, 0 padding
-      targets        int32 [B, n, S]  the next token where it is an answer's or its EOS, else -1
-      kinds          int32 [B, n, S]  index into questions.KINDS where targets >= 0, else -1
-      content        bool [B, n, S]   the target is a word that depends on the page
+      tokens         int32 [B, S]  image slots hold image_token_id, padding the pad id
+      is_visual      bool [B, S]   the image slots
+      positions      int32 [B, S]  from P on in every turn, P at padding
+      segments       int32 [B, S]  -1 prefix, 1.. turns of the row, 0 padding
+      targets        int32 [B, S]  the next token where it is an answer's or its EOS, else -1
+      kinds          int32 [B, S]  index into questions.KINDS where targets >= 0, else -1
+      content        bool [B, S]   the target is a word that depends on the page
       patch_words    int32 [B, 144, 5]  tokens that name what each patch shows: digit or " blank",
                                         row, column, shade and size (-1 and -1 where blank)
 
-    Turns longer than a block are left out. Raises ValueError for blocks that no turn fits, a bad
+    Turns that no row can hold are left out. Raises ValueError for rows that no turn fits, a bad
     shard or start, or a tokenizer made for other data.
     """
 
@@ -100,8 +99,7 @@ class DigitsBatches:
         split: str = "train",
         seed: int,
         batch_size: int,
-        blocks: int,
-        block: int,
+        row_tokens: int,
         image_token_id: int,
         mean: tuple[float, ...] = images.CLIP_MEAN,
         std: tuple[float, ...] = images.CLIP_STD,
@@ -111,17 +109,16 @@ class DigitsBatches:
     ) -> None:
         if not 0 <= shard[0] < shard[1]:
             raise ValueError(f"shard {shard} is not (index, count) with 0 <= index < count")
-        if min(batch_size, blocks, block) < 1 or start < 0:
+        if batch_size < 1 or start < 0:
             raise ValueError(
-                f"batch_size {batch_size}, blocks {blocks} and block {block} must be positive, "
-                f"start {start} not negative"
+                f"batch_size {batch_size} must be positive, start {start} not negative"
             )
         self.step = start
         self._tokenizer, self._encoder = tokenizer, WordEncoder(tokenizer)
         self._split, self._seed, self._mix = split, seed, mix
-        self._batch_size, self._shape, self._shard = batch_size, (blocks, block), shard
+        self._batch_size, self._row_tokens, self._shard = batch_size, row_tokens, shard
         self._mean, self._std = mean, std
-        self._prefix, self._prefix_visual = prompt_ids(
+        self._prefix, self._is_visual = prompt_ids(
             tokenizer, conversation.head(TEMPLATE, images=1), image_token_id, digits.VISUAL_TOKENS
         )
         self._names = _PatchNames(self._encoder)
@@ -140,43 +137,45 @@ class DigitsBatches:
     def _row(self, index: int) -> Batch:
         page = digits.page(self._split, self._seed, index)
         rng = digits.generator(self._split, self._seed, index, 1)
-        start = len(self._prefix)
+        start, length = len(self._prefix), self._row_tokens
+        if length <= start:
+            raise ValueError(f"a row of {length} tokens does not even hold the page's {start}")
         row = {
-            "tokens": np.full(self._shape, self._tokenizer.pad_token_id, np.int32),
-            "positions": np.full(self._shape, start, np.int32),
-            "segments": np.zeros(self._shape, np.int32),
-            "targets": np.full(self._shape, -1, np.int32),
-            "kinds": np.full(self._shape, -1, np.int32),
-            "content": np.zeros(self._shape, bool),
+            "tokens": np.full(length, self._tokenizer.pad_token_id, np.int32),
+            "is_visual": np.zeros(length, bool),
+            "positions": np.full(length, start, np.int32),
+            "segments": np.zeros(length, np.int32),
+            "targets": np.full(length, -1, np.int32),
+            "kinds": np.full(length, -1, np.int32),
+            "content": np.zeros(length, bool),
         }
-        blocks, length = self._shape
-        filled = [0] * blocks
-        misfits = segment = 0
+        row["tokens"][:start], row["is_visual"][:start] = self._prefix, self._is_visual
+        row["positions"][:start], row["segments"][:start] = np.arange(start), SHARED
+        begin, misfits, segment = start, 0, 0
         for question in questions.stream(page, rng, self._mix):
             asked, answer, content = self._turn(question)
             size = len(asked) + len(answer)
-            block = next((n for n in range(blocks) if filled[n] + size <= length), None)
-            if block is None:
+            end = begin + size
+            if end > length:
                 misfits += 1
                 if misfits >= _MISFITS and segment:
                     break
                 if misfits == _HOPELESS:
                     raise ValueError(
-                        f"a block of {length} tokens is too short for a turn of {size} tokens"
+                        f"a row of {length} tokens is too short for a page of {start} and a turn "
+                        f"of {size} tokens"
                     )
                 continue
             segment += 1
-            begin, end = filled[block], filled[block] + size
-            row["tokens"][block, begin:end] = asked + answer
-            row["positions"][block, begin:end] = np.arange(start, start + size)
-            row["segments"][block, begin:end] = segment
+            row["tokens"][begin:end] = asked + answer
+            row["positions"][begin:end] = np.arange(start, start + size)
+            row["segments"][begin:end] = segment
             predicting = slice(begin + len(asked) - 1, end - 1)
-            row["targets"][block, predicting] = answer
-            row["kinds"][block, predicting] = KINDS.index(question.kind)
-            row["content"][block, predicting] = content
-            filled[block] = end
-        prefix = {"prefix": self._prefix, "prefix_visual": self._prefix_visual}
-        return row | prefix | {"pixels": page.image, "patch_words": self._names(page)}
+            row["targets"][predicting] = answer
+            row["kinds"][predicting] = KINDS.index(question.kind)
+            row["content"][predicting] = content
+            begin = end
+        return row | {"pixels": page.image, "patch_words": self._names(page)}
 
     def _turn(self, question: Question) -> tuple[list[int], list[int], list[bool]]:
         """Ids up to where the model answers, ids of the answer and EOS, and their content flags."""

@@ -22,11 +22,10 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Digits pages with as many questions each as fit into `blocks` blocks of `block` tokens."""
+    """Digits pages with as many questions each as fit into a row of `row_tokens` tokens."""
 
     batch_size: int = 32
-    blocks: int = 4
-    block: int = 64
+    row_tokens: int = 404
     mix: tuple[tuple[str, float], ...] | None = None
 
 
@@ -49,6 +48,8 @@ class TrainConfig:
     naming_weight: float = 0.0  # share of the vision stage's loss in the "base" stage
     log_every: int = 20
     save_every: int = 200
+    head_chunk: int = 512  # tokens of a row whose logits are there at one time
+    remat: bool = False  # compute the twig's layers again in the backward pass, to save memory
     mesh: tuple[int, int, int] = (0, 1, 1)
 
     def model(self) -> tuple[LlavaConfig, TwigConfig]:

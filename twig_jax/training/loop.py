@@ -33,9 +33,9 @@ def stage_loss(config: TrainConfig) -> Loss:
         case "vision":
             return vision_loss(base)
         case "base":
-            return base_loss(base, config.content_weight, config.naming_weight)
+            return base_loss(base, config.head_chunk, config.content_weight, config.naming_weight)
         case "twig":
-            return twig_loss(base, twig)
+            return twig_loss(base, twig, config.head_chunk, config.remat)
     raise ValueError(f"no training stage {config.stage!r}; there are: vision, base, twig")
 
 
@@ -77,8 +77,7 @@ def fit(
             load_tokenizer(ASSETS),
             seed=config.seed,
             batch_size=config.data.batch_size,
-            blocks=config.data.blocks,
-            block=config.data.block,
+            row_tokens=config.data.row_tokens,
             image_token_id=base.image_token_id,
             mean=base.vision.image_mean,
             std=base.vision.image_std,

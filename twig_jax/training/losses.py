@@ -1,8 +1,7 @@
 """Losses of the three stages. Each is loss(trained, frozen, batch) -> (loss, metrics).
 
-A batch is what `data.pipeline` yields: a prefix of P0 tokens with the page, shared by blocks of
-questions and answers. A block attends to the prefix through its keys and values, exactly as
-decoding attends to a prompt's cache, and to itself; questions inside a block do not see each other.
+A batch is what `data.pipeline` or `data.instruct` yields: rows of several samples that do not see
+each other, in which some tokens may be shared by all (`packing.SHARED`).
 """
 
 from collections.abc import Callable
@@ -10,9 +9,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange, repeat
+from einops import rearrange
 
 from twig_jax.config import LlavaConfig, TwigConfig
+from twig_jax.data.packing import SHARED
 from twig_jax.data.questions import KINDS
 from twig_jax.models.llava import Llava, Params
 from twig_jax.models.twig import twig_decoder
@@ -20,60 +20,76 @@ from twig_jax.models.twig import twig_decoder
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]  # (sum, count) pairs
 Loss = Callable[[Params, Params, Batch], tuple[jax.Array, Metrics]]
-Run = Callable[..., tuple[jax.Array, Any]]
 
 
-def _inputs(model: Llava, params: Params, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Visual embeddings [B, M, d], those of the prefix [B, P0, d] and of the blocks [B·n, S, d]."""
+def _embed(model: Llava, params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """Visual embeddings [B, I·M, d] and those of all tokens [B, S, d]."""
     apply = {"params": params}
-    visual = model.apply(apply, batch["pixels"], method="encode")
-    prefix = model.apply(apply, batch["prefix"], batch["prefix_visual"], visual, method="merge")
-    tokens = rearrange(batch["tokens"], "B n S -> (B n) S")
-    return visual, prefix, model.apply(apply, tokens, method="embed")
+    # Without the cast, float32 pixels would make a bfloat16 tower compute in float32.
+    pixels = batch["pixels"].astype(params["projector"]["linear_1"]["kernel"].dtype)
+    visual = model.apply(apply, pixels, method="encode")
+    merged = model.apply(apply, batch["tokens"], batch["is_visual"], visual, method="merge")
+    return visual, merged
 
 
-def _run(
-    run: Run, prefix: jax.Array, blocks: jax.Array, batch: Batch
+def seen(segments: jax.Array) -> jax.Array:
+    """Which tokens each token of a row sees: bool [B, S, S] for segments int32 [B, S].
+
+    Itself and the earlier ones of its own segment and of the shared one; padding (0) sees none.
+    """
+    query, key = segments[:, :, None], segments[:, None, :]
+    causal = jnp.tril(jnp.ones((segments.shape[1],) * 2, bool))
+    return causal & (query != 0) & ((query == key) | (key == SHARED))
+
+
+def _score(
+    head: Callable[[jax.Array], jax.Array], x: jax.Array, targets: jax.Array, chunk: int
 ) -> tuple[jax.Array, jax.Array]:
-    """A range of layers over prefix and blocks; `run` is a bound `Decoder.run`."""
-    B, P0, _ = prefix.shape
-    positions = jnp.broadcast_to(jnp.arange(P0), (B, P0))
-    causal = jnp.broadcast_to(jnp.tril(jnp.ones((P0, P0), bool)), (B, P0, P0))
-    prefix, kvs = run(prefix, positions, causal)
-    n, S = batch["tokens"].shape[1:]
-    segments = rearrange(batch["segments"], "B n S -> (B n) S")
-    mask = (segments[:, :, None] == segments[:, None, :]) & jnp.tril(jnp.ones((S, S), bool))
-    blocks, _ = run(
-        blocks,
-        rearrange(batch["positions"], "B n S -> (B n) S"),
-        mask,
-        cached=jax.tree.map(lambda x: repeat(x, "B K P D -> (B n) K P D", n=n), kvs),
-        cached_mask=jnp.ones((B * n, S, P0), bool),
+    """Cross-entropy (float32) of the targets under head(x), and the best words; both [B, S].
+
+    x [B, S, d], targets int32 [B, S]. The head runs on `chunk` tokens of each row at a time, again
+    in the backward pass, so that logits [B, S, V] are never there as a whole.
+    """
+
+    def score(x: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+        logits = head(x)
+        own = jnp.take_along_axis(logits, jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]
+        return jax.nn.logsumexp(logits, axis=-1) - own, logits.argmax(-1)
+
+    S = x.shape[1]
+    if chunk >= S:
+        return score(x, targets)
+    x = jnp.pad(x, ((0, 0), (0, -S % chunk), (0, 0)))
+    targets = jnp.pad(targets, ((0, 0), (0, -S % chunk)))
+    ce, best = jax.lax.map(
+        lambda part: jax.checkpoint(score)(*part),
+        (
+            rearrange(x, "B (n c) d -> n B c d", c=chunk),
+            rearrange(targets, "B (n c) -> n B c", c=chunk),
+        ),
     )
-    return prefix, blocks
+    return tuple(rearrange(y, "n B c -> B (n c)")[:, :S] for y in (ce, best))
 
 
 def _cross_entropy(
-    logits: jax.Array, batch: Batch, weight: jax.Array | float = 1.0
+    ce: jax.Array, best: jax.Array, batch: Batch, weight: jax.Array | float = 1.0
 ) -> tuple[jax.Array, Metrics]:
-    """Mean cross-entropy over the answers' tokens, and accuracies as (sum, count) pairs."""
-    targets = rearrange(batch["targets"], "B n S -> (B n) S")
-    content = rearrange(batch["content"], "B n S -> (B n) S")
-    kinds = rearrange(batch["kinds"], "B n S -> (B n) S")
+    """Mean of `_score`'s cross-entropy over the answers' tokens; accuracies as (sum, count)."""
+    targets = batch["targets"]
     valid = targets >= 0
-    log_p = jax.nn.log_softmax(logits, axis=-1)
-    ce = -jnp.take_along_axis(log_p, jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]
-    w = jnp.where(content, weight, 1.0) * valid
-    right = (logits.argmax(-1) == targets) & valid
-    metrics = {
-        "accuracy": jnp.stack([right.sum(), valid.sum()]),
-        "content_accuracy": jnp.stack([(right & content).sum(), (valid & content).sum()]),
-    }
-    first = jnp.concatenate([jnp.ones_like(valid[:, :1]), ~valid[:, :-1]], axis=1) & valid
-    for i, name in enumerate(KINDS):
-        of_kind = first & (kinds == i)
-        metrics[f"first/{name}"] = jnp.stack([(right & of_kind).sum(), of_kind.sum()])
-    return (ce * w).sum() / w.sum(), metrics
+    right = (best == targets) & valid
+    metrics = {"accuracy": jnp.stack([right.sum(), valid.sum()])}
+    w = valid.astype(jnp.float32)
+    if "content" in batch:
+        content, kinds = batch["content"], batch["kinds"]
+        w *= jnp.where(content, weight, 1.0)
+        metrics["content_accuracy"] = jnp.stack([(right & content).sum(), (valid & content).sum()])
+        first = jnp.concatenate([jnp.ones_like(valid[:, :1]), ~valid[:, :-1]], axis=1) & valid
+        for i, name in enumerate(KINDS):
+            of_kind = first & (kinds == i)
+            metrics[f"first/{name}"] = jnp.stack([(right & of_kind).sum(), of_kind.sum()])
+    # A batch may hold no answer at all, on a shard whose data have ended.
+    return (ce * w).sum() / jnp.maximum(w.sum(), 1.0), metrics
 
 
 def _naming(visual: jax.Array, words: jax.Array, targets: jax.Array) -> tuple[jax.Array, Metrics]:
@@ -116,18 +132,21 @@ def vision_loss(config: LlavaConfig) -> Loss:
     return loss
 
 
-def base_loss(config: LlavaConfig, content_weight: float, naming_weight: float) -> Loss:
+def base_loss(config: LlavaConfig, chunk: int, content_weight: float, naming_weight: float) -> Loss:
     """Next-token cross-entropy on the answers, and the warm-up's loss; everything trains."""
     model = Llava(config)
 
     def loss(params: Params, frozen: Params, batch: Batch) -> tuple[jax.Array, Metrics]:
-        def run(*args: Any, **kwargs: Any) -> Any:
-            return model.apply({"params": params}, *args, method="run", **kwargs)
+        apply = {"params": params}
+        visual, x = _embed(model, params, batch)
+        x, _ = model.apply(apply, x, batch["positions"], seen(batch["segments"]), method="run")
 
-        visual, prefix, blocks = _inputs(model, params, batch)
-        _, blocks = _run(run, prefix, blocks, batch)
-        logits = model.apply({"params": params}, blocks, method="logits")
-        ce, metrics = _cross_entropy(logits, batch, content_weight)
+        def head(x: jax.Array) -> jax.Array:
+            return model.apply(apply, x, method="logits")
+
+        ce, metrics = _cross_entropy(
+            *_score(head, x, batch["targets"], chunk), batch, content_weight
+        )
         words = params["text"]["embed_tokens"]["embedding"]
         naming, named = _naming(visual, words, batch["patch_words"])
         return ce + naming_weight * naming, metrics | named | {"cross_entropy": ce}
@@ -135,20 +154,32 @@ def base_loss(config: LlavaConfig, content_weight: float, naming_weight: float) 
     return loss
 
 
-def twig_loss(config: LlavaConfig, twig: TwigConfig) -> Loss:
-    """Next-token cross-entropy of trunk + twig on the answers; only the twig trains."""
+def twig_loss(config: LlavaConfig, twig: TwigConfig, chunk: int, remat: bool) -> Loss:
+    """Next-token cross-entropy of trunk + twig on the answers; only the twig trains.
+
+    Everything is computed in the type of the frozen base, with the twig's parameters and their
+    gradients in the type they have. remat: the backward pass computes the twig's layers again.
+    """
     model, decoder = Llava(config), twig_decoder(config.text, twig)
 
     def loss(params: Params, frozen: Params, batch: Batch) -> tuple[jax.Array, Metrics]:
-        def trunk(*args: Any, **kwargs: Any) -> Any:
-            return model.apply({"params": frozen}, *args, last=twig.K, method="run", **kwargs)
+        _, x = _embed(model, frozen, batch)
+        where = batch["positions"], seen(batch["segments"])
+        x, _ = model.apply({"params": frozen}, x, *where, last=twig.K, method="run")
+        x = jax.lax.stop_gradient(x)
 
-        def branch(*args: Any, **kwargs: Any) -> Any:
-            return decoder.apply({"params": params}, *args, method="run", **kwargs)
+        def apply(params: Params, *args: Any, **kwargs: Any) -> Any:
+            # Cast where they are used: gradients of several uses then add up in their own type.
+            cast = jax.tree.map(lambda p: p.astype(x.dtype), params)
+            return decoder.apply({"params": cast}, *args, **kwargs)
 
-        _, prefix, blocks = _inputs(model, frozen, batch)
-        prefix, blocks = jax.lax.stop_gradient(_run(trunk, prefix, blocks, batch))
-        _, blocks = _run(branch, prefix, blocks, batch)
-        return _cross_entropy(decoder.apply({"params": params}, blocks, method="logits"), batch)
+        for t in range(twig.T):
+
+            def layer(params: Params, x: jax.Array, t: int = t) -> jax.Array:
+                return apply(params, x, *where, first=t, last=t + 1, method="run")[0]
+
+            x = (jax.checkpoint(layer) if remat else layer)(params, x)
+        scores = _score(lambda x: apply(params, x, method="logits"), x, batch["targets"], chunk)
+        return _cross_entropy(*scores, batch)
 
     return loss
