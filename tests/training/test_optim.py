@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
+from transformers import get_cosine_schedule_with_warmup
 
 from twig_jax.training.config import OptimConfig
 from twig_jax.training.optim import optimizer, schedule
@@ -20,6 +22,20 @@ def test_schedule_values():
         values[step] = 2e-4 + (2e-3 - 2e-4) * cosine
     for step, value in values.items():
         assert float(rate(step)) == pytest.approx(value, rel=1e-5, abs=1e-12), step
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(100, 0.03), (150, 0.03), (40, 0.0), (7, 0.5)])
+def test_the_schedule_is_the_references(steps, warmup):
+    """Step by step what transformers' Trainer sets for its "cosine" schedule and warmup_ratio."""
+    weight = torch.nn.Parameter(torch.zeros(1))
+    theirs = get_cosine_schedule_with_warmup(
+        torch.optim.AdamW([weight], lr=1e-4), math.ceil(warmup * steps), steps
+    )
+    ours = schedule(OptimConfig(lr=1e-4, warmup=warmup), steps)
+    for step in range(steps):
+        assert float(ours(step)) == pytest.approx(theirs.get_last_lr()[0], rel=1e-5, abs=1e-10)
+        theirs.optimizer.step()
+        theirs.step()
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3])

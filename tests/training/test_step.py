@@ -3,7 +3,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+import torch
+from transformers import get_cosine_schedule_with_warmup
 
 from twig_jax.sharding.mesh import make_mesh
 from twig_jax.sharding.rules import shardings
@@ -13,6 +16,7 @@ from twig_jax.training.optim import optimizer
 from twig_jax.training.step import batch_sharding, init_state, make_step
 
 OPTIM = OptimConfig(lr=1e-3, weight_decay=0.01, clip=1.0)
+REFERENCE = OptimConfig(lr=1e-3, b2=0.999, clip=1.0, weight_decay=0.01)
 STEPS = 3
 
 
@@ -89,6 +93,60 @@ def test_only_the_twig_changes(twig_step, base, twig, batch):
     leaves, kept = len(jax.tree.leaves(twig)), jax.tree.leaves(state.opt_state)
     assert len(kept) == 2 * leaves + 2 and sum(leaf.ndim == 0 for leaf in kept) == 2
     assert history[-1]["loss"] < history[0]["loss"]
+
+
+@pytest.mark.parametrize("reference", [OptimConfig(lr=1e-3), REFERENCE])
+def test_steps_are_those_of_torch(base, twig, batch, reference):
+    """Three optimizer steps beside torch's AdamW, given the gradients of the same parameters."""
+    loss = stage_loss(TrainConfig("twig", "", 50, preset="tiny"))
+    step = make_step(loss, optimizer(reference, 3))
+    grad = jax.jit(jax.grad(loss, has_aux=True))
+    names, leaves = zip(*jax.tree_util.tree_leaves_with_path(twig), strict=True)
+    theirs = [torch.nn.Parameter(torch.tensor(np.asarray(x))) for x in leaves]
+    adamw = torch.optim.AdamW(
+        [
+            {"params": [p for p in theirs if p.ndim > 1], "weight_decay": reference.weight_decay},
+            {"params": [p for p in theirs if p.ndim == 1], "weight_decay": 0.0},
+        ],
+        lr=reference.lr,
+        betas=(reference.b1, reference.b2),
+        eps=1e-8,
+    )
+    rates = get_cosine_schedule_with_warmup(adamw, 1, 3)
+    state = init_state(jax.tree.map(jnp.copy, twig), optimizer(reference, 3))
+    for _ in range(3):
+        for p, g in zip(theirs, jax.tree.leaves(grad(state.params, base, batch)[0]), strict=True):
+            p.grad = torch.tensor(np.asarray(g))
+        if reference.clip is not None:
+            torch.nn.utils.clip_grad_norm_(theirs, reference.clip)
+        adamw.step()
+        rates.step()
+        state, _ = step(state, base, batch)
+        for name, ours, p in zip(names, jax.tree.leaves(state.params), theirs, strict=True):
+            expected = p.detach().numpy()
+            np.testing.assert_allclose(ours, expected, atol=1e-6, err_msg=str(name))
+    moved = jax.tree.map(lambda a, b: float(abs(a - b).max()), twig, state.params)
+    assert min(jax.tree.leaves(moved)) > 5e-4
+
+
+@pytest.mark.parametrize("stage", ["base", "twig"])
+def test_a_batch_in_parts_is_the_whole_batch(base, twig, batch, stage):
+    """Parts with different numbers of answers; rounding alone may differ."""
+    trained, frozen = (twig, base) if stage == "twig" else (base, {})
+    few = jnp.arange(8)[:, None] % 4 == 0
+    batch = batch | {"targets": jnp.where(few & (batch["positions"] > 170), -1, batch["targets"])}
+    loss = stage_loss(TrainConfig(stage, "", 50, preset="tiny"))
+    sgd = optax.sgd(1.0)  # the update is the gradient
+    found = {}
+    for parts in (1, 4):
+        state = init_state(jax.tree.map(jnp.copy, trained), sgd)
+        found[parts] = make_step(loss, sgd, parts)(state, frozen, batch)
+    (whole, metrics), (state, in_parts) = found[1], found[4]
+    assert in_parts["loss"] == pytest.approx(float(metrics["loss"]), rel=1e-6)
+    np.testing.assert_array_equal(in_parts["accuracy"], metrics["accuracy"])
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), state.params, whole.params
+    )
 
 
 def test_a_step_that_is_not_finite_changes_nothing(twig_step, base, twig, batch):

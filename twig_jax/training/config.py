@@ -9,7 +9,10 @@ from twig_jax.presets import preset
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW with linear warm-up and cosine decay; the defaults are the paper's."""
+    """AdamW with linear warm-up and cosine decay; the defaults are the paper's.
+
+    The reference's script leaves transformers' own values: b2=0.999 and clip=1.0.
+    """
 
     lr: float = 1e-4
     end_lr: float = 0.0
@@ -48,6 +51,7 @@ class TrainConfig:
     naming_weight: float = 0.0  # share of the vision stage's loss in the "base" stage
     log_every: int = 20
     save_every: int = 200
+    accumulate: int = 1  # parts that the rows of a batch are taken in
     head_chunk: int = 512  # tokens of a row whose logits are there at one time
     remat: bool = False  # compute the twig's layers again in the backward pass, to save memory
     mesh: tuple[int, int, int] = (0, 1, 1)

@@ -65,7 +65,7 @@ def fit(
         params = jax.device_put(params, shardings(params, mesh))
         frozen = jax.device_put(frozen, shardings(frozen, mesh))
         state = jax.jit(init_state, static_argnums=1)(params, tx)
-        step = make_step(stage_loss(config), tx)
+        step = make_step(stage_loss(config), tx, config.accumulate)
         manager = CheckpointManager(out / "checkpoints")
         start = manager.latest() or 0
         if start:

@@ -1,5 +1,7 @@
 """Losses of the three stages. Each is loss(trained, frozen, batch) -> (loss, metrics).
 
+The metric `weight` is what the loss is a mean over: the weight of all targets of the batch.
+
 A batch is what `data.pipeline` or `data.instruct` yields: rows of several samples that do not see
 each other, in which some tokens may be shared by all (`packing.SHARED`).
 """
@@ -18,7 +20,7 @@ from twig_jax.models.llava import Llava, Params
 from twig_jax.models.twig import twig_decoder
 
 Batch = dict[str, jax.Array]
-Metrics = dict[str, jax.Array]  # (sum, count) pairs
+Metrics = dict[str, jax.Array]  # (sum, count) pairs, and sums over the batch
 Loss = Callable[[Params, Params, Batch], tuple[jax.Array, Metrics]]
 
 
@@ -88,7 +90,8 @@ def _cross_entropy(
         for i, name in enumerate(KINDS):
             of_kind = first & (kinds == i)
             metrics[f"first/{name}"] = jnp.stack([(right & of_kind).sum(), of_kind.sum()])
-    # A batch may hold no answer at all, on a shard whose data have ended.
+    metrics["weight"] = w.sum()
+    # A batch may hold no answer at all, where the data have ended.
     return (ce * w).sum() / jnp.maximum(w.sum(), 1.0), metrics
 
 
@@ -127,7 +130,8 @@ def vision_loss(config: LlavaConfig) -> Loss:
     def loss(params: Params, frozen: Params, batch: Batch) -> tuple[jax.Array, Metrics]:
         visual = model.apply({"params": params}, batch["pixels"], method="encode")
         words = params["text"]["embed_tokens"]["embedding"]
-        return _naming(visual, words, batch["patch_words"])
+        naming, metrics = _naming(visual, words, batch["patch_words"])
+        return naming, metrics | {"weight": jnp.float32(batch["patch_words"].shape[0])}
 
     return loss
 

@@ -1,5 +1,7 @@
 """The optimizer of a run."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -8,8 +10,11 @@ from twig_jax.training.config import OptimConfig
 
 
 def schedule(config: OptimConfig, steps: int) -> optax.Schedule:
-    """Learning rate by step: linear warm-up over a share of `steps`, then a cosine."""
-    warmup = max(1, round(config.warmup * steps))
+    """Learning rate by step: linear warm-up over a share of `steps`, then a cosine.
+
+    As transformers' "cosine" schedule, which the reference trains with.
+    """
+    warmup = math.ceil(config.warmup * steps)
     return optax.warmup_cosine_decay_schedule(
         0.0, config.lr, warmup, max(steps, warmup + 1), config.end_lr
     )

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from einops import rearrange
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -30,17 +31,38 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(("data", "fsdp")))
 
 
-def make_step(loss: Loss, tx: optax.GradientTransformation) -> Any:
+def make_step(loss: Loss, tx: optax.GradientTransformation, accumulate: int = 1) -> Any:
     """A jitted step(state, frozen, batch) -> (state, metrics); the state's buffers are reused.
 
-    A step whose loss or gradient is not finite changes nothing but the step number, and is counted
-    in the metric `skipped`.
+    The rows of a batch are taken in `accumulate` equal parts, one after the other, to save memory;
+    parts count by the weight of their targets, so the step is that of the whole batch.
+    Metrics are those of the loss, `loss`, the norms of gradient and update, and `skipped`: a step
+    whose loss or gradient is not finite changes nothing but the step number, and counts there.
     """
+    value_and_grad = jax.value_and_grad(loss, has_aux=True)
+
+    def whole(params: Params, frozen: Params, batch: Batch) -> Any:
+        (value, metrics), grads = value_and_grad(params, frozen, batch)
+        return (value, grads), metrics
+
+    def in_parts(params: Params, frozen: Params, batch: Batch) -> Any:
+        # Neighbouring rows go to different parts, so that each device keeps the rows it has.
+        parts = jax.tree.map(lambda x: rearrange(x, "(b a) ... -> a b ...", a=accumulate), batch)
+
+        def add(total: Any, part: Batch) -> tuple[Any, None]:
+            found, metrics = whole(params, frozen, part)
+            weighed = jax.tree.map(lambda x: x * metrics["weight"], found)
+            return jax.tree.map(jnp.add, total, (weighed, metrics)), None
+
+        shapes = jax.eval_shape(whole, params, frozen, jax.tree.map(lambda x: x[0], parts))
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        (weighed, metrics), _ = jax.lax.scan(add, zeros, parts)
+        weight = jnp.maximum(metrics["weight"], 1.0)
+        return jax.tree.map(lambda x: x / weight, weighed), metrics
 
     def step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, Metrics]:
-        (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(
-            state.params, frozen, batch
-        )
+        gradients = whole if accumulate == 1 else in_parts
+        (value, grads), metrics = gradients(state.params, frozen, batch)
         norm = optax.tree.norm(grads)
         good = jnp.isfinite(value) & jnp.isfinite(norm)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
@@ -48,7 +70,12 @@ def make_step(loss: Loss, tx: optax.GradientTransformation) -> Any:
         params, opt_state = jax.tree.map(
             lambda a, b: jnp.where(good, a, b), new, (state.params, state.opt_state)
         )
-        metrics |= {"loss": value, "grad_norm": norm, "skipped": 1 - good}
+        metrics |= {
+            "loss": value,
+            "grad_norm": norm,
+            "update_norm": jnp.where(good, optax.tree.norm(updates), 0.0),
+            "skipped": 1 - good,
+        }
         return TrainState(params, opt_state, state.step + 1), metrics
 
     return jax.jit(step, donate_argnums=0)
