@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -38,6 +40,36 @@ def test_a_twig_grows_and_is_exported(tmp_path):
     assert [x["step"] for x in lines] == [1, 2, 2]
     assert "validation/tokar" in lines[-1]
     assert {p.name for p in (tmp_path / "twig").iterdir()} == {"model.safetensors", "twig.json"}
+
+
+def test_sigterm_ends_with_the_status_that_asks_for_more(tmp_path):
+    """The run is told to stop once it has logged a step."""
+    out = tmp_path / "run"
+    settings = (
+        "steps=500",
+        f"out={out}",
+        "data.batch_size=8",
+        "data.row_tokens=212",
+        "log_every=1",
+    )
+    command = [sys.executable, "-m", "launch.train", "--config", "configs/digits_twig.py"]
+    with subprocess.Popen(
+        [*command, *(f"--set={s}" for s in settings)],
+        cwd=ROOT,
+        env={**os.environ, "XLA_FLAGS": FLAGS},
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        log = out / "metrics.jsonl"
+        deadline = time.monotonic() + 600
+        while not (log.exists() and log.read_text()) and time.monotonic() < deadline:
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.2)
+        process.terminate()
+        _, said = process.communicate(timeout=600)
+    assert process.returncode == 75, said
+    step = int(re.search(r"saved at step (\d+) of 500", said)[1])
+    assert [path.name for path in (out / "checkpoints").iterdir()] == [str(step)]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """The loop: resuming is exact, also after being killed."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +17,7 @@ from twig_jax.models.twig import init_twig
 from twig_jax.presets import preset
 from twig_jax.training.config import DataConfig, OptimConfig, TrainConfig
 from twig_jax.training.loop import fit
+from twig_jax.training.preemption import Preempted
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS, KILLED_AT = 6, 4
@@ -88,6 +91,21 @@ def test_killed_and_resumed_equals_never_stopped(tmp_path):
     # A run that is complete has nothing left to do.
     again = fit(config(tmp_path / "whole"), *start(), progress=False)
     jax.tree.map(np.testing.assert_array_equal, again, whole)
+
+
+def test_told_to_stop_it_saves_and_goes_on_later(tmp_path):
+    def tell(step, params):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return {}
+
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Preempted, match="saved at step 3 of 6"):
+        fit(config(tmp_path / "told"), *start(), callback=tell, progress=False)
+    assert signal.getsignal(signal.SIGTERM) is handler
+    assert [line["step"] for line in lines(tmp_path / "told")] == [2, 3]
+    resumed = fit(config(tmp_path / "told"), *start(), progress=False)
+    whole = fit(config(tmp_path / "whole"), *start(), progress=False)
+    jax.tree.map(np.testing.assert_array_equal, resumed, whole)
 
 
 def test_ten_bad_steps_in_a_row_stop_the_run(tmp_path):

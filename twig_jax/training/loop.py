@@ -21,6 +21,7 @@ from twig_jax.sharding.rules import shardings
 from twig_jax.training.config import TrainConfig
 from twig_jax.training.losses import Loss, base_loss, twig_loss, vision_loss
 from twig_jax.training.optim import optimizer, schedule
+from twig_jax.training.preemption import Preempted, preemption
 from twig_jax.training.step import batch_sharding, init_state, make_step
 
 Callback = Callable[[int, Params], dict[str, float]]
@@ -53,7 +54,7 @@ def fit(
     `callback(step, params)` runs at every checkpoint; its figures are logged with the others, one
     JSON line at a time, in `out/metrics.jsonl`. Returns the trained parameters. Raises
     FloatingPointError after ten steps in a row whose loss is not finite; the last good checkpoint
-    stays.
+    stays. On SIGTERM it saves and raises Preempted.
     """
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -90,6 +91,7 @@ def fit(
         bad = 0
         began = time.monotonic()
         with (
+            preemption() as told_to_stop,
             tqdm(total=config.steps, initial=start, disable=not progress, unit="step") as bar,
             (out / "metrics.jsonl").open("a") as log,
         ):
@@ -97,7 +99,10 @@ def fit(
                 state, metrics = step(state, frozen, jax.device_put(next(batches), rows))
                 pending.append(metrics)
                 bar.update()
-                if n % config.log_every == 0 or n == config.steps:
+                last = n == config.steps
+                stop = told_to_stop(n) and not last
+                save = n % config.save_every == 0 or last
+                if n % config.log_every == 0 or last or stop:
                     fetched = jax.device_get(pending)
                     for m in fetched:
                         bad = bad + 1 if m["skipped"] else 0
@@ -112,11 +117,14 @@ def fit(
                     pending, began = [], time.monotonic()
                     bar.set_postfix_str(f"loss {line['loss']:.3f}")
                     print(json.dumps(line), file=log, flush=True)
-                if n % config.save_every == 0 or n == config.steps:
+                if save or stop:
                     manager.save(n, state, {"config": dataclasses.asdict(config)})
-                    if callback is not None:
-                        line = {"step": n, **callback(n, state.params)}
-                        print(json.dumps(line), file=log, flush=True)
+                if save and callback is not None:
+                    line = {"step": n, **callback(n, state.params)}
+                    print(json.dumps(line), file=log, flush=True)
+                if stop:
+                    manager.close()
+                    raise Preempted(f"told to stop, saved at step {n} of {config.steps} in {out}")
         manager.close()
     return state.params
 
