@@ -97,10 +97,15 @@ def grow() -> None:
     from launch.train import train
     from twig_jax import api
 
-    model = api.load()
-    config = dataclasses.replace(get_config(), steps=_GROW_STEPS.value, out=_OUT.value)
-    config = dataclasses.replace(config, save_every=max(1, config.steps // 4))
-    train(config, model=model, say=say)
+    steps = _GROW_STEPS.value
+    config = dataclasses.replace(
+        get_config(),
+        base=str(api.DIGITS / "base"),
+        steps=steps,
+        save_every=max(1, steps // 4),
+        out=_OUT.value,
+    )
+    train(config, say=say)
 
 
 def compare() -> None:

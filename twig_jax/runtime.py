@@ -2,6 +2,8 @@
 
 import os
 import platform
+import resource
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,16 @@ def environment() -> dict[str, Any]:
             "flax": flax.__version__,
         },
     }
+
+
+def memory_used() -> int:
+    """Most bytes in use so far: of the first device, or of the process where that is the CPU."""
+    stats = jax.local_devices()[0].memory_stats()
+    if stats is not None and "peak_bytes_in_use" in stats:
+        return stats["peak_bytes_in_use"]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
 
 
 def bandwidth() -> float:

@@ -363,12 +363,38 @@ def test_a_saved_position_goes_on_exactly(tmp_path, workers):
     later.close()
 
 
+@pytest.mark.parametrize(("before", "after"), [(1, 3), (2, 3), (3, 2), (3, 1)])
+def test_other_numbers_of_shards_go_on_with_what_is_left(before, after):
+    """Nothing is lost and nothing comes twice, though some shards had read further than others."""
+    sizes = np.random.default_rng(0).integers(1, 30, 700)
+    samples = [sample(n, (int(size),), (n % 2,), n) for n, size in enumerate(sizes)]
+    drawn, states = [], []
+    for index in range(before):
+        stream = batches(samples, shard=(index, before), epochs=1)
+        drawn += [next(stream) for _ in range(3)]
+        states.append(json.loads(json.dumps(stream.get_state())))
+        stream.close()
+    if before > 1:
+        assert len({state["read"] for state in states}) > 1
+    read = 0
+    for index, state in enumerate(InstructBatches.reshard(states, after)):
+        stream = batches(samples, shard=(index, after), epochs=1)
+        stream.set_state(state)
+        read += stream.counters["samples"]
+        drawn += list(stream)
+        stream.close()
+    assert max(state["read"] for state in states) * before == read
+    assert sorted(names_of(drawn)) == sorted(given.id for given in samples)
+
+
 def test_positions_do_not_fit_other_data():
     samples = [sample(n) for n in range(8)]
     state = batches(samples).get_state()
-    for other in (batches(samples[:7]), batches(samples, seed=1), batches(samples, shard=(0, 2))):
-        with pytest.raises(ValueError, match="the same data, seed and number of hosts"):
+    for other in (batches(samples[:7]), batches(samples, seed=1)):
+        with pytest.raises(ValueError, match="the same data and seed"):
             other.set_state(state)
+    with pytest.raises(ValueError, match="reshard"):
+        batches(samples, shard=(0, 2)).set_state(state)
 
 
 def test_bad_samples_are_logged_counted_and_left_out(tmp_path, caplog):

@@ -160,12 +160,14 @@ def test_patch_words_name_what_is_there(tokenizer, batch):
                 assert words[3:] == [None, None]
 
 
-def test_start_continues_exactly(tokenizer):
+def test_a_saved_position_goes_on_exactly(tokenizer):
     whole = batches(tokenizer)
     drawn = [next(whole) for _ in range(4)]
-    assert whole.step == 4
-    later = batches(tokenizer, start=2)
-    assert later.step == 2
+    assert whole.get_state() == {"step": 4}
+    later = batches(tokenizer)
+    next(later)
+    later.set_state({"step": 2})
+    assert later.get_state() == {"step": 2}
     for expected in drawn[2:]:
         assert_same(next(later), expected)
 
@@ -242,7 +244,6 @@ def test_a_batch_is_quick(tokenizer):
         ({"shard": (2, 2)}, r"shard \(2, 2\)"),
         ({"shard": (-1, 2)}, r"shard \(-1, 2\)"),
         ({"batch_size": 0}, "must be positive"),
-        ({"start": -1}, "start -1 not negative"),
     ],
 )
 def test_bad_settings_are_refused(tokenizer, settings, message):

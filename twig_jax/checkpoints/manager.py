@@ -8,20 +8,28 @@ from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 
 class CheckpointManager:
-    """Numbered checkpoints of a training state in one folder, the newest `keep` kept.
+    """Numbered checkpoints of a training state in one folder.
 
+    Kept are the newest `keep` and the one of the lowest loss, where losses are given.
     Saving is asynchronous and atomic: a folder appears under its final name only once it is whole.
     """
 
     def __init__(self, folder: str | Path, keep: int = 2) -> None:
+        policies = ocp.training.preservation_policies
+        best = policies.BestN(
+            get_metric_fn=lambda metrics: -metrics["loss"],
+            n=1,
+            keep_checkpoints_without_metrics=False,
+        )
         self._checkpointer = ocp.training.Checkpointer(
-            Path(folder).absolute(),
+            epath.Path(folder).absolute(),
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
             cleanup_tmp_directories=True,
         )
 
@@ -30,13 +38,26 @@ class CheckpointManager:
         found = self._checkpointer.latest
         return None if found is None else found.step
 
-    def save(self, step: int, state: Any, notes: dict[str, Any]) -> None:
+    def best(self) -> int | None:
+        """The step of the checkpoint of the lowest loss, the newest one where none has a loss."""
+        self.wait()
+        scored = [found for found in self._checkpointer.checkpoints if found.metrics is not None]
+        if not scored:
+            return self.latest()
+        return min(scored, key=lambda found: found.metrics["loss"]).step
+
+    def save(self, step: int, state: Any, notes: dict[str, Any], loss: float | None = None) -> None:
         """Starts saving `state` (a pytree of arrays) and JSON `notes` at `step`."""
-        self._checkpointer.save_async(step, state, custom_metadata=notes)
+        metrics = None if loss is None else {"loss": loss}
+        self._checkpointer.save_async(step, state, metrics=metrics, custom_metadata=notes)
 
     def restore(self, like: Any, step: int | None = None) -> Any:
         """The state at `step` (the newest if None), placed as the abstract tree `like` says."""
         return self._checkpointer.load(step, like)
+
+    def notes(self, step: int | None = None) -> dict[str, Any]:
+        """What was noted with the state at `step` (the newest if None)."""
+        return self._checkpointer.metadata(step).custom_metadata or {}
 
     def wait(self) -> None:
         """Blocks until what was started is on disk; raises what went wrong."""

@@ -26,6 +26,7 @@ from twig_jax.checkpoints.source import (
 from twig_jax.checkpoints.storage import Weights, read_json, write_json
 from twig_jax.checkpoints.tables import Params, flatten, twig_tensors
 from twig_jax.config import LlavaConfig, TextConfig, TwigConfig
+from twig_jax.sharding.placement import gather
 
 TWIG_FILE = "twig.json"
 TWIG_VERSION = 1
@@ -209,7 +210,7 @@ def fingerprint(config: LlavaConfig, base: Params, K: int) -> str:
     kernels["text/embed_tokens/embedding"] = base["text"]["embed_tokens"]["embedding"][:1024]
     for path, leaf in sorted(kernels.items()):
         rows, columns = (max(1, size // 64) for size in leaf.shape)
-        sample = np.asarray(leaf[::rows, ::columns]).astype(np.float32)
+        sample = gather(leaf[::rows, ::columns]).astype(np.float32)
         found.update(path.encode() + np.packbits(np.signbit(sample)).tobytes())
     return found.hexdigest()
 

@@ -7,7 +7,7 @@ how many workers there are.
 
 import copy
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -139,12 +139,15 @@ class InstructBatches:
             tokenizer, config, conventions, max_tokens=max_tokens, max_images=row_images
         )
         samples = grain.MapDataset.source(_Reader(source, encoder)).shuffle(seed=seed)
+        samples = samples.repeat(epochs)
         self._packer = _Packer(
-            samples.repeat(epochs)[shard[0] :: shard[1]],
+            samples[shard[0] :: shard[1]],
+            samples,
             Shape(batch_size, row_tokens, row_images, config.vision.image_size),
             config,
             epoch=len(source) // shard[1],
-            origin={"samples": len(source), "seed": seed, "shard": list(shard)},
+            origin={"samples": len(source), "seed": seed},
+            shard=shard,
             workers=workers,
             by_modality=by_modality,
             max_bad_fraction=max_bad_fraction,
@@ -167,6 +170,34 @@ class InstructBatches:
         Raises ValueError for a position in another source, order or shard.
         """
         self._batches.set_state(state)
+
+    @staticmethod
+    def reshard(states: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+        """Positions of `count` shards that together go on where others stopped.
+
+        states: of all those others, by shard. The order of reading is kept and every sample that
+        was not in a batch yet will be in one; which samples share a row becomes another.
+        """
+        others = len(states)
+        # All go on at the same place; what some have not read up to there, waits with the rest.
+        end = max(state["read"] for state in states) * others
+        waiting = [position for state in states for position in state["pool"]]
+        for shard, state in enumerate(states):
+            waiting += range(state["read"] * others + shard, end, others)
+        waiting.sort()
+        return [
+            {
+                **states[0],
+                "shard": [shard, count],
+                "read": -((shard - end) // count),
+                "pool": waiting[shard::count],
+                **{
+                    name: (sum(state[name] for state in states) + count - 1 - shard) // count
+                    for name in ("bad", "rows", "tokens", "images")
+                },
+            }
+            for shard in range(count)
+        ]
 
     @property
     def counters(self) -> dict[str, float]:
@@ -208,22 +239,28 @@ class _Reader:
 
 
 class _Packer:
-    """Packs samples in the order of reading; its state is the numbers of those that wait."""
+    """Packs samples in the order of reading; its state is the numbers of those that wait.
+
+    samples: this shard's; positions are numbers in `everyone`'s, of which it has every so manyth.
+    """
 
     def __init__(
         self,
         samples: Any,
+        everyone: Any,
         shape: Shape,
         config: LlavaConfig,
         *,
         epoch: int,
         origin: dict[str, Any],
+        shard: tuple[int, int],
         workers: int,
         by_modality: bool,
         max_bad_fraction: float,
     ) -> None:
         self.shape = shape
-        self._samples, self._config, self._epoch, self._origin = samples, config, epoch, origin
+        self._samples, self._everyone, self._config = samples, everyone, config
+        self._epoch, self._origin, self._shard = epoch, origin, list(shard)
         self._workers, self._by_modality = workers, by_modality
         self._max_bad_fraction = max_bad_fraction
         self._counts = {"read": 0, "bad": 0, "rows": 0, "tokens": 0, "images": 0}
@@ -240,18 +277,23 @@ class _Packer:
 
     def get_state(self) -> dict[str, Any]:
         pool = [sample.position for sample in self._pool]
-        return {"origin": self._origin, **self._counts, "pool": pool}
+        return {"origin": self._origin, "shard": self._shard, **self._counts, "pool": pool}
 
     def set_state(self, state: dict[str, Any]) -> None:
         if state["origin"] != self._origin:
             raise ValueError(
                 f"the saved position is one in {state['origin']}, this run reads {self._origin}: "
-                "go on with the same data, seed and number of hosts"
+                "go on with the same data and seed"
+            )
+        if state["shard"] != self._shard:
+            raise ValueError(
+                f"the saved position is that of shard {state['shard']}, this is {self._shard}; "
+                "reshard the positions of all shards"
             )
         self.close()
         self._counts = {name: state[name] for name in self._counts}
         with ThreadPoolExecutor(_THREADS) as threads:
-            samples = threads.map(self._samples.__getitem__, state["pool"])
+            samples = threads.map(self._everyone.__getitem__, state["pool"])
             self._pool = list(map(_received, state["pool"], samples))
 
     def close(self) -> None:
@@ -275,26 +317,27 @@ class _Packer:
 
     def _read(self) -> bool:
         """Reads one sample into the pool, or counts it as bad; False at the end."""
-        position = self._counts["read"]
-        if position == len(self._samples):
+        number = self._counts["read"]
+        if number == len(self._samples):
             return False
         if self._stream is None:
-            self._stream = self._open(position)
+            self._stream = self._open(number)
         sample = next(self._stream)
         self._counts["read"] += 1
         if isinstance(sample, BadSample):
             self._counts["bad"] += 1
             _LOG.warning("left out: %s", sample)
         else:
-            self._pool.append(_received(position, sample))
+            shard, count = self._shard
+            self._pool.append(_received(number * count + shard, sample))
         counts = self._counts
         check_bad(counts["bad"], counts["read"], self._epoch, self._max_bad_fraction)
         return True
 
-    def _open(self, position: int) -> Any:
+    def _open(self, number: int) -> Any:
         grain = _grain()
         options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_READY)
-        samples = self._samples[position:].to_iter_dataset(options)
+        samples = self._samples[number:].to_iter_dataset(options)
         if self._workers:
             from absl import flags
 

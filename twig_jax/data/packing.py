@@ -25,8 +25,8 @@ SHARED = -1
 class Encoded:
     """A sample as arrays, with n tokens and i images.
 
-    position: its number in the order of reading. tokens, targets: int32 [n], as in a batch.
-    is_visual: bool [n]. pixels: uint8 [i, H, W, 3].
+    position: its number in the order of reading, over all shards. tokens, targets: int32 [n], as
+    in a batch. is_visual: bool [n]. pixels: uint8 [i, H, W, 3].
     """
 
     position: int

@@ -10,9 +10,10 @@ restart there. `segments` tells turns apart, and marks the prefix as what all of
     targets    -1 -1 -1   | -1   -1    .. seven      </s>  -1   | -1    .. 3 </s> -1| -1
 """
 
+import itertools
 import queue
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -71,10 +72,9 @@ class DigitsBatches:
     """An endless iterator of batches; batch n is a function of the settings and n alone.
 
     tokenizer: as saved in assets/digits. batch_size: rows this shard gives per step.
-    row_tokens: length of a row. mix: share of each kind of question (None: questions.MIX). start:
-    the first step to give. shard: (index, count); shards of one step hold consecutive rows of one
-    global batch.
-    step: the step of the next item; another one with `start` set to it goes on from there.
+    row_tokens: length of a row. mix: share of each kind of question (None: questions.MIX). shard:
+    (index, count); shards of one step hold consecutive rows of one global batch.
+    Batches are drawn ahead by a thread, which `close` ends.
 
     Each item, with B = batch_size, S = row_tokens, P = length of the prefix:
       pixels         float32 [B, 1, 96, 96, 3]  normalised
@@ -89,7 +89,7 @@ class DigitsBatches:
                                         row, column, shade and size (-1 and -1 where blank)
 
     Turns that no row can hold are left out. Raises ValueError for rows that no turn fits, a bad
-    shard or start, or a tokenizer made for other data.
+    shard, or a tokenizer made for other data.
     """
 
     def __init__(
@@ -104,16 +104,14 @@ class DigitsBatches:
         mean: tuple[float, ...] = images.CLIP_MEAN,
         std: tuple[float, ...] = images.CLIP_STD,
         mix: Mapping[str, float] | None = None,
-        start: int = 0,
         shard: tuple[int, int] = (0, 1),
     ) -> None:
         if not 0 <= shard[0] < shard[1]:
             raise ValueError(f"shard {shard} is not (index, count) with 0 <= index < count")
-        if batch_size < 1 or start < 0:
-            raise ValueError(
-                f"batch_size {batch_size} must be positive, start {start} not negative"
-            )
-        self.step = start
+        if batch_size < 1:
+            raise ValueError(f"batch_size {batch_size} must be positive")
+        self._step = 0
+        self._ahead: Generator[Batch] | None = None
         self._tokenizer, self._encoder = tokenizer, WordEncoder(tokenizer)
         self._split, self._seed, self._mix = split, seed, mix
         self._batch_size, self._row_tokens, self._shard = batch_size, row_tokens, shard
@@ -127,11 +125,42 @@ class DigitsBatches:
         return self
 
     def __next__(self) -> Batch:
-        first = (self.step * self._shard[1] + self._shard[0]) * self._batch_size
+        if self._ahead is None:
+            self._ahead = prefetch(map(self._batch, itertools.count(self._step)))
+        batch = next(self._ahead)
+        self._step += 1
+        return batch
+
+    def get_state(self) -> dict[str, Any]:
+        """The position behind the last batch that was given, to be saved as JSON."""
+        return {"step": self._step}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes on from a saved position."""
+        self.close()
+        self._step = state["step"]
+
+    @staticmethod
+    def reshard(states: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+        """Positions of `count` shards that go on where others stopped."""
+        return [states[0]] * count
+
+    @property
+    def counters(self) -> dict[str, float]:
+        """Nothing is counted: no sample is bad."""
+        return {}
+
+    def close(self) -> None:
+        """Ends the thread."""
+        if self._ahead is not None:
+            self._ahead.close()
+            self._ahead = None
+
+    def _batch(self, step: int) -> Batch:
+        first = (step * self._shard[1] + self._shard[0]) * self._batch_size
         rows = [self._row(first + row) for row in range(self._batch_size)]
         batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
         batch["pixels"] = images.normalize(batch["pixels"], self._mean, self._std)[:, None]
-        self.step += 1
         return batch
 
     def _row(self, index: int) -> Batch:
@@ -218,7 +247,7 @@ class _PatchNames:
         return names
 
 
-def prefetch(iterator: Iterator[Any], n: int = 2) -> Iterator[Any]:
+def prefetch(iterator: Iterator[Any], n: int = 2) -> Generator[Any]:
     """The same items in the same order, up to n of them drawn ahead by a background thread.
 
     The thread starts with the first item asked for. An error in the iterator is raised where its
@@ -231,7 +260,7 @@ def prefetch(iterator: Iterator[Any], n: int = 2) -> Iterator[Any]:
     return _prefetched(iterator, n)
 
 
-def _prefetched(iterator: Iterator[Any], n: int) -> Iterator[Any]:
+def _prefetched(iterator: Iterator[Any], n: int) -> Generator[Any]:
     done = object()
     items: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(n)
     closed = threading.Event()

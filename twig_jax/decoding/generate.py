@@ -11,7 +11,6 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from twig_jax.config import LlavaConfig, TwigConfig
 from twig_jax.decoding.buckets import (
@@ -33,8 +32,7 @@ from twig_jax.decoding.settings import Controls, Request, Result, Settings, cont
 from twig_jax.decoding.transcript import Detokenize, Transcript
 from twig_jax.models.llava import Params
 from twig_jax.pruning.budget import retained
-from twig_jax.sharding.placement import partition
-from twig_jax.sharding.rules import shardings
+from twig_jax.sharding.placement import distribute, gather, partition
 
 _log = logging.getLogger(__name__)
 
@@ -100,7 +98,7 @@ class Generator:
             twig_config.check(config.text.num_layers)
         weights = Weights(base, twig)
         if mesh is not None:
-            weights = jax.device_put(weights, shardings(weights, mesh))
+            weights = distribute(weights, mesh)
         self.weights = weights
         self._weights_bytes = nbytes(weights)
         self.buckets = tuple(buckets)
@@ -251,13 +249,6 @@ class Generator:
         """Replaces a row by row 0 of another state. The first state's buffers are reused."""
         with self.context():
             return _insert(state, row, other, 0)
-
-    def fetch(self, tree: Any) -> Any:
-        """Numpy arrays of device arrays, on every host."""
-        if self.mesh is not None and jax.process_count() > 1:
-            everywhere = NamedSharding(self.mesh, P())
-            tree = jax.jit(lambda x: x, out_shardings=everywhere)(tree)
-        return jax.device_get(tree)
 
     def prepare(
         self,
@@ -438,10 +429,10 @@ class Generator:
             quickest = np.inf
             for _ in range(4):  # the first compiles
                 state, _ = self.prefill(replace(prepared, inputs=blank, controls=every), [])
-                before = self.fetch(state.iterations)
+                before = gather(state.iterations)
                 began = time.perf_counter()
                 state = self.decode(program, state, np.zeros(rows, bool), _MEASURED)
-                steps = int((self.fetch(state.iterations) - before).max())
+                steps = int((gather(state.iterations) - before).max())
                 quickest = min(quickest, (time.perf_counter() - began) / max(steps, 1))
             times[drafts] = quickest
         cost = np.interp(np.arange(W), list(times), list(times.values())) / times[0] - 1

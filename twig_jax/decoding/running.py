@@ -12,6 +12,7 @@ from twig_jax.decoding.network import Program
 from twig_jax.decoding.prefill import Signals
 from twig_jax.decoding.settings import Request, Result
 from twig_jax.decoding.transcript import Transcript
+from twig_jax.sharding.placement import gather
 
 if TYPE_CHECKING:
     from twig_jax.decoding.generate import Generator
@@ -88,7 +89,7 @@ class Running:
         chosen = (
             [b for b, row in enumerate(self.rows) if row is not None] if which is None else which
         )
-        trace, iterations = self.generator.fetch((self.state.trace, self.state.iterations))
+        trace, iterations = gather((self.state.trace, self.state.iterations))
         signals: dict[int, Any] = {}
         out = []
         for b in chosen:
@@ -96,7 +97,7 @@ class Running:
             assert row is not None
             if id(row.signals) not in signals:
                 seen = row.signals
-                fetched = self.generator.fetch((seen.scores, seen.kept, seen.logits))
+                fetched = gather((seen.scores, seen.kept, seen.logits))
                 signals[id(row.signals)] = fetched
             scores, kept, logits = (x[row.of] for x in signals[id(row.signals)])
             size, rounds = len(row.transcript.tokens), int(iterations[b])
@@ -123,7 +124,7 @@ class Running:
 
     def _read(self) -> None:
         """Takes over what the device has produced, and ends rows that are through."""
-        tokens, n, done = self.generator.fetch((self.state.tokens, self.state.n, self.state.done))
+        tokens, n, done = gather((self.state.tokens, self.state.n, self.state.done))
         for b, row in enumerate(self.rows):
             if row is None or row.done:
                 continue

@@ -42,3 +42,9 @@ def init_twig(
         raise ValueError(f"a base of {text.num_layers} layers has no layers {first} + {twig.T}")
     layers = {f"layers_{t}": base["text"][f"layers_{first + t}"] for t in range(twig.T)}
     return jax.tree.map(jnp.array, {**layers, **head})
+
+
+def feeding(base: Params, K: int) -> Params:
+    """The part of a base that a twig on layer K - 1 reads."""
+    kept = ["embed_tokens", *(f"layers_{k}" for k in range(K))]
+    return {**base, "text": {name: base["text"][name] for name in kept}}

@@ -1,9 +1,13 @@
-"""Where activations and caches live, when a mesh is set."""
+"""Where arrays live on a mesh, and how they get there and back."""
 
 from typing import Any
 
 import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+
+from twig_jax.sharding.rules import shardings
 
 ROWS = ("data", "fsdp")
 
@@ -29,3 +33,29 @@ def spread(x: jax.Array, *axes: str | None) -> jax.Array:
     if mesh.empty:
         return x
     return jax.lax.with_sharding_constraint(x, partition(x.shape, axes, mesh))
+
+
+def distribute(tree: Any, mesh: Mesh) -> Any:
+    """Parameters in their shardings; every host has the same ones and places its own parts."""
+
+    def put(x: Any, sharding: NamedSharding) -> jax.Array:
+        if sharding.is_fully_addressable or not getattr(x, "is_fully_addressable", True):
+            return jax.device_put(x, sharding)
+        # device_put would compare the values of all hosts first.
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    return jax.tree.map(put, tree, shardings(tree, mesh))
+
+
+def gather(tree: Any) -> Any:
+    """Numpy arrays of device arrays, on every host; all hosts call it."""
+
+    def whole(x: Any) -> Any:
+        if not isinstance(x, jax.Array) or x.is_fully_addressable:
+            return x
+        everywhere = NamedSharding(x.sharding.mesh, P())  # type: ignore[attr-defined]
+        # One by one, as they would not all fit onto each device.
+        return jax.device_get(jax.jit(lambda x: x, out_shardings=everywhere)(x))
+
+    return jax.device_get(jax.tree.map(whole, tree))

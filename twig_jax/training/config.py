@@ -2,7 +2,10 @@
 
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 
+from twig_jax.checkpoints.config_files import read_config
+from twig_jax.checkpoints.llava import local_folder
 from twig_jax.config import LlavaConfig, TwigConfig
 from twig_jax.presets import preset
 
@@ -25,11 +28,24 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Digits pages with as many questions each as fit into a row of `row_tokens` tokens."""
+    """What rows are made of; a batch has so many rows over all hosts.
+
+    source: conversations, as `sources.open_source` takes it with `images`; None for digits pages
+    with as many questions each as fit into a row, in the shares of `mix`. validation: conversations
+    held out, with images beside those of the source. The other fields are `InstructBatches`'.
+    """
 
     batch_size: int = 32
     row_tokens: int = 404
     mix: tuple[tuple[str, float], ...] | None = None
+    source: str | None = None
+    images: str | None = None
+    validation: str | None = None
+    row_images: int = 1
+    max_tokens: int | None = None
+    workers: int = 0
+    by_modality: bool = False
+    max_bad_fraction: float = 0.01
 
 
 @dataclass(frozen=True)
@@ -41,25 +57,51 @@ class TrainConfig:
     steps: int
     preset: str = "digits"
     layers: int | None = None  # decoder layers, where fewer than the preset's
-    base: str | None = None  # run folder or model folder that the base is read from
+    K: int | None = None  # these three where other than the preset's
+    T: int | None = None
+    K_f: int | None = None
+    base: str | None = None  # run folder, model folder or hub id that the base is read from
+    base_dtype: str = "float32"  # that a frozen base is held and computed in
+    whole_base: bool = True  # False: only the layers below the twig; nothing is validated
     deepen: tuple[int | None, ...] | None = None  # see models.grow.deepen
     twig_init: str = "next"  # "next", "last", "random", or a twig folder to be trained on
     optim: OptimConfig = OptimConfig()
+    ema: float | None = None  # decay of a moving average of the parameters, which is the result
     data: DataConfig = DataConfig()
     seed: int = 0
     content_weight: float = 1.0  # loss weight of words that depend on the page ("base" stage)
     naming_weight: float = 0.0  # share of the vision stage's loss in the "base" stage
     log_every: int = 20
     save_every: int = 200
+    keep: int = 2  # newest checkpoints kept, beside the one of lowest validation loss
+    best: bool = False  # that one is the result, not the last
+    validation_samples: int = 64
     accumulate: int = 1  # parts that the rows of a batch are taken in
     head_chunk: int = 512  # tokens of a row whose logits are there at one time
     remat: bool = False  # compute the twig's layers again in the backward pass, to save memory
     mesh: tuple[int, int, int] = (0, 1, 1)
 
     def model(self) -> tuple[LlavaConfig, TwigConfig]:
-        """The base and twig configuration of this run."""
+        """The base and twig configuration of this run; a twig's base has its own in its folder."""
         base, twig = preset(self.preset)
         if self.layers is not None:
             text = dataclasses.replace(base.text, num_layers=self.layers)
             base = dataclasses.replace(base, text=text)
+        folder = self.model_folder()
+        if self.stage == "twig" and folder is not None:
+            base = read_config(folder)
+        given = {"K": self.K, "T": self.T, "K_f": self.K_f}
+        twig = dataclasses.replace(twig, **{k: v for k, v in given.items() if v is not None})
         return base, twig
+
+    def model_folder(self) -> Path | None:
+        """The folder of a base in a published format, if that is where it is read from.
+
+        Raises FileNotFoundError for a `base` that is neither that nor a training run's folder.
+        """
+        if self.base is None or (Path(self.base) / "checkpoints").is_dir():
+            return None
+        folder = local_folder(self.base)
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError(f"{folder} is neither a training run nor a model folder")
+        return folder

@@ -1,35 +1,50 @@
 """The training loop that all three stages share."""
 
+import contextlib
 import dataclasses
 import json
+import logging
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from twig_jax.checkpoints.manager import CheckpointManager
-from twig_jax.data.digits import ASSETS
-from twig_jax.data.pipeline import DigitsBatches, prefetch
-from twig_jax.data.tokens import load_tokenizer
+from twig_jax.checkpoints.twig import fingerprint
+from twig_jax.config import LlavaConfig, TwigConfig
 from twig_jax.models.llava import Params
+from twig_jax.runtime import memory_used
 from twig_jax.sharding.mesh import make_mesh
-from twig_jax.sharding.rules import shardings
+from twig_jax.sharding.placement import distribute
 from twig_jax.training.config import TrainConfig
-from twig_jax.training.losses import Loss, base_loss, twig_loss, vision_loss
+from twig_jax.training.data import Batches, State, open_batches, row_shard
+from twig_jax.training.log import Log
+from twig_jax.training.losses import Loss, base_loss, twig_agreement, twig_loss, vision_loss
 from twig_jax.training.optim import optimizer, schedule
 from twig_jax.training.preemption import Preempted, preemption
-from twig_jax.training.step import batch_sharding, init_state, make_step
+from twig_jax.training.step import TrainState, batch_sharding, init_state, make_step
 
 Callback = Callable[[int, Params], dict[str, float]]
 
+# The figure of a callback that says which checkpoint is the best: the lowest.
+VALIDATION_LOSS = "validation/loss"
 
-def stage_loss(config: TrainConfig) -> Loss:
+# Steps in a row that may be skipped before a run is given up.
+_PATIENCE = 10
+
+# What a checkpoint's run and the one that goes on from it must have in common.
+_SHAPE = ("stage", "preset", "layers", "K", "T", "K_f", "ema")
+
+_LOG = logging.getLogger(__name__)
+
+
+def stage_loss(config: TrainConfig, base: LlavaConfig, twig: TwigConfig) -> Loss:
     """The loss of the run's stage; ValueError names the stages there are."""
-    base, twig = config.model()
     match config.stage:
         case "vision":
             return vision_loss(base)
@@ -48,85 +63,108 @@ def fit(
     callback: Callback | None = None,
     progress: bool = True,
 ) -> Params:
-    """Trains `params` for `config.steps` steps, resuming from a checkpoint in `config.out`.
+    """Trains `params` for `config.steps` steps, going on from a checkpoint in `config.out`.
 
     `frozen` are parameters the loss reads but never changes (the base, when the twig trains).
-    `callback(step, params)` runs at every checkpoint; its figures are logged with the others, one
-    JSON line at a time, in `out/metrics.jsonl`. Returns the trained parameters. Raises
-    FloatingPointError after ten steps in a row whose loss is not finite; the last good checkpoint
-    stays. On SIGTERM it saves and raises Preempted.
+    `callback(step, params)` runs before every checkpoint; its figures are logged with the others
+    (see `Log`), and its VALIDATION_LOSS decides which checkpoint is the best. On several hosts all
+    call this with the same arguments. Returns the trained parameters: the last, the best or the
+    averaged ones, as configured.
+
+    Raises ValueError for settings that do not fit together, and for checkpoints of another model
+    or base; FloatingPointError after ten steps in a row whose loss is not finite, where the last
+    good checkpoint stays; Preempted, saved, when told to stop; and what the data raise.
     """
-    out = Path(config.out)
+    out = epath.Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
-    base, _ = config.model()
+    base, twig = config.model()
     mesh = make_mesh(*config.mesh)
+    rows = batch_sharding(mesh)
+    _check_rows(config, mesh.size // mesh.shape["tensor"])
+    shard = row_shard(rows, config.data.batch_size)
     tx = optimizer(config.optim, config.steps)
     learning_rate = schedule(config.optim, config.steps)
-    with jax.set_mesh(mesh):
-        params = jax.device_put(params, shardings(params, mesh))
-        frozen = jax.device_put(frozen, shardings(frozen, mesh))
-        state = jax.jit(init_state, static_argnums=1)(params, tx)
-        step = make_step(stage_loss(config), tx, config.accumulate)
-        manager = CheckpointManager(out / "checkpoints")
+    measured = config.stage == "twig" and config.whole_base
+    agreement = jax.jit(twig_agreement(base, twig, config.head_chunk)) if measured else None
+    with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
+        params, frozen = distribute(params, mesh), distribute(frozen, mesh)
+        grown_on = fingerprint(base, frozen, twig.K) if config.stage == "twig" else None
+        state = jax.jit(init_state, static_argnums=(1, 2))(params, tx, config.ema is not None)
+        step = make_step(stage_loss(config, base, twig), tx, config.accumulate, config.ema)
+        manager = CheckpointManager(out / "checkpoints", config.keep)
+        stack.callback(manager.close)
+        batches = open_batches(config, base, shard)
+        stack.callback(batches.close)
         start = manager.latest() or 0
         if start:
-            like = jax.tree.map(
-                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
-            )
-            state = manager.restore(like)
-        data = DigitsBatches(
-            load_tokenizer(ASSETS),
-            seed=config.seed,
-            batch_size=config.data.batch_size,
-            row_tokens=config.data.row_tokens,
-            image_token_id=base.image_token_id,
-            mean=base.vision.image_mean,
-            std=base.vision.image_std,
-            mix=None if config.data.mix is None else dict(config.data.mix),
-            start=start,
+            notes = manager.notes(start)
+            _check_notes(notes, config, grown_on)
+            state = manager.restore(_like(state), start)
+            _go_on(batches, notes["data"], shard)
+        log = stack.enter_context(Log(out, start))
+        told_to_stop = stack.enter_context(preemption())
+        show = progress and not jax.process_index()
+        bar = stack.enter_context(
+            tqdm(total=config.steps, initial=start, disable=not show, unit="step")
         )
-        batches = prefetch(data)
-        rows = batch_sharding(mesh)
+        clock = _Clock()
         pending: list[dict[str, Any]] = []
         bad = 0
-        began = time.monotonic()
-        with (
-            preemption() as told_to_stop,
-            tqdm(total=config.steps, initial=start, disable=not progress, unit="step") as bar,
-            (out / "metrics.jsonl").open("a") as log,
-        ):
-            for n in range(start + 1, config.steps + 1):
-                state, metrics = step(state, frozen, jax.device_put(next(batches), rows))
-                pending.append(metrics)
-                bar.update()
-                last = n == config.steps
-                stop = told_to_stop(n) and not last
-                save = n % config.save_every == 0 or last
-                if n % config.log_every == 0 or last or stop:
-                    fetched = jax.device_get(pending)
-                    for m in fetched:
-                        bad = bad + 1 if m["skipped"] else 0
-                        if bad >= 10:
-                            raise FloatingPointError(
-                                f"ten steps in a row up to step {n} had a loss that is not finite; "
-                                f"the checkpoint of step {manager.latest()} in {out} is good: "
-                                "lower the learning rate and start again from it"
-                            )
-                    line = {"step": n, "lr": float(learning_rate(n)), **summarise(fetched)}
-                    line["step_time"] = (time.monotonic() - began) / len(pending)
-                    pending, began = [], time.monotonic()
-                    bar.set_postfix_str(f"loss {line['loss']:.3f}")
-                    print(json.dumps(line), file=log, flush=True)
-                if save or stop:
-                    manager.save(n, state, {"config": dataclasses.asdict(config)})
-                if save and callback is not None:
-                    line = {"step": n, **callback(n, state.params)}
-                    print(json.dumps(line), file=log, flush=True)
-                if stop:
-                    manager.close()
-                    raise Preempted(f"told to stop, saved at step {n} of {config.steps} in {out}")
-        manager.close()
-    return state.params
+        for n in range(start + 1, config.steps + 1):
+            with clock.waiting():
+                local = next(batches)
+            batch = {
+                name: jax.make_array_from_process_local_data(rows, x) for name, x in local.items()
+            }
+            state, metrics = step(state, frozen, batch)
+            pending.append(metrics)
+            clock.steps += 1
+            if n == start + 1:
+                jax.block_until_ready(metrics)
+                clock = _Clock()  # without the compiler's time
+            bar.update()
+            last = n == config.steps
+            stop = told_to_stop(n) and not last
+            save = n % config.save_every == 0 or last
+            if n % config.log_every == 0 or last or stop:
+                fetched = jax.device_get(pending)
+                for m in fetched:
+                    bad = bad + 1 if m["skipped"] else 0
+                    if bad >= _PATIENCE:
+                        raise FloatingPointError(
+                            f"ten steps in a row up to step {n} had a loss that is not finite; the "
+                            f"checkpoint of step {manager.latest()} in {out} is good: lower the "
+                            "learning rate and start again from it"
+                        )
+                line = {"lr": float(learning_rate(n - 1)), **summarise(fetched)}
+                line |= clock.read((1 - line["padding"]) * batch["segments"].size)
+                line |= batches.counters
+                if agreement is not None:
+                    same = jax.device_get(agreement(state.params, frozen, batch))
+                    line |= summarise([{"agreement": same}])
+                line["memory_gib"] = memory_used() / 2**30
+                log.write(n, line)
+                bar.set_postfix_str(_brief(line))
+                pending, clock = [], _Clock()
+            if save or stop:
+                jax.block_until_ready(metrics)
+                with clock.stopped():
+                    figures = callback(n, state.result) if save and callback else {}
+                    notes = {
+                        "config": dataclasses.asdict(config),
+                        "base": grown_on,
+                        "data": _positions(batches, shard),
+                    }
+                    manager.save(n, state, notes, figures.get(VALIDATION_LOSS))
+                    if figures:
+                        log.write(n, figures)
+            if stop:
+                manager.wait()
+                raise Preempted(f"told to stop, saved at step {n} of {config.steps} in {out}")
+        if config.best and (best := manager.best()) not in (None, config.steps):
+            _LOG.warning("the best checkpoint is that of step %s", best)
+            state = manager.restore(_like(state), best)
+    return state.result
 
 
 def summarise(metrics: list[dict[str, Any]]) -> dict[str, float]:
@@ -140,4 +178,96 @@ def summarise(metrics: list[dict[str, Any]]) -> dict[str, float]:
                 line[name] = float(total / count)
         else:
             line[name] = float(values.mean())
-    return {name: round(value, 5) for name, value in line.items()}
+    return line
+
+
+def _brief(line: dict[str, float]) -> str:
+    """The figures that a progress bar has room for."""
+    names = ("loss", "accuracy", "agreement", "tokens_per_s")
+    return ", ".join(f"{name} {line[name]:.4g}" for name in names if name in line)
+
+
+class _Clock:
+    """Times steps, and how long of it they waited for their input."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self._waited, self._began = 0.0, time.monotonic()
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self._waited += time.monotonic() - began
+
+    @contextlib.contextmanager
+    def stopped(self) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self._began += time.monotonic() - began
+
+    def read(self, tokens: float) -> dict[str, float]:
+        """Seconds a step and those it waited, and tokens a second for so many of a step."""
+        if not self.steps:
+            return {}
+        step_time = (time.monotonic() - self._began) / self.steps
+        return {
+            "step_time": step_time,
+            "input_wait": self._waited / self.steps,
+            "tokens_per_s": tokens / step_time,
+        }
+
+
+def _like(state: TrainState) -> TrainState:
+    """The state's shapes, types and shardings."""
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+    )
+
+
+def _check_notes(notes: dict[str, Any], config: TrainConfig, grown_on: str | None) -> None:
+    """Refuses checkpoints that are not this run's, and tells of settings that have changed."""
+    was, now = notes["config"], json.loads(json.dumps(dataclasses.asdict(config)))
+    other = [
+        f"{name} {was.get(name)}, now {now[name]}" for name in _SHAPE if was[name] != now[name]
+    ]
+    if other:
+        raise ValueError(
+            f"the checkpoints in {config.out} are of another model: {'; '.join(other)}; give the "
+            "run another folder (out)"
+        )
+    if notes["base"] != grown_on:
+        raise ValueError(
+            f"the checkpoints in {config.out} are of a twig on another base than {config.base}; "
+            "give the run another folder (out), or its own base"
+        )
+    changed = [f"{k}={now[k]} (was {was.get(k)})" for k in now if was.get(k) != now[k]]
+    if changed:
+        _LOG.warning("goes on with other settings than before: %s", ", ".join(changed))
+
+
+def _positions(batches: Batches, shard: tuple[int, int]) -> list[State]:
+    """The positions of all shards, on every host."""
+    mine = json.dumps([shard[0], batches.get_state()]).encode()
+    length = int(np.max(multihost_utils.process_allgather(np.array(len(mine)))))
+    padded = np.frombuffer(mine.ljust(length), np.uint8)
+    texts = multihost_utils.process_allgather(padded).reshape(-1, length)
+    states = dict(json.loads(text.tobytes()) for text in texts)
+    return [states[index] for index in range(shard[1])]
+
+
+def _go_on(batches: Batches, states: list[State], shard: tuple[int, int]) -> None:
+    """Goes on behind the positions of all shards there were."""
+    if len(states) != shard[1]:
+        states = batches.reshard(states, shard[1])
+    batches.set_state(states[shard[0]])
+
+
+def _check_rows(config: TrainConfig, parts: int) -> None:
+    size = config.accumulate * parts
+    if config.data.batch_size % size:
+        raise ValueError(
+            f"a batch of {config.data.batch_size} rows, taken in {config.accumulate} parts, does "
+            f"not split over {parts} devices: make data.batch_size a multiple of {size}, or give "
+            "the mesh a tensor axis"
+        )

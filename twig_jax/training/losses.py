@@ -7,6 +7,7 @@ each other, in which some tokens may be shared by all (`packing.SHARED`).
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -158,32 +159,75 @@ def base_loss(config: LlavaConfig, chunk: int, content_weight: float, naming_wei
     return loss
 
 
-def twig_loss(config: LlavaConfig, twig: TwigConfig, chunk: int, remat: bool) -> Loss:
+def twig_loss(config: LlavaConfig, twig: TwigConfig, chunk: int, remat: bool = False) -> Loss:
     """Next-token cross-entropy of trunk + twig on the answers; only the twig trains.
 
     Everything is computed in the type of the frozen base, with the twig's parameters and their
     gradients in the type they have. remat: the backward pass computes the twig's layers again.
     """
-    model, decoder = Llava(config), twig_decoder(config.text, twig)
+    run, logits = _twig(config, twig, remat)
+    model = Llava(config)
 
     def loss(params: Params, frozen: Params, batch: Batch) -> tuple[jax.Array, Metrics]:
-        _, x = _embed(model, frozen, batch)
-        where = batch["positions"], seen(batch["segments"])
-        x, _ = model.apply({"params": frozen}, x, *where, last=twig.K, method="run")
-        x = jax.lax.stop_gradient(x)
+        x = run(params, *_trunk(model, frozen, batch, twig.K))
+        return _cross_entropy(*_score(partial(logits, params), x, batch["targets"], chunk), batch)
 
-        def apply(params: Params, *args: Any, **kwargs: Any) -> Any:
-            # Cast where they are used: gradients of several uses then add up in their own type.
-            cast = jax.tree.map(lambda p: p.astype(x.dtype), params)
-            return decoder.apply({"params": cast}, *args, **kwargs)
+    return loss
 
+
+def twig_agreement(
+    config: LlavaConfig, twig: TwigConfig, chunk: int
+) -> Callable[[Params, Params, Batch], jax.Array]:
+    """A function of twig, whole base and batch: on how many targets their best words agree.
+
+    What it gives is (sum, count); the share is TokAR as it is to be expected of drafts.
+    """
+    run, logits = _twig(config, twig, False)
+    model = Llava(config)
+
+    def agreement(params: Params, frozen: Params, batch: Batch) -> jax.Array:
+        def head(x: jax.Array) -> jax.Array:
+            return model.apply({"params": frozen}, x, method="logits")
+
+        x, where = _trunk(model, frozen, batch, twig.K)
+        targets = batch["targets"]
+        _, drafted = _score(partial(logits, params), run(params, x, where), targets, chunk)
+        x, _ = model.apply({"params": frozen}, x, *where, first=twig.K, method="run")
+        _, said = _score(head, x, targets, chunk)
+        return jnp.stack([((drafted == said) & (targets >= 0)).sum(), (targets >= 0).sum()])
+
+    return agreement
+
+
+def _trunk(
+    model: Llava, frozen: Params, batch: Batch, K: int
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """What the twig reads: the states after base layer K - 1, and the positions and mask."""
+    _, x = _embed(model, frozen, batch)
+    where = batch["positions"], seen(batch["segments"])
+    x, _ = model.apply({"params": frozen}, x, *where, last=K, method="run")
+    return jax.lax.stop_gradient(x), where
+
+
+def _twig(config: LlavaConfig, twig: TwigConfig, remat: bool) -> tuple[Any, Any]:
+    """run(params, x, where) -> states, and logits(params, states), computed in the type of x."""
+    decoder = twig_decoder(config.text, twig)
+
+    def apply(params: Params, x: jax.Array, *args: Any, **kwargs: Any) -> Any:
+        # Cast where they are used: gradients of several uses then add up in their own type.
+        cast = jax.tree.map(lambda p: p.astype(x.dtype), params)
+        return decoder.apply({"params": cast}, x, *args, **kwargs)
+
+    def run(params: Params, x: jax.Array, where: tuple[jax.Array, jax.Array]) -> jax.Array:
         for t in range(twig.T):
 
             def layer(params: Params, x: jax.Array, t: int = t) -> jax.Array:
                 return apply(params, x, *where, first=t, last=t + 1, method="run")[0]
 
             x = (jax.checkpoint(layer) if remat else layer)(params, x)
-        scores = _score(lambda x: apply(params, x, method="logits"), x, batch["targets"], chunk)
-        return _cross_entropy(*scores, batch)
+        return x
 
-    return loss
+    def logits(params: Params, x: jax.Array) -> jax.Array:
+        return apply(params, x, method="logits")
+
+    return run, logits

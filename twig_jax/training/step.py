@@ -14,16 +14,25 @@ from twig_jax.training.losses import Batch, Loss, Metrics
 
 
 class TrainState(NamedTuple):
-    """What a step changes: trained parameters, optimizer state, and the step number."""
+    """What a step changes. `ema`: the parameters' moving average, None where none is kept."""
 
     params: Params
     opt_state: Any
     step: jax.Array  # int32
+    ema: Params | None = None
+
+    @property
+    def result(self) -> Params:
+        """The parameters to be used: averaged ones where there are."""
+        return self.params if self.ema is None else self.ema
 
 
-def init_state(params: Params, tx: optax.GradientTransformation) -> TrainState:
-    """The state before the first step. Moments take the parameters' shardings."""
-    return TrainState(params, tx.init(params), jnp.zeros((), jnp.int32))
+def init_state(
+    params: Params, tx: optax.GradientTransformation, averaged: bool = False
+) -> TrainState:
+    """The state before the first step. Moments and averages take the parameters' shardings."""
+    ema = jax.tree.map(jnp.copy, params) if averaged else None
+    return TrainState(params, tx.init(params), jnp.zeros((), jnp.int32), ema)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -31,13 +40,20 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(("data", "fsdp")))
 
 
-def make_step(loss: Loss, tx: optax.GradientTransformation, accumulate: int = 1) -> Any:
+def make_step(
+    loss: Loss,
+    tx: optax.GradientTransformation,
+    accumulate: int = 1,
+    decay: float | None = None,
+) -> Any:
     """A jitted step(state, frozen, batch) -> (state, metrics); the state's buffers are reused.
 
     The rows of a batch are taken in `accumulate` equal parts, one after the other, to save memory;
     parts count by the weight of their targets, so the step is that of the whole batch.
-    Metrics are those of the loss, `loss`, the norms of gradient and update, and `skipped`: a step
-    whose loss or gradient is not finite changes nothing but the step number, and counts there.
+    decay: of the moving average, in a state that has one.
+    Metrics are those of the loss, `loss`, the norms of gradient and update, `padding` (of all
+    tokens), and `skipped`: a step whose loss or gradient is not finite changes nothing but the
+    step number, and counts there.
     """
     value_and_grad = jax.value_and_grad(loss, has_aux=True)
 
@@ -66,16 +82,18 @@ def make_step(loss: Loss, tx: optax.GradientTransformation, accumulate: int = 1)
         norm = optax.tree.norm(grads)
         good = jnp.isfinite(value) & jnp.isfinite(norm)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        new = (optax.apply_updates(state.params, updates), opt_state)
-        params, opt_state = jax.tree.map(
-            lambda a, b: jnp.where(good, a, b), new, (state.params, state.opt_state)
-        )
+        params, ema = optax.apply_updates(state.params, updates), state.ema
+        if decay is not None:
+            ema = optax.incremental_update(params, ema, 1 - decay)
+        new = TrainState(params, opt_state, state.step, ema)
+        new = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, state)
         metrics |= {
             "loss": value,
             "grad_norm": norm,
             "update_norm": jnp.where(good, optax.tree.norm(updates), 0.0),
             "skipped": 1 - good,
+            "padding": jnp.stack([(batch["segments"] == 0).sum(), batch["segments"].size]),
         }
-        return TrainState(params, opt_state, state.step + 1), metrics
+        return new._replace(step=state.step + 1), metrics
 
     return jax.jit(step, donate_argnums=0)

@@ -1,0 +1,102 @@
+"""The batches of a run, on this host."""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import jax
+from jax.sharding import NamedSharding
+
+from twig_jax.config import LlavaConfig
+from twig_jax.data.digits import ASSETS
+from twig_jax.data.instruct import InstructBatches
+from twig_jax.data.packing import Batch
+from twig_jax.data.pipeline import DigitsBatches
+from twig_jax.data.sources import open_source
+from twig_jax.data.tokens import conventions, load_tokenizer
+from twig_jax.training.config import TrainConfig
+
+State = dict[str, Any]
+
+
+class Batches(Protocol):
+    """An iterator of batches whose position is JSON; `reshard` makes positions for more hosts."""
+
+    def __iter__(self) -> Iterator[Batch]: ...
+
+    def __next__(self) -> Batch: ...
+
+    def get_state(self) -> State: ...
+
+    def set_state(self, state: State) -> None: ...
+
+    @staticmethod
+    def reshard(states: Sequence[State], count: int) -> list[State]: ...
+
+    @property
+    def counters(self) -> dict[str, float]: ...
+
+    def close(self) -> None: ...
+
+
+def open_batches(
+    config: TrainConfig,
+    base: LlavaConfig,
+    shard: tuple[int, int] = (0, 1),
+    *,
+    validation: bool = False,
+) -> Batches:
+    """The training batches of a shard, or those held out for validation.
+
+    They are read as the base reads: by its folder's tokenizer and conventions, or those of digits.
+    Raises what the sources and the tokenizers raise for what is not there or does not fit.
+    """
+    data, folder = config.data, config.model_folder() or ASSETS
+    rows = data.batch_size // shard[1]
+    tokenizer = load_tokenizer(folder)
+    if data.source is None:
+        return DigitsBatches(
+            tokenizer,
+            split="validation" if validation else "train",
+            seed=config.seed,
+            batch_size=rows,
+            row_tokens=data.row_tokens,
+            image_token_id=base.image_token_id,
+            mean=base.vision.image_mean,
+            std=base.vision.image_std,
+            mix=None if data.mix is None else dict(data.mix),
+            shard=shard,
+        )
+    path = data.validation if validation else data.source
+    if path is None:
+        raise ValueError("nothing is held out: set data.validation")
+    return InstructBatches(
+        open_source(path, data.images),
+        tokenizer,
+        base,
+        conventions(folder),
+        batch_size=rows,
+        row_tokens=data.row_tokens,
+        row_images=data.row_images,
+        max_tokens=data.max_tokens,
+        seed=config.seed,
+        shard=shard,
+        workers=data.workers,
+        by_modality=data.by_modality,
+        max_bad_fraction=data.max_bad_fraction,
+    )
+
+
+def row_shard(sharding: NamedSharding, rows: int) -> tuple[int, int]:
+    """(index, count): which part of a batch of so many rows this host's devices hold.
+
+    Hosts whose devices hold the same rows get the same part. Raises ValueError where only some of
+    them are the same.
+    """
+    held = defaultdict(set)
+    for device, (index,) in sharding.devices_indices_map((rows,)).items():
+        held[device.process_index].add(index.indices(rows)[0])  # type: ignore[attr-defined]
+    parts = sorted({tuple(sorted(starts)) for starts in held.values()})
+    if sum(map(len, parts)) != len(set().union(*held.values())):
+        raise ValueError("hosts hold overlapping rows: let the tensor axis divide a host's devices")
+    return parts.index(tuple(sorted(held[jax.process_index()]))), len(parts)

@@ -1,0 +1,78 @@
+"""What a run starts from: its base and its twig, on the mesh."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from twig_jax.checkpoints.convert import placing
+from twig_jax.checkpoints.llava import open_llava
+from twig_jax.checkpoints.manager import CheckpointManager
+from twig_jax.checkpoints.twig import read_twig
+from twig_jax.models.grow import deepen
+from twig_jax.models.llava import Params, init_base
+from twig_jax.models.twig import init_twig
+from twig_jax.sharding.placement import distribute
+from twig_jax.training.config import TrainConfig
+
+
+def start_base(config: TrainConfig, mesh: Mesh) -> Params:
+    """The base of a run: random, a training run's or a model folder's; deepened if told.
+
+    Tensors of a model folder are put on the mesh one by one. Raises FileNotFoundError for a base
+    that is not there, ValueError for one that is damaged or not supported.
+    """
+    base_config, _ = config.model()
+    folder = config.model_folder()
+    if config.stage == "twig" and folder is not None:
+        with open_llava(folder) as (_, source):
+            return source.cast(config.base_dtype).tree(placing(mesh), _needed(config))
+    fresh = init_base(base_config, jax.random.key(config.seed))
+    if config.base is None:
+        base = fresh
+    elif folder is not None:
+        with open_llava(folder) as (_, source):
+            base = source.cast(np.float32).tree()
+    else:
+        manager = CheckpointManager(Path(config.base) / "checkpoints")
+        base = manager.restore(None)["params"]
+        manager.close()
+    if config.deepen is not None:
+        base = deepen(base, config.deepen)
+    elif len(base["text"]) != len(fresh["text"]):
+        # From the vision stage, whose decoder never ran: everything but the decoder's layers.
+        text = {k: v for k, v in base["text"].items() if not k.startswith("layers_")}
+        base = {**base, "text": {**fresh["text"], **text}}
+    if config.stage == "twig":
+        base = jax.tree.map(lambda x: jnp.asarray(x, config.base_dtype), base)
+    return distribute(base, mesh)
+
+
+def _needed(config: TrainConfig) -> str:
+    """A regular expression for the paths of the base that a twig's run reads."""
+    if config.whole_base:
+        return ""
+    base, twig = config.model()
+    layers = set(range(twig.K))
+    if config.twig_init in ("next", "last"):
+        first = twig.K if config.twig_init == "next" else base.text.num_layers - twig.T
+        layers |= set(range(first, first + twig.T))
+    return rf"(?!text/layers_)|text/layers_({'|'.join(map(str, sorted(layers)))})/"
+
+
+def start_twig(config: TrainConfig, base: Params, mesh: Mesh) -> Params:
+    """The float32 twig of a run: grown from its base, or a twig folder's to be trained on.
+
+    Raises FileNotFoundError and ValueError for folders that hold no twig of this base, and
+    ValueError for a twig of another shape than the run's.
+    """
+    base_config, twig_config = config.model()
+    if not Path(config.twig_init).is_dir():
+        twig = init_twig(base, base_config.text, twig_config, config.twig_init, config.seed)
+        return distribute(jax.tree.map(lambda x: x.astype(jnp.float32), twig), mesh)
+    grown, twig = read_twig(config.twig_init, base, base_config, np.float32)
+    if grown != twig_config:
+        raise ValueError(f"the twig in {config.twig_init} is {grown}, the run's is {twig_config}")
+    return distribute(twig, mesh)
