@@ -79,7 +79,7 @@ def test_sigterm_ends_with_the_status_that_asks_for_more(tmp_path):
         (["--config", "configs/digits_twig.py", "--set", "optim.rate=1"], "no setting"),
         (
             ["--config", "configs/digits_twig.py", "--set", "base=/nowhere"],
-            "neither a training run",
+            "no checkpoint folder /nowhere",
         ),
     ],
 )

@@ -1,96 +1,135 @@
-"""The loop: resuming is exact, also after being killed."""
+"""The loop: stopped anywhere, it loses nothing; what it notes is true."""
 
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
-from twig_jax.models.llava import init_base
-from twig_jax.models.twig import init_twig
-from twig_jax.presets import preset
-from twig_jax.training.config import DataConfig, OptimConfig, TrainConfig
+from tests.training.conftest import TINY
+from tests.training.worker import PREEMPTED, config, start
+from twig_jax.checkpoints.manager import CheckpointManager
 from twig_jax.training.loop import fit
 from twig_jax.training.preemption import Preempted
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS, KILLED_AT = 6, 4
 
-KILLED_RUN = f"""
-import os
-import sys
-from tests.training.conftest import TINY
-from tests.training.test_loop import config, start
-from twig_jax import presets
-from twig_jax.training.loop import fit
-
-presets.PRESETS["tiny"] = TINY
-fit(
-    config(sys.argv[1]),
-    *start(),
-    callback=lambda step, params: os._exit(9) if step == {KILLED_AT} else {{}},
-    progress=False,
-)
-"""
-
-
-def config(out, **changes):
-    settings = {
-        "preset": "tiny",
-        "steps": STEPS,
-        "save_every": 2,
-        "log_every": 3,
-        "optim": OptimConfig(lr=1e-2, clip=1.0),
-        "data": DataConfig(batch_size=8, row_tokens=212),
-    }
-    return TrainConfig("twig", str(out), **settings | changes)
+CONVERSATIONS = ("data.source=digits", "data.row_tokens=400", "data.row_images=1")
 
 
 def lines(out):
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
-def start():
-    """(twig, base), the same in any process."""
-    models, twig = preset("tiny")
-    rng = np.random.default_rng(0)
-    base = jax.tree.map(
-        lambda shape: rng.normal(0, 0.2, shape.shape).astype(np.float32),
-        jax.eval_shape(lambda key: init_base(models, key), jax.random.key(0)),
+def losses(out):
+    return {line["step"]: line["loss"] for line in lines(out) if "loss" in line}
+
+
+def worker(out, *settings, devices=8, **environment):
+    flags = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={devices}")
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.training.worker", str(out), *settings],
+        cwd=ROOT,
+        env={**os.environ, "XLA_FLAGS": flags, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
-    return init_twig(base, models.text, twig), base
 
 
-def test_killed_and_resumed_equals_never_stopped(tmp_path):
-    command = [sys.executable, "-c", KILLED_RUN, str(tmp_path / "killed")]
-    killed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert killed.returncode == 9, killed.stderr
-    resumed = fit(config(tmp_path / "killed"), *start(), progress=False)
-    whole = fit(
-        config(tmp_path / "whole"),
-        *start(),
-        callback=lambda step, params: {"tokar": step / 10},
-        progress=False,
-    )
-    jax.tree.map(np.testing.assert_array_equal, resumed, whole)
-    jax.tree.map(lambda a, b: np.any(a != b) or pytest.fail("untrained"), whole, start()[0])
+def two_workers(out, *settings):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    return [
+        worker(out, *settings, devices=4, ADDRESS=address, INDEX=str(index)) for index in range(2)
+    ]
 
-    log = lines(tmp_path / "whole")
-    assert [line["step"] for line in log] == [2, 3, 4, 6, 6]
-    assert [line["tokar"] for line in log if "tokar" in line] == [0.2, 0.4, 0.6]
-    training = log[1]
-    assert {"loss", "lr", "accuracy", "grad_norm", "skipped", "step_time"} <= training.keys()
-    assert 0 <= training["accuracy"] <= 1 and training["skipped"] == 0
 
-    # A run that is complete has nothing left to do.
-    again = fit(config(tmp_path / "whole"), *start(), progress=False)
-    jax.tree.map(np.testing.assert_array_equal, again, whole)
+def finish(process):
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err[-3000:]
+
+
+def state_of(out, step):
+    manager = CheckpointManager(out / "checkpoints")
+    state = manager.restore(None, step)
+    manager.close()
+    return state
+
+
+def assert_same(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@pytest.mark.parametrize("data", [(), CONVERSATIONS], ids=["pages", "conversations"])
+def test_killed_while_saving_and_resumed_equals_never_stopped(tmp_path, data):
+    """20 steps are 10, a kill -9 in the middle of saving, and the rest: bit for bit."""
+    process = worker(tmp_path / "killed", *data, DIE="10")
+    status, _, said = finish(process)
+    assert status == -signal.SIGKILL, said
+    left = {path.name for path in (tmp_path / "killed" / "checkpoints").iterdir()}
+    assert "10" not in left and any(name.startswith("10.") for name in left), left
+    before = losses(tmp_path / "killed")
+    assert set(before) == set(range(1, 11))
+
+    for name in ("killed", "whole"):
+        status, _, said = finish(worker(tmp_path / name, *data))
+        assert status == 0, said
+    assert_same(state_of(tmp_path / "killed", 20), state_of(tmp_path / "whole", 20))
+    # No step twice, and each as it would have been: the data came in the same order.
+    assert [line["step"] for line in lines(tmp_path / "killed")] == list(range(1, 21))
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    assert before == {n: loss for n, loss in losses(tmp_path / "whole").items() if n <= 10}
+    left = {path.name for path in (tmp_path / "killed" / "checkpoints").iterdir()}
+    assert left == {"15", "20"}
+
+
+@pytest.mark.parametrize("data", [(), CONVERSATIONS], ids=["pages", "conversations"])
+def test_two_processes_train_as_one(tmp_path, data):
+    """Four devices each, joined by real collectives, against one process with eight.
+
+    They save and are told to stop together, though only one gets the signal, and go on; the end is
+    one process's again.
+    """
+    fsdp = "mesh=(4, 2, 1)"
+    pair = two_workers(tmp_path / "two", fsdp, *data)
+    log = tmp_path / "two" / "metrics.jsonl"
+    deadline = time.monotonic() + 240
+    while not (log.exists() and len(losses(tmp_path / "two")) >= 2):
+        assert time.monotonic() < deadline and all(p.poll() is None for p in pair)
+        time.sleep(0.02)
+    pair[1].terminate()
+    ended = [finish(process) for process in pair]
+    assert [status for status, _, _ in ended] == [PREEMPTED, PREEMPTED], ended
+    stopped = max(losses(tmp_path / "two"))
+    assert all(f"saved at step {stopped} of 20" in out for _, out, _ in ended)
+    assert stopped < 20
+    assert str(stopped) in {path.name for path in (tmp_path / "two" / "checkpoints").iterdir()}
+
+    if data:
+        # Hosts read parts of the data; one process that goes on takes over all of them.
+        going_on = [worker(tmp_path / "two", fsdp, *data)]
+    else:
+        going_on = two_workers(tmp_path / "two", fsdp)
+    for status, _, said in map(finish, going_on):
+        assert status == 0, said
+    assert [line["step"] for line in lines(tmp_path / "two")] == list(range(1, 21))
+    if not data:
+        status, _, said = finish(worker(tmp_path / "one", fsdp))
+        assert status == 0, said
+        for step, loss in losses(tmp_path / "one").items():
+            # Sums come in another order, and differences grow as training goes on.
+            assert losses(tmp_path / "two")[step] == pytest.approx(loss, rel=1e-4)
 
 
 def test_told_to_stop_it_saves_and_goes_on_later(tmp_path):
@@ -99,18 +138,183 @@ def test_told_to_stop_it_saves_and_goes_on_later(tmp_path):
         return {}
 
     handler = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(Preempted, match="saved at step 3 of 6"):
+    with pytest.raises(Preempted, match="saved at step 6 of 20"):
         fit(config(tmp_path / "told"), *start(), callback=tell, progress=False)
     assert signal.getsignal(signal.SIGTERM) is handler
-    assert [line["step"] for line in lines(tmp_path / "told")] == [2, 3]
     resumed = fit(config(tmp_path / "told"), *start(), progress=False)
+    assert_same(resumed, fit(config(tmp_path / "whole"), *start(), progress=False))
+    # A run that is complete has nothing left to do.
+    assert_same(resumed, fit(config(tmp_path / "told"), *start(), progress=False))
+    assert [line["step"] for line in lines(tmp_path / "told")] == list(range(1, 21))
+
+
+def test_it_goes_on_over_another_mesh(tmp_path):
     whole = fit(config(tmp_path / "whole"), *start(), progress=False)
-    jax.tree.map(np.testing.assert_array_equal, resumed, whole)
+    with pytest.raises(Preempted):
+        fit(
+            config(tmp_path / "moved", "mesh=(8, 1, 1)"),
+            *start(),
+            callback=lambda step, params: os.kill(os.getpid(), signal.SIGTERM) or {},
+            progress=False,
+        )
+    moved = fit(config(tmp_path / "moved", "mesh=(2, 2, 2)"), *start(), progress=False)
+    assert moved["layers_0"]["q_proj"]["kernel"].sharding.shard_shape((32, 32)) == (16, 16)
+    for step, loss in losses(tmp_path / "whole").items():
+        assert losses(tmp_path / "moved")[step] == pytest.approx(loss, rel=1e-4)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-2, atol=1e-3), moved, whole)
+
+
+def test_what_is_noted(tmp_path):
+    """Figures of every kind, in the file and for TensorBoard; others' lines beyond are dropped."""
+    settings = ("steps=6", "save_every=2", "log_every=3")
+    trained = fit(
+        config(tmp_path, *settings),
+        *start(),
+        callback=lambda step, params: {"validation/loss": 1 / step},
+        progress=False,
+    )
+    jax.tree.map(lambda a, b: np.any(a != b) or pytest.fail("untrained"), trained, start()[0])
+    log = lines(tmp_path)
+    assert [line["step"] for line in log] == [2, 3, 4, 6, 6]
+    assert [line["validation/loss"] for line in log if "validation/loss" in line] == [
+        0.5,
+        0.25,
+        0.166667,
+    ]
+    training = log[1]
+    assert training.keys() >= {
+        *("loss", "lr", "accuracy", "agreement", "grad_norm", "update_norm", "skipped"),
+        *("step_time", "input_wait", "tokens_per_s", "padding", "memory_gib"),
+    }
+    for share in ("accuracy", "agreement", "padding"):
+        assert 0 <= training[share] <= 1
+    assert training["skipped"] == 0
+    assert 0 <= training["input_wait"] <= training["step_time"]
+    tokens = 8 * 212 * (1 - training["padding"])
+    assert training["tokens_per_s"] * training["step_time"] == pytest.approx(tokens, rel=1e-3)
+    noted = scalars(tmp_path / "tensorboard")
+    assert [step for step, name, _ in noted if name == "loss"] == [3, 6]
+    assert (2, "validation/loss", 0.5) in noted
+
+
+def scalars(folder):
+    """(step, name, value) of TensorBoard's files."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    found = []
+    for path in sorted(folder.iterdir()):
+        data = path.read_bytes()
+        while data:
+            length = int.from_bytes(data[:8], "little")
+            event = Event.FromString(data[12 : 12 + length])
+            found += [(event.step, v.tag, v.simple_value) for v in event.summary.value]
+            data = data[16 + length :]
+    return found
+
+
+def test_the_best_is_kept_and_can_be_the_result(tmp_path):
+    losses = {5: 3.0, 10: 1.0, 15: 2.0, 20: 4.0}
+    seen = {}
+
+    def callback(step, params):
+        seen[step] = jax.device_get(params)
+        return {"validation/loss": losses[step]}
+
+    best = fit(config(tmp_path, "best=True"), *start(), callback=callback, progress=False)
+    assert_same(best, seen[10])
+    kept = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    assert kept == {"10", "15", "20"}
+
+
+def test_the_average_of_parameters_is_the_result(tmp_path):
+    history = []
+    settings = ("steps=4", "save_every=1", "mesh=(8, 1, 1)")
+    fit(
+        config(tmp_path / "plain", *settings),
+        *start(),
+        callback=lambda step, params: history.append(jax.device_get(params)) or {},
+        progress=False,
+    )
+    averaged = fit(config(tmp_path / "ema", "ema=0.9", *settings), *start(), progress=False)
+    expected = start()[0]
+    for params in history:
+        expected = jax.tree.map(lambda a, b: 0.9 * a + 0.1 * b, expected, params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), averaged, expected)
+
+
+def test_agreement_is_how_often_the_base_says_the_same(tmp_path):
+    """A twig that is the base's own upper layers always does; another one does not."""
+    models, twig = TINY
+    assert (models.text.num_layers, 1) == (twig.K + twig.T, twig.T)
+    still = ("steps=1", "optim.lr=0.0")
+    fit(config(tmp_path / "same", *still), *start(), progress=False)
+    assert lines(tmp_path / "same")[0]["agreement"] == 1
+    grown, base = start()
+    other = jax.tree.map(lambda x: x[::-1], grown)
+    fit(config(tmp_path / "other", *still), other, base, progress=False)
+    assert lines(tmp_path / "other")[0]["agreement"] < 1
+
+
+def test_only_the_layers_below_are_needed(tmp_path):
+    twig, base = start()
+    whole = fit(config(tmp_path / "whole", "steps=3"), twig, base, progress=False)
+    below = {**base, "text": {k: base["text"][k] for k in ("embed_tokens", "layers_0")}}
+    settings = ("steps=3", "whole_base=False")
+    assert_same(whole, fit(config(tmp_path / "below", *settings), twig, below, progress=False))
+    assert "agreement" not in lines(tmp_path / "below")[0]
+
+
+def test_other_runs_are_refused(tmp_path, caplog):
+    twig, base = start()
+    fit(config(tmp_path, "steps=1"), twig, base, progress=False)
+    with pytest.raises(ValueError, match="another model: T None, now 2"):
+        fit(config(tmp_path, "steps=2", "T=2"), twig, base, progress=False)
+    other = jax.tree.map(lambda x: -x, base)
+    with pytest.raises(ValueError, match="a twig on another base"):
+        fit(config(tmp_path, "steps=2"), twig, other, progress=False)
+    fit(config(tmp_path, "steps=2", "seed=1"), twig, base, progress=False)
+    assert "steps=2 (was 1), seed=1 (was 0)" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["data.batch_size=12"], "make data.batch_size a multiple of 8"),
+        (["accumulate=2"], "make data.batch_size a multiple of 16"),
+        (["mesh=(3, 1, 1)"], "does not use the 8 devices"),
+        (["data.source=/nowhere.json"], "no data at /nowhere.json"),
+    ],
+)
+def test_settings_that_do_not_fit(tmp_path, settings, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        fit(config(tmp_path, *settings), *start(), progress=False)
+
+
+def test_bad_samples_are_counted_and_too_many_stop_the_run(tmp_path):
+    image = tmp_path / "page.png"
+    Image.fromarray(np.zeros((96, 96, 3), np.uint8)).save(image)
+    turns = [
+        {"from": "human", "value": "<image>\nWhat digit is in row B, column 3?"},
+        {"from": "gpt", "value": "seven"},
+    ]
+    rows = [
+        {"id": f"s{n}", "image": "page.png" if n % 50 else "none.png", "conversations": turns}
+        for n in range(200)
+    ]
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(rows))
+    data = (f"data.source={path}", "data.row_tokens=400", "data.row_images=2", "steps=2")
+    fit(config(tmp_path / "some", *data, "data.max_bad_fraction=0.05"), *start(), progress=False)
+    assert lines(tmp_path / "some")[1]["bad_samples"] > 0
+    with pytest.raises(ValueError, match="more than max_bad_fraction 0.001"):
+        fit(
+            config(tmp_path / "few", *data, "data.max_bad_fraction=0.001"), *start(), progress=False
+        )
 
 
 def test_ten_bad_steps_in_a_row_stop_the_run(tmp_path):
     twig, base = start()
     broken = jax.tree.map(lambda x: x * jnp.nan, twig)
     with pytest.raises(FloatingPointError, match="lower the learning rate"):
-        fit(config(tmp_path, steps=20, log_every=5), broken, base, progress=False)
+        fit(config(tmp_path, "log_every=5"), broken, base, progress=False)
     assert not (tmp_path / "metrics.jsonl").read_text().count('"step": 10')

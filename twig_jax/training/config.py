@@ -7,6 +7,7 @@ from pathlib import Path
 from twig_jax.checkpoints.config_files import read_config
 from twig_jax.checkpoints.llava import local_folder
 from twig_jax.config import LlavaConfig, TwigConfig
+from twig_jax.data.digits import ASSETS
 from twig_jax.presets import preset
 
 
@@ -105,3 +106,7 @@ class TrainConfig:
         if not (folder / "config.json").is_file():
             raise FileNotFoundError(f"{folder} is neither a training run nor a model folder")
         return folder
+
+    def reads_as(self) -> Path:
+        """The folder whose tokenizer and conventions data are read with: the base's or digits'."""
+        return self.model_folder() or ASSETS / "base"

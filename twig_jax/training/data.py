@@ -8,7 +8,6 @@ import jax
 from jax.sharding import NamedSharding
 
 from twig_jax.config import LlavaConfig
-from twig_jax.data.digits import ASSETS
 from twig_jax.data.instruct import InstructBatches
 from twig_jax.data.packing import Batch
 from twig_jax.data.pipeline import DigitsBatches
@@ -51,7 +50,7 @@ def open_batches(
     They are read as the base reads: by its folder's tokenizer and conventions, or those of digits.
     Raises what the sources and the tokenizers raise for what is not there or does not fit.
     """
-    data, folder = config.data, config.model_folder() or ASSETS
+    data, folder = config.data, config.reads_as()
     rows = data.batch_size // shard[1]
     tokenizer = load_tokenizer(folder)
     if data.source is None:

@@ -16,7 +16,6 @@ from tqdm import tqdm
 
 from twig_jax.checkpoints.manager import CheckpointManager
 from twig_jax.checkpoints.twig import fingerprint
-from twig_jax.config import LlavaConfig, TwigConfig
 from twig_jax.models.llava import Params
 from twig_jax.runtime import memory_used
 from twig_jax.sharding.mesh import make_mesh
@@ -43,8 +42,9 @@ _SHAPE = ("stage", "preset", "layers", "K", "T", "K_f", "ema")
 _LOG = logging.getLogger(__name__)
 
 
-def stage_loss(config: TrainConfig, base: LlavaConfig, twig: TwigConfig) -> Loss:
+def stage_loss(config: TrainConfig) -> Loss:
     """The loss of the run's stage; ValueError names the stages there are."""
+    base, twig = config.model()
     match config.stage:
         case "vision":
             return vision_loss(base)
@@ -90,7 +90,7 @@ def fit(
         params, frozen = distribute(params, mesh), distribute(frozen, mesh)
         grown_on = fingerprint(base, frozen, twig.K) if config.stage == "twig" else None
         state = jax.jit(init_state, static_argnums=(1, 2))(params, tx, config.ema is not None)
-        step = make_step(stage_loss(config, base, twig), tx, config.accumulate, config.ema)
+        step = make_step(stage_loss(config), tx, config.accumulate, config.ema)
         manager = CheckpointManager(out / "checkpoints", config.keep)
         stack.callback(manager.close)
         batches = open_batches(config, base, shard)

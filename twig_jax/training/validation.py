@@ -10,7 +10,6 @@ import jax
 import numpy as np
 
 from twig_jax.api import Model
-from twig_jax.data.digits import ASSETS
 from twig_jax.data.sources import BadSample, open_source
 from twig_jax.data.tokens import conventions, load_tokenizer
 from twig_jax.decoding.generate import Generator
@@ -55,9 +54,9 @@ def validation(
     base_config, twig_config = config.model()
     mesh = make_mesh(*config.mesh)
     rows = batch_sharding(mesh)
-    loss = jax.jit(stage_loss(config, base_config, twig_config))
+    loss = jax.jit(stage_loss(config))
     shard = row_shard(rows, config.data.batch_size)
-    folder = config.model_folder() or ASSETS
+    folder = config.reads_as()
     tokenizer = load_tokenizer(folder)
     reader = Model(Generator(base_config, {}), tokenizer, conventions(folder))
     held_out = _held_out(config, reader)
