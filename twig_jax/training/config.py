@@ -1,6 +1,7 @@
 """What one training run is: a frozen dataclass that configs/ fill in."""
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,10 +78,10 @@ class TrainConfig:
     keep: int = 2  # newest checkpoints kept, beside the one of lowest validation loss
     best: bool = False  # that one is the result, not the last
     validation_samples: int = 64
-    accumulate: int = 1  # parts that the rows of a batch are taken in
+    device_rows: int | None = None  # rows that each device takes at a time; None: all at once
     head_chunk: int = 512  # tokens of a row whose logits are there at one time
     remat: bool = False  # compute the twig's layers again in the backward pass, to save memory
-    mesh: tuple[int, int, int] = (0, 1, 1)
+    mesh: tuple[int, int, int] = (0, 1, 1)  # see sharding.mesh.make_mesh
 
     def model(self) -> tuple[LlavaConfig, TwigConfig]:
         """The base and twig configuration of this run; a twig's base has its own in its folder."""
@@ -94,6 +95,22 @@ class TrainConfig:
         given = {"K": self.K, "T": self.T, "K_f": self.K_f}
         twig = dataclasses.replace(twig, **{k: v for k, v in given.items() if v is not None})
         return base, twig
+
+    def accumulate(self, mesh: Mapping[str, int]) -> int:
+        """Into how many parts, one after the other, a mesh of these sizes takes a batch.
+
+        Raises ValueError where its rows do not split evenly.
+        """
+        devices = mesh["data"] * mesh["fsdp"]
+        rows = self.data.batch_size // devices
+        parts = rows // (self.device_rows or max(rows, 1))
+        if parts < 1 or self.data.batch_size != parts * (self.device_rows or rows) * devices:
+            raise ValueError(
+                f"{self.data.batch_size} rows a batch (data.batch_size) do not split over "
+                f"{devices} devices that take {self.device_rows or 'all'} at a time (device_rows); "
+                "choose a multiple, or give the mesh a tensor axis"
+            )
+        return parts
 
     def model_folder(self) -> Path | None:
         """The folder of a base in a published format, if that is where it is read from.

@@ -23,7 +23,7 @@ from twig_jax.sharding.placement import distribute
 from twig_jax.training.config import TrainConfig
 from twig_jax.training.data import Batches, State, open_batches, row_shard
 from twig_jax.training.log import Log
-from twig_jax.training.losses import Loss, base_loss, twig_agreement, twig_loss, vision_loss
+from twig_jax.training.losses import Batch, Loss, base_loss, twig_agreement, twig_loss, vision_loss
 from twig_jax.training.optim import optimizer, schedule
 from twig_jax.training.preemption import Preempted, preemption
 from twig_jax.training.step import TrainState, batch_sharding, init_state, make_step
@@ -80,17 +80,17 @@ def fit(
     base, twig = config.model()
     mesh = make_mesh(*config.mesh)
     rows = batch_sharding(mesh)
-    _check_rows(config, mesh.size // mesh.shape["tensor"])
+    accumulate = config.accumulate(mesh.shape)
     shard = row_shard(rows, config.data.batch_size)
     tx = optimizer(config.optim, config.steps)
     learning_rate = schedule(config.optim, config.steps)
     measured = config.stage == "twig" and config.whole_base
-    agreement = jax.jit(twig_agreement(base, twig, config.head_chunk)) if measured else None
+    agreement = _agreement(config, accumulate) if measured else None
     with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
         params, frozen = distribute(params, mesh), distribute(frozen, mesh)
         grown_on = fingerprint(base, frozen, twig.K) if config.stage == "twig" else None
         state = jax.jit(init_state, static_argnums=(1, 2))(params, tx, config.ema is not None)
-        step = make_step(stage_loss(config), tx, config.accumulate, config.ema)
+        step = make_step(stage_loss(config), tx, accumulate, config.ema)
         manager = CheckpointManager(out / "checkpoints", config.keep)
         stack.callback(manager.close)
         batches = open_batches(config, base, shard)
@@ -165,6 +165,16 @@ def fit(
             _LOG.warning("the best checkpoint is that of step %s", best)
             state = manager.restore(_like(state), best)
     return state.result
+
+
+def _agreement(config: TrainConfig, accumulate: int) -> Callable[[Params, Params, Batch], Any]:
+    """`twig_agreement` of as many rows of a batch as are taken at a time."""
+    agreement = twig_agreement(*config.model(), config.head_chunk)
+    return jax.jit(
+        lambda params, frozen, batch: agreement(
+            params, frozen, {name: x[::accumulate] for name, x in batch.items()}
+        )
+    )
 
 
 def summarise(metrics: list[dict[str, Any]]) -> dict[str, float]:
@@ -261,13 +271,3 @@ def _go_on(batches: Batches, states: list[State], shard: tuple[int, int]) -> Non
     if len(states) != shard[1]:
         states = batches.reshard(states, shard[1])
     batches.set_state(states[shard[0]])
-
-
-def _check_rows(config: TrainConfig, parts: int) -> None:
-    size = config.accumulate * parts
-    if config.data.batch_size % size:
-        raise ValueError(
-            f"a batch of {config.data.batch_size} rows, taken in {config.accumulate} parts, does "
-            f"not split over {parts} devices: make data.batch_size a multiple of {size}, or give "
-            "the mesh a tensor axis"
-        )

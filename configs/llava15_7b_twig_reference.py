@@ -1,0 +1,22 @@
+"""A twig on LLaVA-1.5-7B as the published script trains it, which differs from the paper.
+
+    python -m launch.train --config configs/llava15_7b_twig_reference.py --export twig
+
+It leaves transformers' defaults: b2 of 0.999, gradients clipped at norm 1, and rows grouped into
+those with images and those without.
+"""
+
+import dataclasses
+
+from configs import llava15_7b_twig
+from twig_jax.training.config import OptimConfig, TrainConfig
+
+
+def get_config() -> TrainConfig:
+    config = llava15_7b_twig.get_config()
+    return dataclasses.replace(
+        config,
+        out="runs/llava15_7b_twig_reference",
+        optim=OptimConfig(b2=0.999, clip=1.0),
+        data=dataclasses.replace(config.data, by_modality=True),
+    )
