@@ -1,5 +1,7 @@
 """Attention over blocks against the textbook formula, and single rows of it."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -57,6 +59,51 @@ def test_blocks_share_one_softmax(case, cut):
     ]
     expected, _ = textbook(q, k, v, mask)
     np.testing.assert_allclose(attend(q, blocks), expected, atol=1e-5)
+
+
+def test_long_sequences_go_in_chunks():
+    """Values and gradients are those of parts that are computed as a whole."""
+    long, earlier = 1300, 20  # not a multiple of a chunk
+    q, k, v = normal(0, 1, long, H, D), normal(1, 1, K, long, D), normal(2, 1, K, long, D)
+    before = KV(normal(3, 1, K, earlier, D), normal(4, 1, K, earlier, D))
+    causal = jnp.tril(jnp.ones((1, long, long), bool))
+    masks = [jax.random.bernoulli(jax.random.key(9), 0.5, (1, long, earlier)), causal]
+    weight = normal(5, 1, long, H, D)
+
+    def loss(q, k, v, *, size):
+        out = [
+            attend(
+                q[:, at : at + size],
+                [
+                    Context(kv, mask[:, at : at + size])
+                    for kv, mask in zip((before, KV(k, v)), masks, strict=True)
+                ],
+            )
+            for at in range(0, long, size)
+        ]
+        return (jnp.concatenate(out, axis=1) * weight).sum()
+
+    def gradients(size):
+        return jax.jit(jax.value_and_grad(partial(loss, size=size), (0, 1, 2)))
+
+    # Only sums over queries (gradients of keys and values) come in another order.
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
+        gradients(long)(q, k, v),
+        gradients(650)(q, k, v),
+    )
+
+
+def test_scores_of_long_sequences_never_exist_as_a_whole():
+    long = 8192
+    x = jax.ShapeDtypeStruct((1, long, H, D), jnp.float32)
+
+    def loss(x):
+        kv = x.swapaxes(1, 2)
+        return attend(x, [Context(KV(kv, kv), jnp.tril(jnp.ones((1, long, long), bool)))]).sum()
+
+    memory = jax.jit(jax.grad(loss)).lower(x).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < H * long * long * 4
 
 
 def test_a_query_that_sees_nothing_is_zero_and_has_finite_gradients(case):

@@ -55,12 +55,34 @@ def _logits(q: jax.Array, k: jax.Array, mask: jax.Array) -> jax.Array:
     return jnp.where(mask[:, None, None], logits, -jnp.inf)
 
 
+# Long sequences take so many queries at a time.
+_QUERIES = 512
+
+
 def attend(q: jax.Array, context: Sequence[Context]) -> jax.Array:
     """Softmax attention of q [B, Q, H, D] over the union of several blocks; returns [B, Q, H, D].
 
     The blocks share one softmax but are never concatenated, so a cache is read in place. A query
-    that sees nothing (padding) returns zeros.
+    that sees nothing (padding) returns zeros. In long sequences the scores [Q, S] are never there
+    as a whole, in the backward pass neither.
     """
+    Q = q.shape[1]
+    if Q <= 2 * _QUERIES:
+        return _attend(q, context)
+
+    def chunks(x: jax.Array) -> jax.Array:
+        x = jnp.pad(x, [(0, 0), (0, -Q % _QUERIES)] + [(0, 0)] * (x.ndim - 2))
+        return rearrange(x, "B (n c) ... -> n B c ...", c=_QUERIES)
+
+    @jax.checkpoint
+    def chunk(q: jax.Array, masks: list[jax.Array]) -> jax.Array:
+        return _attend(q, [Context(c.kv, mask) for c, mask in zip(context, masks, strict=True)])
+
+    out = jax.lax.map(lambda part: chunk(*part), (chunks(q), [chunks(c.mask) for c in context]))
+    return rearrange(out, "n B c H D -> B (n c) H D")[:, :Q]
+
+
+def _attend(q: jax.Array, context: Sequence[Context]) -> jax.Array:
     logits = [_logits(q, c.kv.k, c.mask) for c in context]
     top = jnp.stack([x.max(-1) for x in logits]).max(0)[..., None]  # [B, K, G, Q, 1]
     # Finite also where nothing is seen; the softmax does not depend on it, so no gradient flows.
