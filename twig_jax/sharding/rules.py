@@ -1,4 +1,4 @@
-"""One table from parameter path to mesh axes, for the base and the twig alike.
+"""One table from parameter path to mesh axes, for base, twig and what training keeps beside them.
 
 Megatron's layout: projections into heads and feed-forward units split their outputs over
 'tensor', those back to the residual stream split their inputs; the other axis goes to 'fsdp'.
@@ -8,7 +8,7 @@ import re
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 RULES: tuple[tuple[str, P], ...] = (
@@ -27,12 +27,13 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"linear_2/bias", P()),
     (r"(class|patch|position)_embedding", P()),
     (r"[a-z_0-9]*norm[a-z_0-9]*/(scale|bias)", P()),
+    (r"count|step", P()),
 )
 
 
 def spec(path: str) -> P:
     """The partition of the parameter at 'a/b/c'; ValueError unless exactly one rule matches."""
-    found = [p for pattern, p in RULES if re.search(rf"(^|/){pattern}$", path)]
+    found = [p for pattern, p in RULES if re.search(rf"(^|/)({pattern})$", path)]
     if len(found) != 1:
         raise ValueError(f"{len(found)} sharding rules match the parameter {path}; need one")
     return found[0]
@@ -43,7 +44,7 @@ def path_string(path: tuple[Any, ...]) -> str:
     return "/".join(str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in path)
 
 
-def shardings(tree: Any, mesh: Mesh) -> Any:
+def shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
     """A NamedSharding for every leaf (array or shape) of a parameter tree.
 
     An axis that does not divide a dimension is left out for that parameter: correct, only less

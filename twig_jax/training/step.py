@@ -10,6 +10,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from twig_jax.models.llava import Params
+from twig_jax.sharding.rules import shardings
 from twig_jax.training.losses import Batch, Loss, Metrics
 
 
@@ -30,9 +31,16 @@ class TrainState(NamedTuple):
 def init_state(
     params: Params, tx: optax.GradientTransformation, averaged: bool = False
 ) -> TrainState:
-    """The state before the first step. Moments and averages take the parameters' shardings."""
+    """The state before the first step. Moments and averages lie where their parameters lie."""
     ema = jax.tree.map(jnp.copy, params) if averaged else None
-    return TrainState(params, tx.init(params), jnp.zeros((), jnp.int32), ema)
+    return _placed(TrainState(params, tx.init(params), jnp.zeros((), jnp.int32), ema))
+
+
+def _placed(state: TrainState) -> TrainState:
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return state
+    return jax.lax.with_sharding_constraint(state, shardings(state, mesh))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -94,6 +102,6 @@ def make_step(
             "skipped": 1 - good,
             "padding": jnp.stack([(batch["segments"] == 0).sum(), batch["segments"].size]),
         }
-        return new._replace(step=state.step + 1), metrics
+        return _placed(new._replace(step=state.step + 1)), metrics
 
     return jax.jit(step, donate_argnums=0)
