@@ -1,0 +1,47 @@
+"""The arithmetic a training step needs, from shapes."""
+
+from twig_jax.config import TextConfig, VisionConfig
+from twig_jax.training.config import TrainConfig
+
+# A backward pass takes twice what its forward pass takes.
+_TRAINED = 3
+
+
+def step_flops(config: TrainConfig) -> float:
+    """Model FLOPs of one step over all devices: multiplications and additions of its matrices.
+
+    Of whole rows, padding included, attention being causal over a row; what is computed twice to
+    save memory counts once, as in model FLOP utilisation (Chowdhery et al. 2022, appendix B).
+    """
+    base, twig = config.model()
+    rows, tokens = config.data.batch_size, config.data.row_tokens
+    images = rows * config.data.row_images
+    encoding = images * _vision(base.vision, base.text.hidden_size)
+    layer = rows * _layer(base.text, tokens)
+    head = rows * tokens * 2 * base.text.hidden_size * base.text.vocab_size
+    naming = images * base.vision.num_tokens * 2 * base.text.hidden_size * base.text.vocab_size
+    match config.stage:
+        case "vision":
+            return _TRAINED * (encoding + naming)
+        case "base":
+            return _TRAINED * (encoding + naming + base.text.num_layers * layer + head)
+        case _:
+            return encoding + twig.K * layer + _TRAINED * (twig.T * layer + head)
+
+
+def _layer(c: TextConfig, tokens: int) -> float:
+    """A decoder layer's forward pass on a row."""
+    attention = c.num_heads * c.head_dim
+    weights = c.hidden_size * (2 * attention + 2 * c.num_kv_heads * c.head_dim)
+    weights += 3 * c.hidden_size * c.intermediate_size
+    # Scores and sums of values: each token sees half of the row on average.
+    return 2 * tokens * weights + 2 * 2 * attention * tokens * tokens / 2
+
+
+def _vision(c: VisionConfig, width: int) -> float:
+    """Vision tower and projector on an image."""
+    tokens, d = c.num_patches + 1, c.hidden_size
+    patches = c.num_patches * 2 * 3 * c.patch_size**2 * d
+    weights = 4 * d * d + 2 * d * c.intermediate_size
+    layer = 2 * tokens * weights + 2 * 2 * d * tokens * tokens
+    return patches + c.layers_used * layer + c.num_tokens * 2 * (d * width + width * width)

@@ -1,0 +1,332 @@
+"""What a training run takes, before any machine is there to run it."""
+
+import math
+import re
+from collections import defaultdict
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from twig_jax.data.packing import Shape, fill
+from twig_jax.hardware import CHIPS, Chip
+from twig_jax.models.llava import init_base
+from twig_jax.models.twig import feeding, init_twig
+from twig_jax.sharding.mesh import AXES, mesh_sizes
+from twig_jax.sharding.rules import shardings
+from twig_jax.training.config import TrainConfig
+from twig_jax.training.data import open_batches
+from twig_jax.training.flops import step_flops
+from twig_jax.training.loop import stage_loss
+from twig_jax.training.optim import optimizer
+from twig_jax.training.step import TrainState, init_state, make_step
+
+# What large matrices reach of a chip's peak, with all else that a step does.
+UTILISATION = 0.4
+
+COLLECTIVES = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "collective-permute",
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one step of a run takes on a topology; bytes are those of one device.
+
+    compiled: by the compiler of the topology, ahead of time, or estimated from shapes. memory: by
+    what it holds. flops: model FLOPs of all devices. collectives: bytes by kind, of the larger of
+    what goes in and what comes out.
+    """
+
+    topology: str
+    devices: int
+    mesh: tuple[int, int, int]
+    rows: int
+    parts: int
+    compiled: bool
+    memory: dict[str, float]
+    capacity: float
+    flops: float
+    seconds: float
+    collectives: dict[str, float]
+
+    @property
+    def total(self) -> float:
+        """Bytes of all that a device holds at the height of a step."""
+        return sum(self.memory.values())
+
+    def as_json(self) -> dict[str, Any]:
+        """All figures."""
+        return {**asdict(self), "total": self.total, "fits": self.total <= self.capacity}
+
+    def __str__(self) -> str:
+        how = "compiled ahead of time" if self.compiled else "ESTIMATED from shapes, not compiled"
+        data, fsdp, tensor = self.mesh
+        share = self.total / self.capacity
+        lines = [
+            f"{self.topology}: {self.devices} devices, {how}",
+            f"mesh data={data} fsdp={fsdp} tensor={tensor}; {self.rows} rows in {self.parts} parts",
+            "",
+            "memory of a device            GiB",
+            *(f"  {name:24}{size / 2**30:9.2f}" for name, size in self.memory.items()),
+            f"  {'total':24}{self.total / 2**30:9.2f}   {share:.0%} of "
+            f"{self.capacity / 2**30:.0f}: {'fits' if share <= 1 else 'DOES NOT FIT'}",
+            "",
+            "a step",
+            f"  model PFLOP             {self.flops / 1e15:9.2f}",
+            f"  seconds                 {self.seconds:9.2f}   at {UTILISATION:.0%} of the peak, "
+            "an assumption",
+            *(
+                f"  {name + ', GiB a device':24}{size / 2**30:9.2f}"
+                for name, size in self.collectives.items()
+            ),
+        ]
+        return "\n".join(lines)
+
+
+def plan(config: TrainConfig, topology: str) -> Plan:
+    """The plan of a run on TPUs, such as v5e:2x4, or on so many GPUs, such as h100:8.
+
+    For TPUs the real step is compiled for them; for GPUs it is an estimate. The base has the shapes
+    of the run's preset. Raises ValueError for a topology that is not known, for TPUs without their
+    compiler, for settings that do not fit together, and for a step that the compiler refuses.
+    """
+    name, _, size = topology.partition(":")
+    if name not in CHIPS or not re.fullmatch(r"\d+(x\d+)*", size):
+        raise ValueError(
+            f"no topology {topology!r}; write a TPU slice as v5e:2x4 or a number of GPUs as h100:8;"
+            f" there are: {', '.join(CHIPS)}"
+        )
+    if CHIPS[name].kind.startswith("TPU"):
+        return _compiled(config, topology, CHIPS[name], _tpus(topology))
+    return _estimated(config, topology, CHIPS[name], math.prod(map(int, size.split("x"))))
+
+
+def _tpus(topology: str) -> Any:
+    from jax.experimental import topologies
+
+    try:
+        return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    except Exception as error:  # of the plug-in, of its absence, of a slice it does not know
+        raise ValueError(
+            f"no TPU compiler for {topology}: pip install 'jax[tpu]' here, and check that there is "
+            f"such a slice ({str(error).splitlines()[0]})"
+        ) from error
+
+
+def _held(config: TrainConfig, mesh: Mesh | AbstractMesh) -> tuple[TrainState, Any, Any]:
+    """(state, frozen, batch) by shape and sharding."""
+    base_config, twig_config = config.model()
+    base = jax.eval_shape(lambda key: init_base(base_config, key), jax.random.key(0))
+    trained, frozen = base, {}
+    if config.stage == "twig":
+        trained = jax.eval_shape(lambda p: init_twig(p, base_config.text, twig_config), base)
+        if not config.whole_base:
+            base = feeding(base, twig_config.K)
+        dtype = jnp.dtype(config.base_dtype)
+        frozen = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), base)
+    tx = optimizer(config.optim, config.steps)
+    state = jax.eval_shape(lambda params: init_state(params, tx, config.ema is not None), trained)
+    data = config.data
+    if data.source is None:
+        batch = next(open_batches(config, base_config))
+    else:
+        shape = Shape(
+            data.batch_size, data.row_tokens, data.row_images, base_config.vision.image_size
+        )
+        batch = fill([], shape, 0, base_config.vision.image_mean, base_config.vision.image_std)
+    rows = NamedSharding(mesh, P(("data", "fsdp")))
+    return (
+        _abstract(state, shardings(state, mesh)),
+        _abstract(frozen, shardings(frozen, mesh)),
+        _abstract(batch, dict.fromkeys(batch, rows)),
+    )
+
+
+def _abstract(tree: Any, placed: Any) -> Any:
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree, placed
+    )
+
+
+def device_bytes(tree: Any) -> int:
+    """Bytes that one device holds of arrays or abstract arrays in their shardings."""
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
+    )
+
+
+def _memory(state: TrainState, frozen: Any, batch: Any) -> dict[str, float]:
+    return {
+        "frozen base": device_bytes(frozen),
+        "trained parameters": device_bytes(state.params),
+        "optimizer state": device_bytes((state.opt_state, state.step)),
+        "moving average": device_bytes(state.ema),
+        "batch": device_bytes(batch),
+    }
+
+
+def _compiled(config: TrainConfig, topology: str, chip: Chip, devices: Any) -> Plan:
+    sizes = mesh_sizes(config.mesh, len(devices))
+    mesh = jax.make_mesh(sizes, AXES, (AxisType.Auto,) * 3, devices=devices)
+    parts = config.accumulate(mesh.shape)
+    held = _held(config, mesh)
+    tx = optimizer(config.optim, config.steps)
+    step = make_step(stage_loss(config), tx, parts, config.ema)
+    try:
+        with jax.set_mesh(mesh):
+            compiled = step.lower(*held).compile()
+    except jax.errors.JaxRuntimeError as error:
+        raise ValueError(f"the compiler refuses the step: {str(error)[:2000]}") from error
+    found = compiled.memory_analysis()
+    memory = _memory(*held)
+    # Outputs are written over inputs.
+    memory["working memory"] = (
+        found.temp_size_in_bytes
+        + found.output_size_in_bytes
+        - found.alias_size_in_bytes
+        + found.generated_code_size_in_bytes
+    )
+    return Plan(
+        topology=topology,
+        devices=len(devices),
+        mesh=sizes,
+        rows=config.data.batch_size,
+        parts=parts,
+        compiled=True,
+        memory=memory,
+        capacity=chip.memory * 2**30,
+        flops=step_flops(config),
+        seconds=step_flops(config) / len(devices) / chip.flops / UTILISATION,
+        collectives=collective_bytes(compiled.as_text()),
+    )
+
+
+def _estimated(config: TrainConfig, topology: str, chip: Chip, devices: int) -> Plan:
+    sizes = mesh_sizes(config.mesh, devices)
+    mesh = AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3)
+    parts = config.accumulate(dict(mesh.shape))
+    state, frozen, batch = _held(config, mesh)
+    base, twig = config.model()
+    text, (data, fsdp, tensor) = base.text, sizes
+    rows = config.data.batch_size // (data * fsdp * parts)
+    tokens, wide = rows * config.data.row_tokens, text.intermediate_size // tensor
+    number = jnp.dtype(config.base_dtype if config.stage == "twig" else jnp.float32).itemsize
+    layers = twig.T if config.stage == "twig" else text.num_layers
+    # In half a layer: inputs, normed inputs, and the three products of the feed-forward part.
+    layer = tokens * (4 * text.hidden_size + 3 * wide) * number
+    kept = tokens * text.hidden_size * number if config.remat and config.stage == "twig" else layer
+    queries = min(config.data.row_tokens, 512)
+    scores = 2 * 4 * rows * text.num_heads // tensor * queries * config.data.row_tokens
+    chunk = min(config.head_chunk, config.data.row_tokens)
+    logits = 2 * 4 * rows * chunk * text.vocab_size // tensor
+    # Weights of a layer or the head, put together from all devices for as long as they are used.
+    largest = max(math.prod(x.shape) for x in jax.tree.leaves(state.params)) // tensor * number
+    used = frozen
+    if config.stage == "twig":
+        used = feeding(frozen, twig.K)
+    memory = _memory(state, frozen, batch)
+    memory["gradients"] = device_bytes(state.params)
+    memory["working memory"] = layers * kept + layer + max(scores, logits) + 2 * largest
+    spread = fsdp > 1
+    trained = sum(math.prod(x.shape) for x in jax.tree.leaves(state.params)) // tensor
+    frozen_bytes = sum(x.dtype.itemsize * math.prod(x.shape) for x in jax.tree.leaves(used))
+    collectives = {
+        # Frozen weights once, trained ones for the forward and the backward pass.
+        "all-gather": spread * parts * (frozen_bytes // tensor + 2 * trained * number),
+        "reduce-scatter": spread * parts * trained * 4,
+        "all-reduce": (data > 1) * device_bytes(state.params)
+        # Two a layer and direction, of the states of all tokens.
+        + (tensor > 1)
+        * parts
+        * 2
+        * (twig.K * (config.stage == "twig") + 2 * layers)
+        * tokens
+        * text.hidden_size
+        * number,
+    }
+    return Plan(
+        topology=topology,
+        devices=devices,
+        mesh=sizes,
+        rows=config.data.batch_size,
+        parts=parts,
+        compiled=False,
+        memory=memory,
+        capacity=chip.memory * 2**30,
+        flops=step_flops(config),
+        seconds=step_flops(config) / devices / chip.flops / UTILISATION,
+        collectives={name: float(size) for name, size in collectives.items() if size},
+    )
+
+
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
+_INSTRUCTION = re.compile(r"\s+(?:ROOT )?(%[\w.\-]+) = (.*?) ([\w\-]+)\((.*?)\)")
+_ARRAY = re.compile(r"\b(pred|[a-z]+\d+(?:e\dm\d\w*)?)\[([\d,]*)\]")
+_CALL = re.compile(r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)")
+_LOOP = re.compile(r"condition=%?([\w.\-]+), body=%?([\w.\-]+)")
+_TRIPS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
+
+
+def collective_bytes(program: str) -> dict[str, float]:
+    """Bytes of each kind of collective in a compiled program's text, on one device.
+
+    Of each, the larger of what goes in and what comes out; those in loops count as often as the
+    loop runs.
+    """
+    own: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+    calls: dict[str, list[str]] = defaultdict(list)
+    limits: dict[str, int] = {}  # what the counter of a loop is compared with, by condition
+    loops: dict[str, tuple[str, int | None]] = {}  # by body
+    results: dict[str, float] = {}
+    name = entry = ""
+    for line in program.splitlines():
+        if found := _COMPUTATION.match(line):
+            name = found[1]
+            entry = name if line.startswith("ENTRY") else entry
+            continue
+        calls[name] += _CALL.findall(line)
+        instruction = _INSTRUCTION.match(line)
+        if instruction is None:
+            continue
+        result, shape, kind, operands = instruction.groups()
+        results[result] = _bytes(shape)
+        if kind == "constant" and operands.isdigit():
+            limits[name] = max(limits.get(name, 0), int(operands))
+        elif kind == "while" and (loop := _LOOP.search(line)):
+            trips = _TRIPS.search(line)
+            loops[loop[2]] = (loop[1], int(trips[1]) if trips else None)
+        elif (collective := kind.removesuffix("-start")) in COLLECTIVES:
+            given = sum(results.get(x, 0.0) for x in re.findall(r"%[\w.\-]+", operands))
+            # The beginning of an asynchronous one gives back its operands too.
+            made = results[result] - (given if kind.endswith("-start") else 0)
+            own[name][collective] += max(given, made)
+
+    def total(name: str) -> dict[str, float]:
+        found = defaultdict(float, own[name])
+        for callee in calls[name]:
+            times = 1
+            if callee in loops:
+                condition, trips = loops[callee]
+                times = limits.get(condition, 1) if trips is None else trips
+            for kind, size in total(callee).items():
+                found[kind] += times * size
+        return found
+
+    return {kind: size for kind, size in sorted(total(entry).items()) if size}
+
+
+def _bytes(shape: str) -> float:
+    """Of an HLO shape, such as (f32[2,3]{1,0}, s32[])."""
+    size = 0.0
+    for kind, dims in _ARRAY.findall(shape):
+        bits = 8 if kind == "pred" else int(re.findall(r"\d+", kind)[0])
+        size += bits / 8 * math.prod(int(d) for d in dims.split(",") if d)
+    return size
