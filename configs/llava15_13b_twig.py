@@ -15,4 +15,5 @@ def get_config() -> TrainConfig:
         preset="llava-1.5-13b",
         base="llava-hf/llava-1.5-13b-hf",
         out="runs/llava15_13b_twig",
+        device_rows=1,
     )

@@ -26,7 +26,8 @@ def get_config() -> TrainConfig:
             max_tokens=2048,
             workers=8,
         ),
-        device_rows=1,
+        device_rows=2,
+        head_chunk=2048,
         remat=True,
         mesh=(1, 0, 1),
     )

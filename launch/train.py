@@ -1,10 +1,14 @@
 """Trains one stage: the vision tower's warm-up, a base, or a twig on a frozen base.
 
-python -m launch.train --config configs/digits_twig.py --set optim.lr=5e-4 --set steps=300
+    python -m launch.train --config configs/digits_twig.py --set optim.lr=5e-4 --set steps=300
+    python -m launch.train --config configs/llava15_7b_twig.py --plan --topology v5e:2x4
+
+The second prints what a step takes on machines that need not be there, and trains nothing.
 
 Status: 0 done, 1 failed, 75 told to stop by SIGTERM and saved: started again, the run goes on.
 """
 
+import dataclasses
 import importlib.util
 import os
 import sys
@@ -15,6 +19,7 @@ from typing import Any
 from absl import app, flags
 
 from launch import run
+from launch.output import write_json
 
 _CONFIG = flags.DEFINE_string("config", None, "file with get_config(), see configs/")
 _SET = flags.DEFINE_multi_string("set", [], "override, as in optim.lr=2e-4; repeatable")
@@ -23,10 +28,16 @@ _DISTRIBUTED = flags.DEFINE_bool(
     "distributed", False, "one of several processes; the cluster says how many (TPU, Slurm, GKE)"
 )
 
+_PLAN = flags.DEFINE_bool("plan", False, "print what a step takes on --topology, and end")
+_TOPOLOGY = flags.DEFINE_string("topology", None, "a TPU slice, v5e:2x4, or GPUs, h100:8")
+_JSON = flags.DEFINE_string("json", None, "with --plan: write its figures to this file")
+
 
 def main(argv: list[str]) -> None:
     if len(argv) > 1 or not _CONFIG.value:
         raise app.UsageError("give --config FILE and overrides as --set name=value, nothing else")
+    if _PLAN.value != (_TOPOLOGY.value is not None):
+        raise app.UsageError("--plan and --topology go together")
     import jax
 
     from twig_jax.runtime import use_compilation_cache
@@ -38,7 +49,10 @@ def main(argv: list[str]) -> None:
     use_compilation_cache()
     try:
         config = override(read_config(_CONFIG.value), _SET.value)
-        train(config, export=_EXPORT.value)
+        if _TOPOLOGY.value:
+            show_plan(config, _TOPOLOGY.value)
+        else:
+            train(config, export=_EXPORT.value)
     except (FileNotFoundError, FloatingPointError, ImportError, ValueError) as error:
         sys.exit(f"train: {error}")
     except Preempted as notice:
@@ -55,6 +69,15 @@ def read_config(path: str) -> Any:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.get_config()
+
+
+def show_plan(config: Any, topology: str) -> None:
+    """Prints what a step takes; the base has the preset's shapes, its weights need not be there."""
+    from twig_jax.training.plan import plan
+
+    found = plan(dataclasses.replace(config, base=None), topology)
+    print(found)
+    write_json(_JSON.value, found.as_json())
 
 
 def train(

@@ -16,12 +16,14 @@ from tqdm import tqdm
 
 from twig_jax.checkpoints.manager import CheckpointManager
 from twig_jax.checkpoints.twig import fingerprint
+from twig_jax.hardware import Chip, chip
 from twig_jax.models.llava import Params
 from twig_jax.runtime import memory_used
 from twig_jax.sharding.mesh import make_mesh
 from twig_jax.sharding.placement import distribute
 from twig_jax.training.config import TrainConfig
 from twig_jax.training.data import Batches, State, open_batches, row_shard
+from twig_jax.training.flops import step_flops
 from twig_jax.training.log import Log
 from twig_jax.training.losses import Batch, Loss, base_loss, twig_agreement, twig_loss, vision_loss
 from twig_jax.training.optim import optimizer, schedule
@@ -81,6 +83,7 @@ def fit(
     mesh = make_mesh(*config.mesh)
     rows = batch_sharding(mesh)
     accumulate = config.accumulate(mesh.shape)
+    flops = step_flops(config) / mesh.size
     shard = row_shard(rows, config.data.batch_size)
     tx = optimizer(config.optim, config.steps)
     learning_rate = schedule(config.optim, config.steps)
@@ -137,7 +140,8 @@ def fit(
                             "learning rate and start again from it"
                         )
                 line = {"lr": float(learning_rate(n - 1)), **summarise(fetched)}
-                line |= clock.read((1 - line["padding"]) * batch["segments"].size)
+                tokens = (1 - line["padding"]) * batch["segments"].size
+                line |= clock.read(tokens, flops, chip(jax.devices()[0].device_kind))
                 line |= batches.counters
                 if agreement is not None:
                     same = jax.device_get(agreement(state.params, frozen, batch))
@@ -216,16 +220,24 @@ class _Clock:
         yield
         self._began += time.monotonic() - began
 
-    def read(self, tokens: float) -> dict[str, float]:
-        """Seconds a step and those it waited, and tokens a second for so many of a step."""
+    def read(self, tokens: float, flops: float, chip: Chip | None) -> dict[str, float]:
+        """Figures of a step with so many tokens, and FLOPs a device.
+
+        Seconds it takes and those it waits for its input, tokens a second, model TFLOP/s of a
+        device and, of a known one, their share in what it can do (MFU).
+        """
         if not self.steps:
             return {}
         step_time = (time.monotonic() - self._began) / self.steps
-        return {
+        figures = {
             "step_time": step_time,
             "input_wait": self._waited / self.steps,
             "tokens_per_s": tokens / step_time,
+            "tflops": flops / step_time / 1e12,
         }
+        if chip is not None:
+            figures["mfu"] = flops / step_time / chip.flops
+        return figures
 
 
 def _like(state: TrainState) -> TrainState:

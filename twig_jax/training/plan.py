@@ -1,6 +1,7 @@
 """What a training run takes, before any machine is there to run it."""
 
 import math
+import os
 import re
 from collections import defaultdict
 from dataclasses import asdict, dataclass
@@ -112,6 +113,7 @@ def plan(config: TrainConfig, topology: str) -> Plan:
 def _tpus(topology: str) -> Any:
     from jax.experimental import topologies
 
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU to ask about itself
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     except Exception as error:  # of the plug-in, of its absence, of a slice it does not know

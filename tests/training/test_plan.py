@@ -1,0 +1,184 @@
+"""What a run takes: counted by hand, by the compiler, and on real arrays."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from configs import llava15_7b_twig, llava15_13b_twig
+from tests.training.worker import start
+from twig_jax.hardware import CHIPS, chip
+from twig_jax.sharding.mesh import make_mesh
+from twig_jax.sharding.placement import distribute
+from twig_jax.training.config import DataConfig, TrainConfig
+from twig_jax.training.flops import step_flops
+from twig_jax.training.loop import stage_loss
+from twig_jax.training.optim import optimizer
+from twig_jax.training.plan import collective_bytes, device_bytes, plan
+from twig_jax.training.step import init_state, make_step
+
+
+def tiny(stage="twig", **changes):
+    data = DataConfig(batch_size=8, row_tokens=276)
+    return TrainConfig(stage, "", 10, preset="tiny", data=data, **changes)
+
+
+def seven_b(**changes):
+    return dataclasses.replace(llava15_7b_twig.get_config(), base=None, **changes)
+
+
+def test_flops_by_hand():
+    """A row of 4,096 tokens and five images of LLaVA-1.5-7B, of which one is a whole batch."""
+    config = seven_b()
+    one = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=1))
+    d, f, S = 4096, 11008, 4096
+    layer = 2 * S * (4 * d * d + 3 * d * f) + 2 * S * S * d
+    head = 2 * S * d * 32064
+    tower = 23 * (2 * 577 * 12 * 1024**2 + 4 * 577**2 * 1024) + 2 * 576 * 3 * 14**2 * 1024
+    image = tower + 2 * 576 * (1024 * d + d * d)
+    assert step_flops(one) == 5 * image + 2 * layer + 3 * (3 * layer + head)
+    assert step_flops(config) == 32 * step_flops(one)
+
+
+@pytest.mark.parametrize("stage", ["twig", "base"])
+def test_flops_are_the_compilers(stage, base, twig, batch):
+    """Within what norms, softmax and the loss take, and attention that is computed in full."""
+    config = tiny(stage=stage)
+    tx = optimizer(config.optim, config.steps)
+    trained, frozen = (twig, base) if stage == "twig" else (base, {})
+    step = make_step(stage_loss(config), tx)
+    compiled = step.lower(init_state(trained, tx), frozen, batch).compile()
+    ratio = compiled.cost_analysis()["flops"] / step_flops(config)
+    assert 1 < ratio < 1.6
+
+
+def test_chips_are_known_by_the_names_jax_gives_them():
+    assert chip("TPU v5 lite") is CHIPS["v5e"]
+    assert chip("TPU v5p") is chip("TPU v5") is CHIPS["v5p"]
+    assert chip("NVIDIA H100 80GB HBM3") is CHIPS["h100"]
+    assert chip("cpu") is None
+
+
+def test_collectives_of_a_real_program_count_as_often_as_their_loop_runs():
+    mesh = make_mesh(1, 8, 1)
+    rows, split = NamedSharding(mesh, P("fsdp")), NamedSharding(mesh, P(None, "fsdp"))
+
+    @jax.jit
+    def program(x, w):
+        def body(x, _):
+            whole = jax.lax.with_sharding_constraint(w, NamedSharding(mesh, P()))
+            return jnp.tanh(x @ (whole + x.mean())), None
+
+        x, _ = jax.lax.scan(body, x, None, length=5)
+        return jax.lax.with_sharding_constraint(x.sum(0), NamedSharding(mesh, P()))
+
+    x = jax.ShapeDtypeStruct((16, 64), jnp.float32, sharding=rows)
+    w = jax.ShapeDtypeStruct((64, 64), jnp.float32, sharding=split)
+    text = program.lower(x, w).compile().as_text()
+    found = collective_bytes(text)
+    # The weights are put together once or in each turn; means are of one number, sums of 64.
+    assert found["all-gather"] in (64 * 64 * 4, 5 * 64 * 64 * 4)
+    assert found["all-reduce"] == 5 * 4 + 64 * 4
+    assert found.keys() == {"all-gather", "all-reduce"}
+
+
+LOOP = """
+%body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %p = (s32[], f32[8]) parameter(0)
+  %x = f32[8]{0} get-tuple-element(%p), index=1
+  %ar = (f32[8]{0}, f32[64]{0}) all-gather-start(%x), dimensions={0}
+  %done = f32[64]{0} all-gather-done(%ar)
+  %rs = f32[8]{0} reduce-scatter(%done), to_apply=%add
+}
+
+%cond (p.1: (s32[], f32[8])) -> pred[] {
+  %p.1 = (s32[], f32[8]) parameter(0)
+  %i = s32[] get-tuple-element(%p.1), index=0
+  %n = s32[]{:T(128)} constant(7)
+  ROOT %lt = pred[] compare(%i, %n), direction=LT
+}
+
+ENTRY %main (a: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %a = (s32[], f32[8]) parameter(0)
+  ROOT %w = (s32[], f32[8]) while(%a), condition=%cond, body=%body
+}
+"""
+
+
+def test_collectives_in_a_tpu_program():
+    """There asynchronous ones give back operands, and only conditions tell how long loops run."""
+    assert collective_bytes(LOOP) == {"all-gather": 7 * 64 * 4, "reduce-scatter": 7 * 64 * 4}
+
+
+def test_an_estimate_has_the_bytes_that_real_arrays_take():
+    config = tiny(mesh=(2, 2, 2), ema=0.9)
+    mesh = make_mesh(2, 2, 2)
+    grown, base = start()
+    tx = optimizer(config.optim, config.steps)
+    with jax.set_mesh(mesh):
+        grown, base = distribute(grown, mesh), distribute(base, mesh)
+        state = jax.jit(init_state, static_argnums=(1, 2))(grown, tx, True)
+
+    def held(tree):
+        first = jax.devices()[0]
+        return sum(
+            shard.data.nbytes
+            for x in jax.tree.leaves(tree)
+            for shard in x.addressable_shards
+            if shard.device == first
+        )
+
+    found = plan(config, "h100:8").memory
+    assert found["frozen base"] == held(base) == device_bytes(base)
+    assert found["trained parameters"] == held(state.params)
+    assert found["optimizer state"] == held((state.opt_state, state.step))
+    assert found["moving average"] == held(state.ema)
+
+
+def test_only_the_layers_below_take_memory_if_told():
+    whole, below = (plan(seven_b(whole_base=w), "h100:1").memory for w in (True, False))
+    assert whole["frozen base"] > 13 * 2**30
+    assert below["frozen base"] < 2 * 2**30
+
+
+def test_a_plan_says_what_it_is():
+    found = plan(dataclasses.replace(llava15_13b_twig.get_config(), base=None), "a100:8")
+    text = str(found)
+    assert "ESTIMATED from shapes, not compiled" in text
+    assert "mesh data=1 fsdp=8 tensor=1; 32 rows in 4 parts" in text
+    figures = json.loads(json.dumps(found.as_json()))
+    assert figures["fits"] and figures["total"] == pytest.approx(sum(figures["memory"].values()))
+    assert f"{found.total / 2**30:9.2f}" in text
+    assert found.seconds == pytest.approx(found.flops / 8 / 312e12 / 0.4)
+    small = plan(seven_b(), "l4:1")
+    assert "DOES NOT FIT" in str(small) and not small.as_json()["fits"]
+    assert not small.collectives
+
+
+@pytest.mark.parametrize("topology", ["v5e", "h100", "h100:", "b9:8", "h100:x", "", "v5e:2x"])
+def test_unknown_topologies(topology):
+    with pytest.raises(ValueError, match=r"no topology .* there are: v4, v5e"):
+        plan(tiny(), topology)
+
+
+def test_without_the_tpus_compiler(monkeypatch):
+    def absent(*_, **__):
+        raise RuntimeError("no libtpu")
+
+    monkeypatch.setattr("jax.experimental.topologies.get_topology_desc", absent)
+    with pytest.raises(ValueError, match=r"pip install 'jax\[tpu\]'.*no libtpu"):
+        plan(tiny(), "v5e:2x4")
+
+
+def test_a_plan_for_tpus_is_that_of_the_compiled_step(monkeypatch):
+    """With eight devices of this machine in the place of a slice."""
+    monkeypatch.setattr("twig_jax.training.plan._tpus", lambda topology: jax.devices())
+    found = plan(tiny(mesh=(1, 0, 1)), "v5e:2x4")
+    assert found.compiled and found.mesh == (1, 8, 1)
+    assert "compiled ahead of time" in str(found)
+    assert found.memory["working memory"] > 0
+    assert found.collectives["all-gather"] > 0
