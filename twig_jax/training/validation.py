@@ -1,6 +1,6 @@
 """How well a model in training answers what it was not trained on."""
 
-import itertools
+import contextlib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from twig_jax.api import Model
+from twig_jax.config import LlavaConfig, TwigConfig
 from twig_jax.data.sources import BadSample, open_source
 from twig_jax.data.tokens import conventions, load_tokenizer
 from twig_jax.decoding.generate import Generator
@@ -17,6 +18,7 @@ from twig_jax.decoding.settings import Request, Result, Settings
 from twig_jax.evaluation import tasks
 from twig_jax.evaluation.scoring import acceptance, relacc
 from twig_jax.models.llava import Params
+from twig_jax.pruning.budget import retained
 from twig_jax.sharding.mesh import make_mesh
 from twig_jax.training.config import TrainConfig
 from twig_jax.training.data import open_batches, row_shard
@@ -49,7 +51,8 @@ def validation(
     loss: over a few batches. exact: the share of first questions answered word for word as known,
     in up to 64 tokens. For a twig, on its whole `base`: tokar, drafted tokens that are accepted;
     mean_accepted, of an iteration; and relacc_R, what is left of the base's exact answers where an
-    average layer sees R visual tokens. Those are left out where the base answers nothing right.
+    average layer sees R visual tokens. Those are left out where the base answers nothing right or
+    the twig grows too high for R.
     """
     base_config, twig_config = config.model()
     mesh = make_mesh(*config.mesh)
@@ -71,9 +74,11 @@ def validation(
     def answers(generator: Generator, settings: Settings) -> list[Result]:
         return generator.generate_many([sample.request for sample in held_out], settings, _ROWS)
 
+    budgets = _budgets(base_config, twig_config)
     right: list[bool] = []  # what the frozen base answers right does not change
 
     def of_twig(params: Params) -> dict[str, float]:
+        params = jax.tree.map(lambda x: x.astype(config.base_dtype), params)
         generator = Generator(base_config, base, twig_config, params, mesh=mesh)
         if not right:
             right.extend(exact(answers(generator, plain)))
@@ -82,8 +87,7 @@ def validation(
         figures = {"exact": float(np.mean(right)), "tokar": accepted.tokar}
         figures["mean_accepted"] = accepted.accepted
         if any(right):
-            for share in BUDGETS:
-                budget = round(share * base_config.vision.num_tokens)
+            for budget in budgets:
                 pruned = answers(generator, replace(plain, mode="ttp", avg_retained=budget))
                 figures[f"relacc_{budget}"] = relacc(exact(pruned), right)[0]
         return figures
@@ -91,7 +95,7 @@ def validation(
     def validate(step: int, params: Params) -> dict[str, float]:
         batches = open_batches(config, base_config, shard, validation=True)
         pairs = []
-        for local in itertools.islice(batches, _BATCHES):
+        for _, local in zip(range(_BATCHES), batches, strict=False):
             batch = {k: jax.make_array_from_process_local_data(rows, x) for k, x in local.items()}
             value, metrics = jax.device_get(loss(params, base, batch))
             pairs.append(
@@ -109,6 +113,16 @@ def validation(
         return figures | {f"validation/{name}": value for name, value in own.items()}
 
     return validate
+
+
+def _budgets(base: LlavaConfig, twig: TwigConfig) -> list[int]:
+    """The three budgets as visual tokens a layer sees, without those that cannot be reached."""
+    tokens, found = base.vision.num_tokens, []
+    for share in BUDGETS:
+        with contextlib.suppress(ValueError):
+            retained(round(share * tokens), twig, base.text.num_layers, tokens)
+            found.append(round(share * tokens))
+    return found
 
 
 def _held_out(config: TrainConfig, reader: Model) -> list[_HeldOut]:
