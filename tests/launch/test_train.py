@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -70,6 +71,57 @@ def test_sigterm_ends_with_the_status_that_asks_for_more(tmp_path):
     assert process.returncode == 75, said
     step = int(re.search(r"saved at step (\d+) of 500", said)[1])
     assert [path.name for path in (out / "checkpoints").iterdir()] == [str(step)]
+
+
+def test_the_processes_of_a_slurm_step_train_one_twig(tmp_path):
+    """As srun starts them, with two devices each: one speaks and writes, all end well."""
+    settings = ("steps=1", f"out={tmp_path / 'run'}", "data.batch_size=8", "data.row_tokens=212")
+    settings += ("validation_samples=4",)
+    command = [sys.executable, "-m", "launch.train", "--distributed"]
+    command += ["--config", "configs/digits_twig.py", "--export", str(tmp_path / "twig")]
+    command += [f"--set={s}" for s in settings]
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        job = free.getsockname()[1]  # that jax derives the coordinator's port from
+    processes = [
+        subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={
+                **os.environ,
+                "XLA_FLAGS": f"{FLAGS} --xla_force_host_platform_device_count=2",
+                "SLURM_JOB_ID": str(job),
+                "SLURM_STEP_NODELIST": "localhost",
+                "SLURM_NTASKS": "2",
+                "SLURM_PROCID": str(index),
+                "SLURM_LOCALID": str(index),
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    ended = [process.communicate(timeout=600) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], ended
+    # The collectives' library greets on standard output.
+    said = [[x for x in out.splitlines() if not x.startswith("[Gloo]")] for out, _ in ended]
+    assert len(said[0]) == 1 and said[0][0].startswith("step 1: loss ")
+    assert "relacc_16" in said[0][0]
+    assert said[1] == []
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 1]
+    assert {p.name for p in (tmp_path / "twig").iterdir()} == {"model.safetensors", "twig.json"}
+
+
+def test_a_plan_is_printed_and_nothing_trained(tmp_path):
+    plan = ("--plan", "--topology", "h100:8", "--json", tmp_path / "plan.json")
+    result = launch("--config", "configs/llava15_7b_twig.py", *plan)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "h100:8: 8 devices, ESTIMATED from shapes" in result.stdout
+    assert json.loads((tmp_path / "plan.json").read_text())["fits"]
+    result = launch("--config", "configs/llava15_7b_twig.py", "--plan")
+    assert result.returncode == 1 and "--plan and --topology go together" in result.stderr
 
 
 @pytest.mark.parametrize(
