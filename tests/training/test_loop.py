@@ -192,6 +192,8 @@ def test_what_is_noted(tmp_path):
     assert 0 <= training["input_wait"] <= training["step_time"]
     tokens = 8 * 212 * (1 - training["padding"])
     assert training["tokens_per_s"] * training["step_time"] == pytest.approx(tokens, rel=1e-3)
+    with Image.open(tmp_path / "curves.png") as picture:
+        assert picture.width > 1000
     noted = scalars(tmp_path / "tensorboard")
     assert [step for step, name, _ in noted if name == "loss"] == [3, 6]
     assert (2, "validation/loss", 0.5) in noted

@@ -7,10 +7,13 @@ import jax
 from etils import epath
 from tensorboardX import SummaryWriter
 
+from twig_jax.training.plots import curves
+
 
 class Log:
-    """Writes `metrics.jsonl` and TensorBoard files into a folder; on the first host alone.
+    """Writes `metrics.jsonl`, TensorBoard files and, at the end, `curves.png` into a folder.
 
+    On the first host alone.
     after: the step a run goes on behind. What an earlier start noted beyond it will come again, and
     is dropped.
     """
@@ -46,3 +49,4 @@ class Log:
     def __exit__(self, *_: Any) -> None:
         if self._writer is not None:
             self._writer.close()
+            curves(self._path.with_name("curves.png"), [json.loads(line) for line in self._lines])
