@@ -1,5 +1,7 @@
 """Training checkpoints keep every bit, the newest two, and their shardings."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -41,6 +43,36 @@ def test_restores_every_bit_and_keeps_the_newest(tmp_path, state):
     assert reopened.restore(abstract(state), 2)["step"] == 2
     assert not (tmp_path / "run" / "1").exists()
     reopened.close()
+
+
+def test_notes_and_the_best(tmp_path, state):
+    manager = CheckpointManager(tmp_path, keep=1)
+    for step, loss in ((1, 3.0), (2, 1.0), (3, None), (4, 2.0)):
+        manager.save(step, state, {"step": step, "pool": [[1, 2], []]}, loss)
+    assert manager.best() == 2
+    assert {path.name for path in tmp_path.iterdir()} == {"2", "4"}
+    assert manager.notes(2) == {"step": 2, "pool": [[1, 2], []]}
+    assert manager.notes() == {"step": 4, "pool": [[1, 2], []]}
+    manager.close()
+
+
+def test_without_losses_the_newest_is_the_best(tmp_path, state):
+    manager = CheckpointManager(tmp_path)
+    assert manager.best() is None
+    manager.save(1, state, {})
+    manager.save(2, state, {})
+    assert manager.best() == 2
+    manager.close()
+
+
+@pytest.mark.parametrize("folder", ["gs://bucket/run", "/here/run", "run"])
+def test_a_bucket_stays_one(monkeypatch, folder):
+    folders = []
+    monkeypatch.setattr(
+        "orbax.checkpoint.v1.training.Checkpointer", lambda path, **_: folders.append(str(path))
+    )
+    CheckpointManager(folder)
+    assert folders == [folder if "/" in folder else str(Path.cwd() / folder)]
 
 
 def test_restores_into_other_shardings(tmp_path, state):

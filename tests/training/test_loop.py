@@ -286,6 +286,7 @@ def test_other_runs_are_refused(tmp_path, caplog):
         (["data.batch_size=4"], "4 rows a batch"),
         (["mesh=(3, 1, 1)"], "does not use the 8 devices"),
         (["data.source=/nowhere.json"], "no data at /nowhere.json"),
+        (["data.source=digits", "stage=base"], "conversations train a twig"),
     ],
 )
 def test_settings_that_do_not_fit(tmp_path, settings, message):

@@ -26,8 +26,10 @@ class CheckpointManager:
             n=1,
             keep_checkpoints_without_metrics=False,
         )
+        path = epath.Path(folder)
         self._checkpointer = ocp.training.Checkpointer(
-            epath.Path(folder).absolute(),
+            # Orbax wants absolute paths; a bucket's would be put behind the working folder.
+            path if path.is_absolute() else path.absolute(),
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
             preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
             cleanup_tmp_directories=True,

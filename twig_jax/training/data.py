@@ -66,6 +66,8 @@ def open_batches(
             mix=None if data.mix is None else dict(data.mix),
             shard=shard,
         )
+    if config.stage != "twig":
+        raise ValueError(f"conversations train a twig; the {config.stage} stage trains on digits")
     path = data.validation if validation else data.source
     if path is None:
         raise ValueError("nothing is held out: set data.validation")
