@@ -222,23 +222,21 @@ def _estimated(config: TrainConfig, topology: str, chip: Chip, devices: int) -> 
     tokens, wide = rows * config.data.row_tokens, text.intermediate_size // tensor
     number = jnp.dtype(config.base_dtype if config.stage == "twig" else jnp.float32).itemsize
     layers = twig.T if config.stage == "twig" else text.num_layers
-    # In half a layer: inputs, normed inputs, and the three products of the feed-forward part.
-    layer = tokens * (4 * text.hidden_size + 3 * wide) * number
+    # Of a layer: inputs, normed inputs and the products of the feed-forward part, with gradients.
+    layer = 2 * tokens * (4 * text.hidden_size + 3 * wide) * number
     kept = tokens * text.hidden_size * number if config.remat and config.stage == "twig" else layer
+    # Of attention and head: what is scored at a time in float32, its exponentials and gradients.
     queries = min(config.data.row_tokens, 512)
-    scores = 2 * 4 * rows * text.num_heads // tensor * queries * config.data.row_tokens
+    scores = 3 * 4 * rows * text.num_heads // tensor * queries * config.data.row_tokens
     chunk = min(config.head_chunk, config.data.row_tokens)
-    logits = 2 * 4 * rows * chunk * text.vocab_size // tensor
-    # Weights of a layer or the head, put together from all devices for as long as they are used.
-    largest = max(math.prod(x.shape) for x in jax.tree.leaves(state.params)) // tensor * number
-    used = frozen
-    if config.stage == "twig":
-        used = feeding(frozen, twig.K)
-    memory = _memory(state, frozen, batch)
-    memory["gradients"] = device_bytes(state.params)
-    memory["working memory"] = layers * kept + layer + max(scores, logits) + 2 * largest
-    spread = fsdp > 1
+    logits = 3 * 4 * rows * chunk * text.vocab_size // tensor
     trained = sum(math.prod(x.shape) for x in jax.tree.leaves(state.params)) // tensor
+    used = feeding(frozen, twig.K) if config.stage == "twig" else frozen
+    memory = _memory(state, frozen, batch)
+    memory["gradients"] = (1 + (parts > 1)) * device_bytes(state.params)
+    # Trained weights are there as a whole, in the type they are computed in.
+    memory["working memory"] = layers * kept + layer + max(scores, logits) + trained * number
+    spread = fsdp > 1
     frozen_bytes = sum(x.dtype.itemsize * math.prod(x.shape) for x in jax.tree.leaves(used))
     collectives = {
         # Frozen weights once, trained ones for the forward and the backward pass.
