@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from launch import run
 from launch.output import write_json
@@ -97,43 +97,85 @@ def train(
     from twig_jax.sharding.placement import gather
     from twig_jax.training.loop import fit
     from twig_jax.training.start import start_base, start_twig
-    from twig_jax.training.validation import validation
 
     base_config, twig_config = config.model()
     mesh = make_mesh(*config.mesh)
     first = not jax.process_index()
     base = start_base(config, mesh)
-    held_out = config.data.source is None or config.data.validation is not None
+    answers = config.holds_out and config.whole_base and config.stage != "vision"
+    callback = None
+    if answers:
+        callback = validation(config, base, mesh, say if first else lambda text: None)
     if config.stage == "twig":
         twig = start_twig(config, base, mesh)
-        callback = None
         if not config.whole_base:
             base = feeding(base, twig_config.K)
-        elif held_out:
-            callback = _saying(validation(config, base), say if first else None)
         twig = gather(fit(config, twig, base, callback=callback))
         if export:
             sampled = gather(feeding(base, twig_config.K))
             if first:
                 write_twig(export, twig, twig_config, sampled, base_config)
     else:
-        callback = _saying(validation(config, {}), say if first else None) if held_out else None
         base = gather(fit(config, base, {}, callback=callback))
         if export and first:
             write_llava(export, base, base_config, tokenizer=ASSETS)
 
 
-def _saying(callback: Any, say: Callable[[str], None] | None) -> Any:
-    def told(step: int, params: Any) -> dict[str, float]:
-        figures = callback(step, params)
-        if say is not None:
-            shown = ", ".join(
-                f"{name.removeprefix('validation/')} {value:.4g}" for name, value in figures.items()
-            )
-            say(f"step {step}: {shown}")
-        return figures
+def validation(
+    config: Any, base: Any, mesh: Any, say: Callable[[str], None]
+) -> Callable[[int, Any], dict[str, float]]:
+    """A callback(step, params) -> `validation/...` figures of answers to held-out questions."""
+    import jax
 
-    return told
+    from twig_jax.decoding.generate import Generator
+    from twig_jax.evaluation.validation import Validation
+
+    base_config, twig_config = config.model()
+    tokenizer, held_out = read_held_out(config)
+    measure = Validation(tokenizer, held_out)
+
+    def validate(step: int, params: Any) -> dict[str, float]:
+        if config.stage == "twig":
+            twig = jax.tree.map(lambda x: x.astype(config.base_dtype), params)
+            figures = measure(Generator(base_config, base, twig_config, twig, mesh=mesh))
+        else:
+            figures = measure(Generator(base_config, params, mesh=mesh))
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
+        say(f"step {step}: {shown}")
+        return {f"validation/{name}": value for name, value in figures.items()}
+
+    return validate
+
+
+def read_held_out(config: Any) -> tuple[Any, Any]:
+    """(tokenizer, held-out questions with their answers): the first ones of digits or a source."""
+    from twig_jax.api import Model
+    from twig_jax.data.sources import BadSample, open_source
+    from twig_jax.data.tokens import conventions, load_tokenizer
+    from twig_jax.decoding.generate import Generator
+    from twig_jax.evaluation import tasks
+    from twig_jax.evaluation.validation import HeldOut
+
+    base_config, _ = config.model()
+    tokenizer, n = load_tokenizer(config.reads_as()), config.validation_samples
+    if config.data.source is None:
+        samples = tasks.load_samples(tokenizer, base_config, n, split="validation")
+        return tokenizer, [HeldOut(s.request, s.question.answer) for s in samples]
+    reader = Model(Generator(base_config, {}), tokenizer, conventions(config.reads_as()))
+    source = open_source(config.data.validation, config.data.images)
+    found: list[HeldOut] = []
+    for index in range(len(source)):
+        if len(found) == n:
+            break
+        try:
+            sample = source[index]
+        except BadSample as error:
+            logging.warning("left out of validation: %s", error)
+            continue
+        question, answer = sample.turns[0]
+        images = sample.images[: question.count("<image>")]
+        found.append(HeldOut(reader.request(question, images), answer.strip()))
+    return tokenizer, found
 
 
 if __name__ == "__main__":

@@ -106,7 +106,7 @@ def test_the_processes_of_a_slurm_step_train_one_twig(tmp_path):
     assert [process.returncode for process in processes] == [0, 0], ended
     # The collectives' library greets on standard output.
     said = [[x for x in out.splitlines() if not x.startswith("[Gloo]")] for out, _ in ended]
-    assert len(said[0]) == 1 and said[0][0].startswith("step 1: loss ")
+    assert len(said[0]) == 1 and said[0][0].startswith("step 1: exact ")
     assert "relacc_16" in said[0][0]
     assert said[1] == []
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()

@@ -30,6 +30,10 @@ def lines(out):
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
+def steps(out):
+    return [line["step"] for line in lines(out) if "loss" in line]
+
+
 def losses(out):
     return {line["step"]: line["loss"] for line in lines(out) if "loss" in line}
 
@@ -87,7 +91,7 @@ def test_killed_while_saving_and_resumed_equals_never_stopped(tmp_path, data):
         assert status == 0, said
     assert_same(state_of(tmp_path / "killed", 20), state_of(tmp_path / "whole", 20))
     # No step twice, and each as it would have been: the data came in the same order.
-    assert [line["step"] for line in lines(tmp_path / "killed")] == list(range(1, 21))
+    assert steps(tmp_path / "killed") == list(range(1, 21))
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
     assert before == {n: loss for n, loss in losses(tmp_path / "whole").items() if n <= 10}
     left = {path.name for path in (tmp_path / "killed" / "checkpoints").iterdir()}
@@ -123,7 +127,7 @@ def test_two_processes_train_as_one(tmp_path, data):
         going_on = two_workers(tmp_path / "two", fsdp)
     for status, _, said in map(finish, going_on):
         assert status == 0, said
-    assert [line["step"] for line in lines(tmp_path / "two")] == list(range(1, 21))
+    assert steps(tmp_path / "two") == list(range(1, 21))
     if not data:
         status, _, said = finish(worker(tmp_path / "one", fsdp))
         assert status == 0, said
@@ -145,7 +149,7 @@ def test_told_to_stop_it_saves_and_goes_on_later(tmp_path):
     assert_same(resumed, fit(config(tmp_path / "whole"), *start(), progress=False))
     # A run that is complete has nothing left to do.
     assert_same(resumed, fit(config(tmp_path / "told"), *start(), progress=False))
-    assert [line["step"] for line in lines(tmp_path / "told")] == list(range(1, 21))
+    assert steps(tmp_path / "told") == list(range(1, 21))
 
 
 def test_it_goes_on_over_another_mesh(tmp_path):
@@ -170,17 +174,14 @@ def test_what_is_noted(tmp_path):
     trained = fit(
         config(tmp_path, *settings),
         *start(),
-        callback=lambda step, params: {"validation/loss": 1 / step},
+        callback=lambda step, params: {"tokar": step / 10},
         progress=False,
     )
     jax.tree.map(lambda a, b: np.any(a != b) or pytest.fail("untrained"), trained, start()[0])
     log = lines(tmp_path)
     assert [line["step"] for line in log] == [2, 3, 4, 6, 6]
-    assert [line["validation/loss"] for line in log if "validation/loss" in line] == [
-        0.5,
-        0.25,
-        0.166667,
-    ]
+    assert [line["tokar"] for line in log if "tokar" in line] == [0.2, 0.4, 0.6]
+    assert [line["step"] for line in log if "validation/loss" in line] == [2, 4, 6]
     training = log[1]
     assert training.keys() >= {
         *("loss", "lr", "accuracy", "agreement", "grad_norm", "update_norm", "skipped"),
@@ -196,7 +197,11 @@ def test_what_is_noted(tmp_path):
         assert picture.width > 1000
     noted = scalars(tmp_path / "tensorboard")
     assert [step for step, name, _ in noted if name == "loss"] == [3, 6]
-    assert (2, "validation/loss", 0.5) in noted
+    assert [(step, value) for step, name, value in noted if name == "tokar"] == [
+        (2, pytest.approx(0.2)),
+        (4, pytest.approx(0.4)),
+        (6, pytest.approx(0.6)),
+    ]
 
 
 def scalars(folder):
@@ -215,17 +220,20 @@ def scalars(folder):
 
 
 def test_the_best_is_kept_and_can_be_the_result(tmp_path):
-    losses = {5: 3.0, 10: 1.0, 15: 2.0, 20: 4.0}
+    """The one of the lowest loss on what is held out, which this learning rate spoils later."""
     seen = {}
-
-    def callback(step, params):
-        seen[step] = jax.device_get(params)
-        return {"validation/loss": losses[step]}
-
-    best = fit(config(tmp_path, "best=True"), *start(), callback=callback, progress=False)
-    assert_same(best, seen[10])
-    kept = {path.name for path in (tmp_path / "checkpoints").iterdir()}
-    assert kept == {"10", "15", "20"}
+    best = fit(
+        config(tmp_path, "best=True", "optim.lr=0.3", "keep=1"),
+        *start(),
+        callback=lambda step, params: seen.update({step: jax.device_get(params)}) or {},
+        progress=False,
+    )
+    held_out = {x["step"]: x["validation/loss"] for x in lines(tmp_path) if "validation/loss" in x}
+    assert list(held_out) == [5, 10, 15, 20]
+    lowest = min(held_out, key=held_out.get)
+    assert lowest < 20
+    assert_same(best, seen[lowest])
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {str(lowest), "20"}
 
 
 def test_the_average_of_parameters_is_the_result(tmp_path):

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 import twig_jax
-from launch.train import train
+from launch.train import train, validation
 from tests.training.conftest import TINY
 from twig_jax.checkpoints.llava import write_llava
 from twig_jax.checkpoints.twig import read_twig
@@ -150,7 +150,7 @@ def test_a_twig_grows_on_conversations(folder, tmp_path, caplog):
         assert 0 <= line["validation/exact"] <= 1
         assert 0 <= line["validation/tokar"] <= 1
         assert np.isfinite(line["validation/loss"])
-    assert len(said) == 2 and said[0].startswith("step 2: loss ")
+    assert len(said) == 2 and said[0].startswith("step 2: exact ")
     assert "left out: sample s60: image" in caplog.text
 
     model = twig_jax.load(folder, tmp_path / "twig")
@@ -162,10 +162,8 @@ def test_a_twig_grows_on_conversations(folder, tmp_path, caplog):
     assert np.abs(twig["layers_0"]["q_proj"]["kernel"] - np.float32(before)).max() > 1e-3
 
 
-def test_a_base_that_answers_right_is_measured_against(folder, tmp_path, monkeypatch):
+def test_a_base_that_answers_right_is_measured_against(folder, tmp_path):
     """What the base itself says is held out as the right answer, so that pruning is compared."""
-    from twig_jax.training import validation as module
-
     data = conversations(tmp_path, validation=str(tmp_path / "held_out.jsonl"))
     run = config(folder, data=data, validation_samples=5)
     mesh = make_mesh()
@@ -184,7 +182,7 @@ def test_a_base_that_answers_right_is_measured_against(folder, tmp_path, monkeyp
                 said.tokens, skip_special_tokens=True
             )
     (tmp_path / "held_out.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-    figures = module.validation(run, base)(1, twig)
+    figures = validation(run, base, mesh, lambda text: None)(1, twig)
     assert figures["validation/exact"] == 1
     # Of 144 visual tokens, the first of four layers alone sees 36 a layer.
     assert [name for name in figures if "relacc" in name] == ["validation/relacc_48"]

@@ -64,7 +64,7 @@ class TrainConfig:
     K_f: int | None = None
     base: str | None = None  # run folder, model folder or hub id that the base is read from
     base_dtype: str = "float32"  # that a frozen base is held and computed in
-    whole_base: bool = True  # False: only the layers below the twig; nothing is validated
+    whole_base: bool = True  # False: only the layers below the twig, so that nothing is answered
     deepen: tuple[int | None, ...] | None = None  # see models.grow.deepen
     twig_init: str = "next"  # "next", "last", "random", or a twig folder to be trained on
     optim: OptimConfig = OptimConfig()
@@ -123,6 +123,11 @@ class TrainConfig:
         if not (folder / "config.json").is_file():
             raise FileNotFoundError(f"{folder} is neither a training run nor a model folder")
         return folder
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether there are data to validate on."""
+        return self.data.source is None or self.data.validation is not None
 
     def reads_as(self) -> Path:
         """The folder whose tokenizer and conventions data are read with: the base's or digits'."""

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import jax
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh
 
 from twig_jax.config import LlavaConfig
 from twig_jax.data.instruct import InstructBatches
@@ -14,6 +14,7 @@ from twig_jax.data.pipeline import DigitsBatches
 from twig_jax.data.sources import open_source
 from twig_jax.data.tokens import conventions, load_tokenizer
 from twig_jax.training.config import TrainConfig
+from twig_jax.training.step import batch_sharding
 
 State = dict[str, Any]
 
@@ -88,16 +89,23 @@ def open_batches(
     )
 
 
-def row_shard(sharding: NamedSharding, rows: int) -> tuple[int, int]:
+def row_shard(mesh: Mesh, rows: int) -> tuple[int, int]:
     """(index, count): which part of a batch of so many rows this host's devices hold.
 
     Hosts whose devices hold the same rows get the same part. Raises ValueError where only some of
     them are the same.
     """
     held = defaultdict(set)
+    sharding = batch_sharding(mesh)
     for device, (index,) in sharding.devices_indices_map((rows,)).items():
         held[device.process_index].add(index.indices(rows)[0])  # type: ignore[attr-defined]
     parts = sorted({tuple(sorted(starts)) for starts in held.values()})
     if sum(map(len, parts)) != len(set().union(*held.values())):
         raise ValueError("hosts hold overlapping rows: let the tensor axis divide a host's devices")
     return parts.index(tuple(sorted(held[jax.process_index()]))), len(parts)
+
+
+def on_mesh(batch: Batch, mesh: Mesh) -> dict[str, jax.Array]:
+    """The global batch that hosts' parts of it make, its rows over the mesh."""
+    rows = batch_sharding(mesh)
+    return {name: jax.make_array_from_process_local_data(rows, x) for name, x in batch.items()}

@@ -22,18 +22,16 @@ from twig_jax.runtime import memory_used
 from twig_jax.sharding.mesh import make_mesh
 from twig_jax.sharding.placement import distribute
 from twig_jax.training.config import TrainConfig
-from twig_jax.training.data import Batches, State, open_batches, row_shard
+from twig_jax.training.data import Batches, State, on_mesh, open_batches, row_shard
 from twig_jax.training.flops import step_flops
 from twig_jax.training.log import Log
 from twig_jax.training.losses import Batch, Loss, base_loss, twig_agreement, twig_loss, vision_loss
 from twig_jax.training.optim import optimizer, schedule
 from twig_jax.training.preemption import Preempted, preemption
-from twig_jax.training.step import TrainState, batch_sharding, init_state, make_step
+from twig_jax.training.step import TrainState, init_state, make_step
+from twig_jax.training.validation import validation_loss
 
 Callback = Callable[[int, Params], dict[str, float]]
-
-# The figure of a callback that says which checkpoint is the best: the lowest.
-VALIDATION_LOSS = "validation/loss"
 
 # Steps in a row that may be skipped before a run is given up.
 _PATIENCE = 10
@@ -69,9 +67,9 @@ def fit(
 
     `frozen` are parameters the loss reads but never changes (the base, when the twig trains).
     `callback(step, params)` runs before every checkpoint; its figures are logged with the others
-    (see `Log`), and its VALIDATION_LOSS decides which checkpoint is the best. On several hosts all
-    call this with the same arguments. Returns the trained parameters: the last, the best or the
-    averaged ones, as configured.
+    (see `Log`). The loss on what is held out, `validation/loss`, decides which checkpoint is the
+    best. On several hosts all call this with the same arguments. Returns the trained parameters:
+    the last, the best or the averaged ones, as configured.
 
     Raises ValueError for settings that do not fit together, and for checkpoints of another model
     or base; FloatingPointError after ten steps in a row whose loss is not finite, where the last
@@ -81,10 +79,9 @@ def fit(
     out.mkdir(parents=True, exist_ok=True)
     base, twig = config.model()
     mesh = make_mesh(*config.mesh)
-    rows = batch_sharding(mesh)
     accumulate = config.accumulate(mesh.shape)
     flops = step_flops(config) / mesh.size
-    shard = row_shard(rows, config.data.batch_size)
+    shard = row_shard(mesh, config.data.batch_size)
     tx = optimizer(config.optim, config.steps)
     learning_rate = schedule(config.optim, config.steps)
     measured = config.stage == "twig" and config.whole_base
@@ -93,7 +90,9 @@ def fit(
         params, frozen = distribute(params, mesh), distribute(frozen, mesh)
         grown_on = fingerprint(base, frozen, twig.K) if config.stage == "twig" else None
         state = jax.jit(init_state, static_argnums=(1, 2))(params, tx, config.ema is not None)
-        step = make_step(stage_loss(config), tx, accumulate, config.ema)
+        loss = stage_loss(config)
+        step = make_step(loss, tx, accumulate, config.ema)
+        held_out = validation_loss(config, loss, mesh) if config.holds_out else None
         manager = CheckpointManager(out / "checkpoints", config.keep)
         stack.callback(manager.close)
         batches = open_batches(config, base, shard)
@@ -116,9 +115,7 @@ def fit(
         for n in range(start + 1, config.steps + 1):
             with clock.waiting():
                 local = next(batches)
-            batch = {
-                name: jax.make_array_from_process_local_data(rows, x) for name, x in local.items()
-            }
+            batch = on_mesh(local, mesh)
             state, metrics = step(state, frozen, batch)
             pending.append(metrics)
             clock.steps += 1
@@ -153,13 +150,17 @@ def fit(
             if save or stop:
                 jax.block_until_ready(metrics)
                 with clock.stopped():
-                    figures = callback(n, state.result) if save and callback else {}
+                    figures = {}
+                    if save and held_out is not None:
+                        figures["validation/loss"] = held_out(state.result, frozen)
+                    if save and callback is not None:
+                        figures |= callback(n, state.result)
                     notes = {
                         "config": dataclasses.asdict(config),
                         "base": grown_on,
                         "data": _positions(batches, shard),
                     }
-                    manager.save(n, state, notes, figures.get(VALIDATION_LOSS))
+                    manager.save(n, state, notes, figures.get("validation/loss"))
                     if figures:
                         log.write(n, figures)
             if stop:

@@ -48,7 +48,7 @@ def curves(path: epath.Path, lines: Sequence[dict[str, float]]) -> None:
                     linewidth=1.2,
                     label=found,
                 )
-        if "norms" in title:
+        if "norms" in title and any(min(line.get_ydata()) > 0 for line in axes.lines):
             axes.set_yscale("log")
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("step", fontsize=9)
