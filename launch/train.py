@@ -30,7 +30,7 @@ _DISTRIBUTED = flags.DEFINE_bool(
 
 _PLAN = flags.DEFINE_bool("plan", False, "print what a step takes on --topology, and end")
 _TOPOLOGY = flags.DEFINE_string("topology", None, "a TPU slice, v5e:2x4, or GPUs, h100:8")
-_JSON = flags.DEFINE_string("json", None, "with --plan: write its figures to this file")
+_PLAN_JSON = flags.DEFINE_string("plan_json", None, "write the plan's figures to this file")
 
 
 def main(argv: list[str]) -> None:
@@ -77,7 +77,7 @@ def show_plan(config: Any, topology: str) -> None:
 
     found = plan(dataclasses.replace(config, base=None), topology)
     print(found)
-    write_json(_JSON.value, found.as_json())
+    write_json(_PLAN_JSON.value, found.as_json())
 
 
 def train(

@@ -115,7 +115,7 @@ def test_the_processes_of_a_slurm_step_train_one_twig(tmp_path):
 
 
 def test_a_plan_is_printed_and_nothing_trained(tmp_path):
-    plan = ("--plan", "--topology", "h100:8", "--json", tmp_path / "plan.json")
+    plan = ("--plan", "--topology", "h100:8", "--plan_json", tmp_path / "plan.json")
     result = launch("--config", "configs/llava15_7b_twig.py", *plan)
     assert result.returncode == 0, result.stderr[-2000:]
     assert "h100:8: 8 devices, ESTIMATED from shapes" in result.stdout
