@@ -13,7 +13,7 @@ import twig_jax
 from launch.train import train, validation
 from tests.training.conftest import TINY
 from twig_jax.checkpoints.llava import write_llava
-from twig_jax.checkpoints.twig import read_twig
+from twig_jax.checkpoints.twig import read_notes, read_twig
 from twig_jax.data.digits import ASSETS
 from twig_jax.models.llava import init_base
 from twig_jax.sharding.mesh import make_mesh
@@ -193,3 +193,32 @@ def test_nothing_held_out_is_validated_on_nothing(folder, tmp_path):
     said = []
     train(config(folder, tmp_path / "run", data=conversations(tmp_path)), say=said.append)
     assert said == []
+
+
+def test_the_stages_of_digits_follow_each_other(tmp_path):
+    """Vision tower, a shallow base, a deeper one; each starts from what the one before has made."""
+
+    def stage(name, out, **changes):
+        settings = {
+            "preset": "tiny",
+            "steps": 2,
+            "data": DataConfig(batch_size=8, row_tokens=276),
+            "optim": OptimConfig(lr=1e-2),
+            "validation_samples": 4,
+            "naming_weight": 0.5,
+        }
+        said = []
+        run = TrainConfig(name, str(tmp_path / out), **settings | changes)
+        train(run, export=str(tmp_path / f"{out}_model"), say=said.append)
+        lines = (tmp_path / out / "metrics.jsonl").read_text().splitlines()
+        assert json.loads(lines[-1])["validation/loss"] > 0
+        return said
+
+    assert stage("vision", "vision", layers=1) == []  # the decoder does not answer yet
+    (said,) = stage("base", "shallow", layers=1, base=str(tmp_path / "vision"))
+    assert said.startswith("step 2: exact ")
+    stage("base", "deep", base=str(tmp_path / "shallow"), deepen=(0, None))
+    stage("twig", "twig", base=str(tmp_path / "deep_model"))
+    assert read_notes(tmp_path / "twig_model")[0] == TINY[1]
+    with pytest.raises(FileNotFoundError, match="neither a training run nor a model folder"):
+        stage("twig", "again", base=str(tmp_path))

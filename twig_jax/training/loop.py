@@ -25,10 +25,10 @@ from twig_jax.training.config import TrainConfig
 from twig_jax.training.data import Batches, State, on_mesh, open_batches, row_shard
 from twig_jax.training.flops import step_flops
 from twig_jax.training.log import Log
-from twig_jax.training.losses import Batch, Loss, base_loss, twig_agreement, twig_loss, vision_loss
+from twig_jax.training.losses import Loss, base_loss, twig_agreement, twig_loss, vision_loss
 from twig_jax.training.optim import optimizer, schedule
 from twig_jax.training.preemption import Preempted, preemption
-from twig_jax.training.step import TrainState, init_state, make_step
+from twig_jax.training.step import TrainState, init_state, make_step, of_a_part
 from twig_jax.training.validation import validation_loss
 
 Callback = Callable[[int, Params], dict[str, float]]
@@ -85,14 +85,16 @@ def fit(
     tx = optimizer(config.optim, config.steps)
     learning_rate = schedule(config.optim, config.steps)
     measured = config.stage == "twig" and config.whole_base
-    agreement = _agreement(config, accumulate) if measured else None
+    agreement = None
+    if measured:
+        agreement = of_a_part(twig_agreement(base, twig, config.head_chunk), accumulate)
     with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
         params, frozen = distribute(params, mesh), distribute(frozen, mesh)
         grown_on = fingerprint(base, frozen, twig.K) if config.stage == "twig" else None
         state = jax.jit(init_state, static_argnums=(1, 2))(params, tx, config.ema is not None)
         loss = stage_loss(config)
         step = make_step(loss, tx, accumulate, config.ema)
-        held_out = validation_loss(config, loss, mesh) if config.holds_out else None
+        held_out = validation_loss(config, of_a_part(loss, accumulate), mesh)
         manager = CheckpointManager(out / "checkpoints", config.keep)
         stack.callback(manager.close)
         batches = open_batches(config, base, shard)
@@ -131,10 +133,11 @@ def fit(
                 for m in fetched:
                     bad = bad + 1 if m["skipped"] else 0
                     if bad >= _PATIENCE:
+                        saved = manager.latest()
                         raise FloatingPointError(
-                            f"ten steps in a row up to step {n} had a loss that is not finite; the "
-                            f"checkpoint of step {manager.latest()} in {out} is good: lower the "
-                            "learning rate and start again from it"
+                            f"ten steps in a row up to step {n} had a loss that is not finite: "
+                            "lower the learning rate and start again"
+                            + (f" from step {saved}, saved in {out}" if saved else "")
                         )
                 line = {"lr": float(learning_rate(n - 1)), **summarise(fetched)}
                 tokens = (1 - line["padding"]) * batch["segments"].size
@@ -151,7 +154,7 @@ def fit(
                 jax.block_until_ready(metrics)
                 with clock.stopped():
                     figures = {}
-                    if save and held_out is not None:
+                    if save and config.holds_out:
                         figures["validation/loss"] = held_out(state.result, frozen)
                     if save and callback is not None:
                         figures |= callback(n, state.result)
@@ -170,16 +173,6 @@ def fit(
             _LOG.warning("the best checkpoint is that of step %s", best)
             state = manager.restore(_like(state), best)
     return state.result
-
-
-def _agreement(config: TrainConfig, accumulate: int) -> Callable[[Params, Params, Batch], Any]:
-    """`twig_agreement` of as many rows of a batch as are taken at a time."""
-    agreement = twig_agreement(*config.model(), config.head_chunk)
-    return jax.jit(
-        lambda params, frozen, batch: agreement(
-            params, frozen, {name: x[::accumulate] for name, x in batch.items()}
-        )
-    )
 
 
 def summarise(metrics: list[dict[str, Any]]) -> dict[str, float]:

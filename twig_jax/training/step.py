@@ -1,5 +1,6 @@
 """One jitted training step."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -105,3 +106,12 @@ def make_step(
         return _placed(new._replace(step=state.step + 1)), metrics
 
     return jax.jit(step, donate_argnums=0)
+
+
+def of_a_part(function: Callable[[Params, Params, Batch], Any], accumulate: int) -> Any:
+    """A jitted function(trained, frozen, batch) of as many rows as `make_step` takes at a time."""
+    return jax.jit(
+        lambda trained, frozen, batch: function(
+            trained, frozen, {name: x[::accumulate] for name, x in batch.items()}
+        )
+    )
