@@ -23,26 +23,6 @@ def launch(*arguments):
     )
 
 
-def test_a_twig_grows_and_is_exported(tmp_path):
-    sets = [
-        f"--set={s}"
-        for s in (
-            "steps=2",
-            f"out={tmp_path / 'run'}",
-            "data.batch_size=8",
-            "data.row_tokens=212",
-            "log_every=1",
-            "save_every=2",
-        )
-    ]
-    result = launch("--config", "configs/digits_twig.py", *sets, "--export", tmp_path / "twig")
-    assert result.returncode == 0, result.stderr[-2000:]
-    lines = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [x["step"] for x in lines] == [1, 2, 2]
-    assert "validation/tokar" in lines[-1]
-    assert {p.name for p in (tmp_path / "twig").iterdir()} == {"model.safetensors", "twig.json"}
-
-
 def test_sigterm_ends_with_the_status_that_asks_for_more(tmp_path):
     """The run is told to stop once it has logged a step."""
     out = tmp_path / "run"
