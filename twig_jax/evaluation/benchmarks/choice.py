@@ -1,0 +1,317 @@
+"""Benchmarks of multiple choice: MMBench, ScienceQA, MMMU."""
+
+import ast
+import base64
+import csv
+import re
+import string
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from twig_jax.evaluation.benchmarks.files import (
+    Answers,
+    Key,
+    Question,
+    Score,
+    collect,
+    look_up,
+    mean,
+    need,
+    read_json,
+    read_lines,
+)
+
+_BY_LETTER = "Answer with the option's letter from the given choices directly."
+_BRIEF = "Answer the question using a single word or phrase."
+
+# What a table's reader takes for an empty cell, as the official script's does (pandas' list).
+_NOTHING = {
+    "", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN",
+    "<NA>", "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null", "none",
+}  # fmt: skip
+# Columns of MMBench's table that its upload does not have.
+_NOT_UPLOADED = ("hint", "category", "source", "image", "comment", "l2-category")
+
+
+@dataclass(frozen=True)
+class MMBench:
+    """mmbench_dev_20230712.tsv, or another table of the same columns: its images are in it.
+
+    circular: every question is asked once for every rotation of its options.
+    """
+
+    folder: Path
+    split: str = "dev_20230712"
+    circular: bool = False
+    max_new_tokens: int = 128
+
+    def questions(self) -> list[Question]:
+        """See `Benchmark`."""
+        questions = []
+        for row in self._rows():
+            options: list[str] = []
+            for letter in "ABCD":
+                if row.get(letter, "") in _NOTHING:
+                    break
+                options.append(row[letter])
+            letters = list("ABCD"[: len(options)])
+            hint = row.get("hint", "")
+            asked = row["question"] if hint in _NOTHING else f"{hint}\n{row['question']}"
+            for turn in range(len(options) if self.circular else 1):
+                lines = [f"{x}. {o}" for x, o in zip("ABCD", options, strict=False)]
+                stated = "\n".join([asked, *lines])
+                also = {"round_id": turn, "options": options, "option_char": letters}
+                image = base64.b64decode(row["image"])
+                index = int(row["index"])
+                prompt = f"{stated}\n{_BY_LETTER}"
+                questions.append(Question(index, prompt, (image,), stated, also))
+                options, letters = options[1:] + options[:1], letters[1:] + letters[:1]
+        return questions
+
+    def score(self, answers: Answers) -> Score | None:
+        """Share of questions whose every asked rotation has the right letter; None without answers.
+
+        A letter is read off an answer's beginning, or the answer is an option's very words; the
+        official judge asks a language model where it finds neither.
+        """
+        right = {int(row["index"]): row.get("answer", "") for row in self._rows()}
+        if not any(right.values()):
+            return None
+        points: dict[Key, float | None] = {}
+        whole: dict[str, bool] = defaultdict(lambda: True)
+        asked = self.questions()
+        for q in asked:
+            points[q.key] = None
+            if q.key in answers:
+                at = _chosen(answers[q.key], q.also["options"])
+                known = right[q.id]
+                points[q.key] = float(at is not None and q.also["option_char"][at] == known)
+            whole[q.key.id] &= bool(points[q.key])
+        score = collect(asked, points)
+        return Score({"accuracy": mean(whole.values())}, score.points, score.unanswered)
+
+    def upload(self, answers: Answers) -> tuple[str, Any]:
+        """The table without hints and images but with a column `prediction`, for a spreadsheet."""
+        said: dict[str, str] = {}
+        for q in self.questions():
+            if q.key in answers:
+                said.setdefault(q.key.id, answers[q.key])
+        rows = self._rows()
+        names = [name for name in rows[0] if name not in _NOT_UPLOADED]
+        names.insert(6, "prediction")
+        full = [{**row, "prediction": said.get(str(int(row["index"])), "")} for row in rows]
+        return f"mmbench_{self.split}.xlsx", [names, *([row[n] for n in names] for row in full)]
+
+    def _rows(self) -> list[dict[str, str]]:
+        path = need(self.folder / f"mmbench_{self.split}.tsv", "MMBench's table")
+        csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # images are long fields
+        with open(path, newline="") as file:
+            rows = list(csv.DictReader(file, delimiter="\t"))
+        for number, row in enumerate(rows, 2):
+            missing = [n for n in ("index", "question", "A", "image") if row.get(n) is None]
+            if missing:
+                raise ValueError(f"{path}: row {number} has no {', '.join(missing)}")
+        return rows
+
+
+def _chosen(text: str, options: Sequence[str]) -> int | None:
+    """Which option an answer names."""
+    text = text.strip()
+    found = re.match(r"\(?([A-D])(?![A-Za-z0-9'])", text)
+    if found and (at := "ABCD".index(found.group(1))) < len(options):
+        return at
+    same = [i for i, o in enumerate(options) if o.strip().lower() == text.rstrip(".").lower()]
+    return same[0] if len(same) == 1 else None
+
+
+@dataclass(frozen=True)
+class ScienceQA:
+    """llava_test_CQM-A.json, images/test, problems.json, pid_splits.json."""
+
+    folder: Path
+    max_new_tokens: int = 128
+
+    def questions(self) -> list[Question]:
+        """See `Benchmark`."""
+        found = read_json(self.folder / "llava_test_CQM-A.json", "LLaVA's ScienceQA questions")
+        questions = []
+        for line in found:
+            text = line["conversations"][0]["value"].replace("<image>", "").strip()
+            text = f"{text}\n{_BY_LETTER}"
+            image = line.get("image")
+            stated = f"<image>\n{text}" if image else text
+            images = (self.folder / "images" / "test" / image,) if image else ()
+            questions.append(Question(line["id"], text, images, stated))
+        return questions
+
+    def score(self, answers: Answers) -> Score:
+        """Accuracy over the questions with an image, which RelAcc compares, and over all."""
+        problems = read_json(self.folder / "problems.json", "ScienceQA's problems")
+        path = self.folder / "pid_splits.json"
+        split = set(read_json(path, "ScienceQA's splits")["test"])
+        asked = [q for q in self.questions() if q.key.id in split]
+        points: dict[Key, float | None] = {}
+        for q in asked:
+            if q.key in answers:
+                problem = look_up(problems, q.key.id, self.folder / "problems.json")
+                letter = _science(answers[q.key])
+                right = "ABCDE"[problem["answer"]]
+                points[q.key] = float(letter == right)
+        score = collect(asked, points)
+        seen = [score.points[q.key] for q in asked if q.images]
+        figures = {"IMG-accuracy": mean(seen)} if seen else {}
+        return Score({**figures, **score.figures}, score.points, score.unanswered)
+
+    def upload(self, answers: Answers) -> None:
+        """Scored here."""
+
+
+def _science(text: str) -> str | None:
+    """The letter alone, before a period, or in "The answer is X."."""
+    if text in tuple("ABCDE"):
+        return text
+    if len(text) >= 3 and text[0] in "ABCDE" and text[1:3] == ". ":
+        return text[0]
+    found = re.findall(r"The answer is ([A-Z]).", text)
+    return found[0] if len(found) == 1 else None
+
+
+@dataclass(frozen=True)
+class MMMU:
+    """mmmu_SPLIT.jsonl: MMMU's rows, a line each, with image_1 .. image_7 as files beside it.
+
+    Prompts are those of MMMU's own configuration for LLaVA-1.5. (The data set is published as
+    Parquet: a row's images are saved, and their names written in their place.)
+    """
+
+    folder: Path
+    split: str = "val"
+    max_new_tokens: int = 128
+
+    def questions(self) -> list[Question]:
+        """See `Benchmark`; a question may have several images, or one several times."""
+        questions = []
+        for row in self._rows():
+            options = _options(row)
+            text = row["question"]
+            if row["question_type"] == "multiple-choice":
+                lines = "".join(f"({x}) {o}\n" for x, o in options.items())
+                text = f"{text}\n{lines}\n{_BY_LETTER}"
+            else:
+                text = f"{text}\n{_BRIEF}"
+            names = re.findall(r"<image ([1-7])>", text)
+            images = []
+            for n in names:
+                if not row.get(f"image_{n}"):
+                    raise ValueError(f"{self._file}: question {row['id']} has no image_{n}")
+                images.append(self.folder / row[f"image_{n}"])
+            prompt = re.sub(r"<image [1-7]>", "<image>", text)
+            questions.append(Question(row["id"], prompt, tuple(images), text))
+        return questions
+
+    def score(self, answers: Answers) -> Score:
+        """MMMU's own rules, but a choice that cannot be read is wrong, not drawn at random."""
+        asked = self.questions()
+        points: dict[Key, float | None] = {}
+        for q, row in zip(asked, self._rows(), strict=True):
+            if q.key not in answers:
+                continue
+            if row["question_type"] == "multiple-choice":
+                right = parse_choice(answers[q.key], _options(row)) == row["answer"]
+            else:
+                right = open_right(answers[q.key], row["answer"])
+            points[q.key] = float(right)
+        return collect(asked, points)
+
+    def upload(self, answers: Answers) -> tuple[str, Any]:
+        """What MMMU's main_eval_only.py reads: letters, and open answers as they are."""
+        content = {}
+        for q, row in zip(self.questions(), self._rows(), strict=True):
+            if q.key in answers:
+                text = answers[q.key]
+                choice = row["question_type"] == "multiple-choice"
+                content[q.key.id] = parse_choice(text, _options(row)) or "" if choice else text
+        return f"mmmu_{self.split}.json", content
+
+    @property
+    def _file(self) -> Path:
+        return self.folder / f"mmmu_{self.split}.jsonl"
+
+    def _rows(self) -> list[dict[str, Any]]:
+        fields = ("id", "question", "question_type", "answer")
+        return list(read_lines(self._file, "MMMU's rows", fields))
+
+
+def _options(row: dict[str, Any]) -> dict[str, str]:
+    """Letter -> option; the data set writes the list as Python does."""
+    found = row.get("options", [])
+    found = ast.literal_eval(found) if isinstance(found, str) else found
+    return dict(zip(string.ascii_uppercase, (str(o) for o in found), strict=False))
+
+
+def parse_choice(text: str, options: dict[str, str]) -> str | None:
+    """The last letter in brackets, or else between spaces, or else the last option's words.
+
+    The rules of MMMU's parse_multi_choice_response; None where it would draw a letter at random.
+    """
+    for mark in ",.!?;:'":
+        text = text.strip(mark)
+    text = f" {text} "
+    ways = [(text, {x: f"({x})" for x in options}), (text, {x: f" {x} " for x in options})]
+    if len(text.split()) > 5:
+        ways.append((text.lower(), {x: o.lower() for x, o in options.items()}))
+    for where, marks in ways:
+        at = {x: where.rfind(mark) for x, mark in marks.items() if mark in where}
+        if at:
+            return max(at, key=lambda x: at[x])  # the first of equals, as options come
+    return None
+
+
+_KEYS = ("could be ", "so ", "is ", "thus ", "therefore ", "final ", "answer ", "result ")
+_NUMBER = (
+    r"-?\b\d{1,3}(?:,\d{3})+\b",  # with commas
+    r"-?\d+(?:\.\d+)?[eE][+-]?\d+",  # with an exponent
+    r"-?(?:\d+\.\d+|\.\d+|\d+\b)(?![eE][+-]?\d+)(?![,\d])",
+)
+
+
+def open_right(text: str, known: str | Sequence[str]) -> bool:
+    """Whether an open answer has a known one among what it may mean, by MMMU's rules.
+
+    What an answer may mean: what follows its last "is", "so", ... and every number in that.
+    """
+    text = text.strip().strip(".").lower()
+    # The official pattern looks for capitals in small letters: only line breaks part sentences.
+    sentences = text.split("\n")
+    found = []
+    for i, sentence in enumerate(sentences):
+        keys = (*_KEYS, "=") if i == len(sentences) - 1 else _KEYS
+        tails = [sentence.split(key)[-1].strip() for key in keys if key in sentence]
+        shortest = ""
+        for tail in tails:
+            if not shortest or len(tail) < len(shortest):
+                shortest = tail
+        if shortest and shortest not in tuple(":,.!?;'"):
+            found.append(shortest)
+    found = found or [text]
+    numbers = [n for part in found for pattern in _NUMBER for n in re.findall(pattern, part)]
+    meant = [x for part in (*found, *numbers) for x in _normal(part)]
+    answers = [x for one in ([known] if isinstance(known, str) else known) for x in _normal(one)]
+    return any(
+        any(isinstance(a, str) and a in m for a in answers) if isinstance(m, str) else m in answers
+        for m in meant
+    )
+
+
+def _normal(text: str) -> list[str | float]:
+    """A number to two digits, or small letters; a single letter only beside a space."""
+    text = text.strip()
+    try:
+        return [round(float(text.replace(",", "")), 2)]
+    except ValueError:
+        text = text.lower()
+        return [f" {text}", f"{text} "] if len(text) == 1 else [text]
