@@ -82,18 +82,23 @@ class LlavaConfig:
 class TwigConfig:
     """A twig of `T` layers grown on the output of base layer K - 1.
 
-    Base layers with 0-based index >= `K_f` see no visual tokens when pruning (FinalWipe).
+    Base layers with 0-based index >= `K_f` see no visual tokens when pruning (FinalWipe). `T` is 0
+    where there is no twig, and something else says which tokens to keep after layer K - 1.
     """
 
     K: int = 2
     T: int = 3
     K_f: int = 24
 
-    def check(self, num_layers: int) -> None:
-        """Raises ValueError unless 0 <= K < K_f <= L and T >= 1, for a base of L layers."""
+    def check_schedule(self, num_layers: int) -> None:
+        """Raises ValueError unless 0 <= K < K_f <= L, for a base of L layers."""
         if not 0 <= self.K < self.K_f <= num_layers:
             raise ValueError(
                 f"a twig needs 0 <= K < K_f <= L, not K={self.K}, K_f={self.K_f}, L={num_layers}"
             )
+
+    def check(self, num_layers: int) -> None:
+        """`check_schedule`, and ValueError unless T >= 1."""
+        self.check_schedule(num_layers)
         if self.T < 1:
             raise ValueError(f"a twig needs T >= 1 layers, not T={self.T}")

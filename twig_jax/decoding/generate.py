@@ -71,6 +71,7 @@ class Compiled:
 class Generator:
     """A base with its twig, ready to answer; compiled programs are kept per bucket.
 
+    A twig_config without a twig says at which layers visual tokens are pruned by other scores.
     buckets: the shapes there are programs for; a batch takes the smallest it fits into. Without
     any, each batch is rounded up to a shape of its own. mesh: what to spread over, with the axes of
     sharding/mesh.py; all processes of several hosts make the same calls. detokenize: tokens ->
@@ -92,10 +93,13 @@ class Generator:
         remembered_images: int = 0,
         draft_cost: float | None = None,
     ) -> None:
+        if twig_config is not None and twig is None:
+            twig_config = replace(twig_config, T=0)
+            twig_config.check_schedule(config.text.num_layers)
+        elif twig_config is not None:
+            twig_config.check(config.text.num_layers)
         self.config = config
         self.twig_config = twig_config
-        if twig_config is not None:
-            twig_config.check(config.text.num_layers)
         weights = Weights(base, twig)
         if mesh is not None:
             weights = distribute(weights, mesh)
@@ -314,6 +318,12 @@ class Generator:
         settings.check()
         if (settings.prune or settings.draft) and self.twig_config is None:
             raise ValueError(f"mode {settings.mode} needs a twig; load one, or use mode plain")
+        ranks = settings.prune and settings.selector == "twig"
+        if self.weights.twig is None and (settings.draft or ranks):
+            raise ValueError(
+                f"mode {settings.mode} with selector {settings.selector!r} needs a twig; this is a "
+                'schedule without one, for mode ttp by "fastv" or "given"'
+            )
         if settings.prune and settings.avg_retained is None:
             raise ValueError(f"mode {settings.mode} needs avg_retained")
         if settings.prune and settings.selector == "given" and request.scores is None:

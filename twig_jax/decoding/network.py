@@ -67,8 +67,8 @@ class Program:
 
     @property
     def runs_twig(self) -> bool:
-        """Whether the mode needs the twig at all."""
-        return self.prune or self.draft
+        """Whether there is a twig that the mode needs."""
+        return self.twig.T > 0 and (self.prune or self.draft)
 
     @property
     def keeps_twig(self) -> bool:
