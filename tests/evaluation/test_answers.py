@@ -1,0 +1,130 @@
+"""Answering a benchmark in shares and in several goes gives one and the same file."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from twig_jax.evaluation.answers import answer_share, failed
+from twig_jax.evaluation.benchmarks.files import Question
+
+QUESTIONS = [Question(i, f"Q{i}", stated=f"Q{i}") for i in range(23)]
+
+
+class Model:
+    """Answers `text i` to question i, longest first; stops after `most` answers."""
+
+    def __init__(self, most=None, bad=()):
+        self.asked, self.most, self.bad = [], most, bad
+
+    def ask(self, question):
+        if question.id in self.bad:
+            raise ValueError(f"no image of {question.id}")
+        return question
+
+    def decode(self, requests, told):
+        for at in reversed(range(len(requests))):
+            if len(self.asked) == self.most:
+                raise KeyboardInterrupt
+            self.asked.append(requests[at].id)
+            result = SimpleNamespace(
+                text=f"text {requests[at].id}",
+                tokens=np.arange(3),
+                stopped_by="eos",
+                drafts=[np.arange(2)],
+                matched=np.asarray([1]),
+                accepted=np.asarray([True, False, False]),
+                kept=np.asarray([4]),
+            )
+            told(at, result)
+
+    def run(self, folder, share=(0, 1), told=lambda _: None, **settings):
+        return answer_share(
+            folder,
+            QUESTIONS,
+            share,
+            self.ask,
+            self.decode,
+            batch=1,
+            model_id="m",
+            settings={"mode": "plain", **settings},
+            told=told,
+        )
+
+
+@pytest.fixture
+def whole(tmp_path):
+    Model().run(tmp_path / "whole")
+    return (tmp_path / "whole" / "answers.jsonl").read_bytes()
+
+
+def test_all_answers_are_in_the_questions_order(whole):
+    lines = [json.loads(line) for line in whole.splitlines()]
+    assert [line["question_id"] for line in lines] == list(range(23))
+    assert lines[7]["text"] == "text 7"
+    assert lines[7]["metadata"]["matched"] == [1] and lines[7]["metadata"]["mode"] == "plain"
+
+
+@pytest.mark.parametrize("after", [0, 1, 5, 16, 22])
+@pytest.mark.parametrize("cut", [0, 1, 30])
+def test_a_run_that_was_stopped_goes_on(tmp_path, whole, after, cut):
+    """Wherever it was stopped, in the middle of a line too; what is there is not asked again."""
+    folder = tmp_path / "stopped"
+    with pytest.raises(KeyboardInterrupt):
+        Model(most=after).run(folder)
+    assert not (folder / "answers.jsonl").exists()
+    own = folder / "answers.0-of-1.jsonl"
+    if cut and after:
+        own.write_bytes(own.read_bytes()[:-cut])
+    rest, done = Model(), []
+    rest.run(folder, told=done.append)
+    assert (folder / "answers.jsonl").read_bytes() == whole
+    assert len(rest.asked) == 23 - after + bool(cut and after)
+    assert sum(done) == 23
+    again = Model()
+    again.run(folder)
+    assert not again.asked and (folder / "answers.jsonl").read_bytes() == whole
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_shares_make_up_the_whole(tmp_path, whole, n):
+    folder = tmp_path / "shares"
+    asked = []
+    for i in reversed(range(n)):
+        assert not (folder / "answers.jsonl").exists()
+        model = Model()
+        lines = model.run(folder, (i, n))
+        asked += model.asked
+    assert len(lines) == 23 and sorted(asked) == list(range(23))
+    assert (folder / "answers.jsonl").read_bytes() == whole
+
+
+def test_another_number_of_processes_goes_on(tmp_path, whole):
+    folder = tmp_path / "changed"
+    Model().run(folder, (1, 3))
+    rest = Model()
+    rest.run(folder)
+    assert len(rest.asked) == 23 - 8
+    assert (folder / "answers.jsonl").read_bytes() == whole
+
+
+def test_what_cannot_be_asked_is_told_and_tried_again(tmp_path, whole):
+    folder = tmp_path / "bad"
+    lines = Model(bad=(3, 22)).run(folder)
+    found = [json.loads(line) for line in lines.values() if failed(line)]
+    assert [(x["question_id"], x["text"]) for x in found] == [(3, ""), (22, "")]
+    assert found[0]["metadata"]["error"] == "no image of 3"
+    # The file is whole: what is missing in it would not be counted.
+    assert len((folder / "answers.jsonl").read_text().splitlines()) == 23
+    better = Model()
+    better.run(folder)
+    assert sorted(better.asked) == [3, 22]
+    assert (folder / "answers.jsonl").read_bytes() == whole
+
+
+def test_answers_by_other_settings_are_not_mixed(tmp_path):
+    Model(most=23).run(tmp_path / "run")
+    message = "run has answers with mode 'plain', not 'ttp', theta None, not 0.5; remove it"
+    with pytest.raises(ValueError, match=message):
+        Model().run(tmp_path / "run", mode="ttp", theta=0.5)

@@ -1,0 +1,55 @@
+"""The evaluation launcher, as a user runs it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def evaluate(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "launch.evaluate", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+
+
+def test_shares_give_what_one_process_gives(tmp_path):
+    common = ("--task", "digits", "--limit", "6", "--batch", "3")
+    common += ("--modes", "plain,ttp_ssd", "--avg_retained", "16")
+    done = evaluate(*common, "--out", str(tmp_path / "one"), "--json", "-")
+    assert done.returncode == 0, done.stderr
+    content = json.loads(done.stdout)
+    plain, fast = content["results"]
+    assert (plain["mode"], plain["relacc"], plain["samples"]) == ("plain", 1, 6)
+    assert (fast["selector"], fast["retained"], fast["unanswered"]) == ("twig", 11, [])
+    assert fast["tokar"] > 0.5 and "accuracy" in fast["figures"]
+    assert "RelAcc %" in done.stderr
+    for share in ("1/2", "0/2"):
+        done = evaluate(*common, "--out", str(tmp_path / "two"), "--share", share)
+        assert done.returncode == 0, done.stderr
+        assert ("the rest by other processes" in done.stdout) == (share == "1/2")
+    for run in ("plain", "ttp_ssd-twig-16"):
+        one, two = (tmp_path / x / "digits" / run / "answers.jsonl" for x in ("one", "two"))
+        assert one.read_bytes() == two.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--task", "cats"), "no --task cats; there are: gqa, vqav2"),
+        (("--task", "gqa", "--selector", "best"), "no --selector best; there are: twig, random"),
+        (("--task", "digits", "--modes", "fast"), "no --modes fast; there are: plain, ttp"),
+        (("--task", "digits", "--share", "2/2"), "--share is i/n with i from 0 to n-1, not 2/2"),
+        (("--task", "pope", "--data", "nowhere"), "nowhere/llava_pope_test.jsonl is not there"),
+    ],
+)
+def test_bad_input(arguments, message):
+    done = evaluate(*arguments)
+    assert done.returncode == 1 and f"evaluate: {message}" in done.stderr

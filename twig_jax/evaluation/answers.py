@@ -1,0 +1,124 @@
+"""Answering a benchmark: resumable, in shares, with every question accounted for."""
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from twig_jax.decoding.settings import Request, Result
+from twig_jax.evaluation.benchmarks.files import (
+    Key,
+    Question,
+    answer_line,
+    read_answers,
+    write_answers,
+)
+
+# Questions whose images are read, and sorted by length, together: so many batches.
+_WINDOW = 16
+
+
+def answer_share(
+    folder: Path,
+    questions: Sequence[Question],
+    share: tuple[int, int],
+    ask: Callable[[Question], Request],
+    decode: Callable[[Sequence[Request], Callable[[int, Result], Any]], Any],
+    *,
+    batch: int,
+    model_id: str,
+    settings: dict[str, Any],
+    told: Callable[[int], Any] = lambda _: None,
+) -> dict[Key, str]:
+    """Answers one share of the questions that `folder` has no answers to yet.
+
+    share: (i, n) for the i-th of n processes, each of which appends to a file of its own there.
+    ask: makes a request, ValueError or OSError for a question that cannot be asked; decode: answers
+    requests, telling each (index, result). told: is given how many more questions are done with.
+
+    settings: what the answers depend on, kept in run.json and in each line's metadata. Raises
+    ValueError where the folder has answers by other settings.
+
+    A question that cannot be asked has a line with an empty text and the error in its metadata, and
+    is tried again by the next run. Returns the lines of all shares so far; once there is one for
+    every question, answers.jsonl has them in the questions' order.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    _same(folder / "run.json", {"model_id": model_id, **settings})
+    i, n = share
+    own = folder / f"answers.{i}-of-{n}.jsonl"
+    there = {k: line for k, line in _lines(folder, questions).items() if not failed(line)}
+    # What a kill left of a line goes, and what failed.
+    written = read_answers(own, questions) if own.exists() else {}
+    write_answers(own, questions, {k: v for k, v in written.items() if k in there})
+    waiting = [q for q in questions[i::n] if q.key not in there]
+    told(len(questions[i::n]) - len(waiting))
+    with open(own, "a") as file:
+
+        def write(question: Question, text: str, more: dict[str, Any]) -> None:
+            line = answer_line(question, text, model_id, {**settings, **more})
+            file.write(line + "\n")
+            file.flush()
+            told(1)
+
+        for first in range(0, len(waiting), _WINDOW * batch):
+            asked: list[Question] = []
+            requests: list[Request] = []
+
+            def tell(at: int, result: Result, asked: list[Question] = asked) -> None:
+                write(asked[at], result.text or "", _described(result))
+
+            for question in waiting[first : first + _WINDOW * batch]:
+                try:
+                    requests.append(ask(question))
+                    asked.append(question)
+                except (OSError, ValueError) as error:
+                    write(question, "", {"error": str(error)})
+            if requests:
+                decode(requests, tell)
+        os.fsync(file.fileno())
+    lines = _lines(folder, questions)
+    if len(lines) == len(questions):
+        write_answers(folder / "answers.jsonl", questions, lines)
+    return lines
+
+
+def _same(path: Path, settings: dict[str, Any]) -> None:
+    if not path.exists():
+        part = path.with_name(f"{path.name}.{os.getpid()}")
+        part.write_text(json.dumps(settings, indent=1) + "\n")
+        os.replace(part, path)
+    there = json.loads(path.read_text())
+    other = {k for k in {*there, *settings} if there.get(k) != settings.get(k)}
+    if other:
+        said = ", ".join(f"{k} {there.get(k)!r}, not {settings.get(k)!r}" for k in sorted(other))
+        raise ValueError(
+            f"{path.parent} has answers with {said}; remove it or choose another folder"
+        )
+
+
+def failed(line: str) -> bool:
+    """Whether a line stands for a question that could not be asked."""
+    return "error" in json.loads(line)["metadata"]
+
+
+def _lines(folder: Path, questions: Sequence[Question]) -> dict[Key, str]:
+    found: dict[Key, str] = {}
+    for path in sorted(folder.glob("answers.*-of-*.jsonl")):
+        for key, line in read_answers(path, questions).items():
+            if key not in found or failed(found[key]):
+                found[key] = line
+    return found
+
+
+def _described(result: Result) -> dict[str, Any]:
+    """How the answer came about: nothing that would differ in another run."""
+    return {
+        "tokens": len(result.tokens),
+        "stopped_by": result.stopped_by,
+        "drafted": [len(drafts) for drafts in result.drafts],
+        "matched": result.matched.tolist(),
+        "accepted": [int(a) for a in result.accepted],
+        "kept": result.kept.tolist(),
+    }
