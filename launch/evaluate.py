@@ -25,6 +25,10 @@ from twig_jax.config import MODES
 _TASK = flags.DEFINE_string("task", None, "a benchmark; --task help lists them")
 _DATA = flags.DEFINE_string("data", "", "its folder, as LLaVA's evaluation guide lays it out")
 _LIMIT = flags.DEFINE_integer("limit", None, "only the first so many questions", lower_bound=1)
+_TRAINED_ON = flags.DEFINE_string(
+    "trained_on", None, "training data, as data.source of launch.train: none of it may be asked"
+)
+_TRAINED_IMAGES = flags.DEFINE_string("trained_images", None, "its image folder; else beside it")
 _CHECKPOINT = flags.DEFINE_string("checkpoint", "digits", "folder or hub id of a base, or digits")
 _TWIG = flags.DEFINE_string("twig", None, "folder or hub id of its twig")
 _DTYPE = flags.DEFINE_enum(
@@ -72,6 +76,8 @@ def evaluate() -> None:
     share = _share()
     benchmark = BENCHMARKS[task](Path(_DATA.value))
     questions = benchmark.questions()[: _LIMIT.value]
+    if _TRAINED_ON.value is not None:
+        check_held_out(questions)
 
     from twig_jax import api
     from twig_jax.evaluation.benchmarks.files import write_upload
@@ -106,6 +112,20 @@ def evaluate() -> None:
         write_json(str(folder / "results.json"), content)
         write_json(_JSON.value, content)
         print(_table(rows), file=sys.stderr if _JSON.value == "-" else sys.stdout)
+
+
+def check_held_out(questions: list) -> None:
+    """Raises ValueError where the model was trained on a question."""
+    from twig_jax.data.sources import open_source
+    from twig_jax.evaluation.benchmarks.leaks import leaks
+
+    found = leaks(questions, open_source(_TRAINED_ON.value or "", _TRAINED_IMAGES.value))
+    if found:
+        some = ", ".join(f"{q.id} (sample {name})" for q, name in found[:10])
+        raise ValueError(
+            f"{len(found)} questions of {_TASK.value} are in {_TRAINED_ON.value}: {some}"
+            f"{', ...' if len(found) > 10 else ''}; what was trained on cannot be judged by"
+        )
 
 
 def _share() -> tuple[int, int]:

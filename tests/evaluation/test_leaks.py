@@ -1,0 +1,61 @@
+"""What was trained on is not judged by."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from twig_jax.data.sources import DigitsSource, InstructionFile
+from twig_jax.evaluation.benchmarks.files import Question
+from twig_jax.evaluation.benchmarks.leaks import leaks
+from twig_jax.evaluation.benchmarks.pages import Digits
+
+
+def trained_on(folder, *rows):
+    """Rows of (id, image, question)."""
+    content = []
+    for name, image, text in rows:
+        Image.fromarray(np.zeros((2, 2, 3), np.uint8)).save(folder / image)
+        said = [{"from": "human", "value": f"<image>\n{text}"}, {"from": "gpt", "value": "x"}]
+        content.append({"id": name, "image": image, "conversations": said})
+    (folder / "data.json").write_text(json.dumps(content))
+    return InstructionFile(folder / "data.json")
+
+
+BRIEF = "\nAnswer the question using a single word or phrase."
+ASKED = [
+    Question(7, f"Is there a cat?{BRIEF}", ("eval/COCO_val2014_000000000042.jpg",)),
+    Question(8, f"Is there a dog?{BRIEF}", ("eval/COCO_val2014_000000000042.jpg",)),
+]
+
+
+@pytest.mark.parametrize(
+    ("row", "found"),
+    [
+        (("a", "000000000042.jpg", "Is there a cat?"), [7]),  # the same, with COCO's other name
+        (("a", "000000000042.jpg", f"is there a dog?{BRIEF}"), [8]),
+        (("8", "000000000042.jpg", "What is it?"), [8]),  # the same id about the same image
+        (("a", "000000000042.jpg", "What is it?"), []),  # the image alone
+        (("7", "000000000043.jpg", "Is there a cat?"), []),
+    ],
+)
+def test_the_same_question_about_the_same_image(tmp_path, row, found):
+    pairs = leaks(ASKED, trained_on(tmp_path, row))
+    assert [question.id for question, _ in pairs] == found
+    assert all(name == row[0] for _, name in pairs)
+
+
+def test_digits_are_held_out():
+    """Test pages are known by their content; the training set has none of them."""
+    questions = Digits(samples=60).questions()
+    assert not leaks(questions, DigitsSource("train", pages=200))
+    found = leaks(questions, DigitsSource("test", pages=60, turns=8))
+    assert found and all(q.id == name for q, name in found)
+
+
+def test_what_cannot_be_read_is_not_vouched_for(tmp_path):
+    source = trained_on(tmp_path, ("a", "1.jpg", "Why?"))
+    (tmp_path / "1.jpg").unlink()
+    with pytest.raises(ValueError, match="1 of the first 1 samples are bad"):
+        leaks(ASKED, source)
