@@ -1,4 +1,4 @@
-"""Scores a model on a benchmark: what is lost, for the twig and for its rivals.
+"""Scores a model on a benchmark: what is lost and what is gained, by the twig and its rivals.
 
 python -m launch.evaluate --task digits --limit 64 --out runs/evaluation
 python -m launch.evaluate --task textvqa --data playground/data/eval/textvqa \\
@@ -10,9 +10,7 @@ official judge wants another file, that. OUT/TASK/results.json has the figures. 
 they were stopped.
 """
 
-import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +41,11 @@ _RETAINED = flags.DEFINE_list(
 _MAX_NEW = flags.DEFINE_integer("max_new_tokens", None, "default the benchmark's own")
 _GAMMA = flags.DEFINE_integer("gamma", 5, "most drafts an iteration")
 _THETA = flags.DEFINE_float("theta", 0.6, "drafting stops after a token less probable than this")
+_TIMED = flags.DEFINE_integer(
+    "timed_samples", 12, "questions for speed, one at a time; 0 measures none", lower_bound=0
+)
+_REPEATS = flags.DEFINE_integer("repeats", 3, "interleaved timings of each", lower_bound=1)
+_SEED = flags.DEFINE_integer("seed", 0, "of the digits pages")
 _BATCH = flags.DEFINE_integer("batch", 16, "questions answered at once", lower_bound=1)
 _SHARE = flags.DEFINE_string("share", "0/1", "i/n: this process answers every n-th question")
 _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "shares over the processes of a cluster")
@@ -60,8 +63,8 @@ def main(argv: list[str]) -> None:
 
 
 def evaluate() -> None:
-    """Answers, scores, prints and writes."""
-    from twig_jax.evaluation.benchmarks import BENCHMARKS
+    """Answers, scores, times, prints and writes."""
+    from twig_jax.evaluation.benchmarks import BENCHMARKS, open_benchmark
     from twig_jax.evaluation.pruners import PRUNERS
 
     task = _TASK.value or ""
@@ -74,44 +77,67 @@ def evaluate() -> None:
             if name not in known:
                 raise ValueError(f"no --{flag} {name}; there are: {', '.join(known)}")
     share = _share()
-    benchmark = BENCHMARKS[task](Path(_DATA.value))
+    benchmark = open_benchmark(task, Path(_DATA.value), _LIMIT.value, _SEED.value)
     questions = benchmark.questions()[: _LIMIT.value]
     if _TRAINED_ON.value is not None:
         check_held_out(questions)
 
     from twig_jax import api
+    from twig_jax.decoding.settings import Settings
     from twig_jax.evaluation.benchmarks.files import write_upload
+    from twig_jax.evaluation.judge import Judge, said, ways
+    from twig_jax.evaluation.validation import BUDGETS
     from twig_jax.runtime import environment, use_compilation_cache
 
     use_compilation_cache()
     model = api.load(_CHECKPOINT.value, _TWIG.value, _DTYPE.value, template=_TEMPLATE.value)
-    folder = Path(_OUT.value) / task
-    rows: list[dict[str, Any]] = []
+    tokens = model.config.vision.num_tokens
+    budgets = [float(b) for b in _RETAINED.value] or [round(part * tokens) for part in BUDGETS]
+    judge = Judge(
+        model,
+        task,
+        benchmark,
+        questions,
+        Path(_OUT.value) / task,
+        Settings(
+            max_new_tokens=_MAX_NEW.value or benchmark.max_new_tokens,
+            gamma=_GAMMA.value,
+            theta=_THETA.value,
+        ),
+        batch=_BATCH.value,
+        model_id=Path(_CHECKPOINT.value).name,
+        notes=_settings(),
+        limited=_LIMIT.value is not None,
+    )
+    found: dict[Any, dict[str, Any]] = {}
     base = None
-    for mode, selector, budget in _runs(model):
-        name = mode if selector is None else f"{mode}-{selector}-{budget:g}"
-        lines = _answers(
-            model, benchmark, questions, folder / name, (mode, selector, budget), share
-        )
+    for way in ways(_MODES.value, _SELECTOR.value, budgets):
+        lines = _answers(judge, way, share)
         if len(lines) < len(questions):
-            print(f"{name}: {len(lines)} of {len(questions)} answered, the rest by other processes")
+            print(
+                f"{way.name}: {len(lines)} of {len(questions)} answered, the rest by other "
+                "processes"
+            )
             continue
-        row, score = _row(benchmark, questions, lines, base, mode, selector, budget)
-        base = score if mode == "plain" else base
-        rows.append(row)
-        upload = benchmark.upload(_said(lines))
+        found[way], score = judge.row(way, lines, base)
+        base = score if way.mode == "plain" else base
+        upload = benchmark.upload(said(lines))
         if upload is not None:
-            print(f"{name}: for the official judge: {write_upload(folder / name, *upload)}")
-    if rows:
+            path = write_upload(judge.folder / way.name, *upload)
+            print(f"{way.name}: for the official judge: {path}")
+    if found:
+        if _TIMED.value:
+            for way, speed in _speeds(judge, list(found)).items():
+                found[way] = speed | found[way]
         content = {
             "schema": 1,
             **environment(),
             "settings": _settings() | {"limit": _LIMIT.value},
-            "results": rows,
+            "results": list(found.values()),
         }
-        write_json(str(folder / "results.json"), content)
+        write_json(str(judge.folder / "results.json"), content)
         write_json(_JSON.value, content)
-        print(_table(rows), file=sys.stderr if _JSON.value == "-" else sys.stdout)
+        print(_table(list(found.values())), file=sys.stderr if _JSON.value == "-" else sys.stdout)
 
 
 def check_held_out(questions: list) -> None:
@@ -141,121 +167,25 @@ def _share() -> tuple[int, int]:
     return int(i), int(n)
 
 
-def _runs(model: Any) -> list[tuple[str, str | None, float | None]]:
-    """(mode, selector, budget) of every run, plain decoding first: RelAcc is relative to it."""
-    from twig_jax.evaluation.validation import BUDGETS
-
-    M = model.config.vision.num_tokens
-    budgets = [float(b) for b in _RETAINED.value] or [round(share * M) for share in BUDGETS]
-    runs: list[tuple[str, str | None, float | None]] = []
-    for mode in sorted(_MODES.value, key=lambda m: m != "plain"):
-        if mode in ("ttp", "ttp_ssd"):
-            runs += [(mode, s, b) for s in _SELECTOR.value for b in budgets]
-        else:
-            runs.append((mode, None, None))
-    return runs
-
-
-def _answers(
-    model: Any, benchmark: Any, questions: list, folder: Path, run: tuple, share: tuple[int, int]
-) -> dict:
-    """The lines of a run, after this process' share of them."""
+def _answers(judge: Any, way: Any, share: tuple[int, int]) -> dict:
+    """The lines of a way's answers, after this process' share of them."""
     from tqdm import tqdm
 
-    from twig_jax.decoding.settings import Settings
-    from twig_jax.evaluation.answers import answer_share
-    from twig_jax.evaluation.pruners.answering import Rival
-
-    mode, selector, budget = run
-    settings = Settings(
-        mode=mode,
-        avg_retained=budget,
-        max_new_tokens=_MAX_NEW.value or benchmark.max_new_tokens,
-        gamma=_GAMMA.value,
-        theta=_THETA.value,
-    )
-    many = (
-        model.generator.generate_many
-        if selector is None
-        else Rival(model.generator, selector).answer
-    )
-
-    def ask(question: Any) -> Any:
-        request = model.request(question.prompt, question.images)
-        model.generator.prepare([request], replace(settings, mode="plain"))
-        return request
-
-    total = len(questions[share[0] :: share[1]])
-    with tqdm(total=total, unit="answer", desc=folder.name, disable=not sys.stderr.isatty()) as bar:
-        return answer_share(
-            folder,
-            questions,
-            share,
-            ask,
-            lambda requests, told: many(requests, settings, _BATCH.value, told),
-            batch=_BATCH.value,
-            model_id=Path(_CHECKPOINT.value).name,
-            settings={"mode": mode, "selector": selector, "avg_retained": budget, **_settings()},
-            told=bar.update,
-        )
+    total = len(judge.questions[share[0] :: share[1]])
+    with tqdm(total=total, unit="answer", desc=way.name, disable=not sys.stderr.isatty()) as bar:
+        return judge.answers(way, share, bar.update)
 
 
-def _said(lines: dict) -> dict:
-    from twig_jax.evaluation.answers import failed
-    from twig_jax.evaluation.benchmarks.files import texts
+def _speeds(judge: Any, ways: list) -> dict:
+    from tqdm import tqdm
 
-    return texts({key: line for key, line in lines.items() if not failed(line)})
-
-
-def _row(
-    benchmark: Any,
-    questions: list,
-    lines: dict,
-    base: Any,
-    mode: str,
-    selector: str | None,
-    budget: float | None,
-) -> tuple[dict[str, Any], Any]:
-    """A line of the results, and the score."""
-    from twig_jax.evaluation.benchmarks.files import mean
-    from twig_jax.evaluation.scoring import relacc
-
-    found = [json.loads(lines[q.key])["metadata"] for q in questions]
-    answered = [m for m in found if "error" not in m]
-    drafted = sum(sum(m["drafted"]) for m in answered)
-    matched = sum(sum(m["matched"]) for m in answered)
-    rounds = sum(len(m["matched"]) for m in answered)
-    row: dict[str, Any] = {
-        "task": _TASK.value,
-        "mode": mode,
-        "selector": selector,
-        "avg_retained": budget,
-        "retained": max((len(m["kept"]) for m in answered), default=0),
-        "samples": len(questions),
-        "unanswered": [q.key.id for q, m in zip(questions, found, strict=True) if "error" in m],
-        "tokar": matched / drafted if drafted else None,
-        "mean_drafted": drafted / rounds if drafted else None,
-        "mean_accepted": matched / rounds if drafted else None,
-    }
-    score = benchmark.score(_said(lines))
-    if score is not None:
-        keys = [q.key for q in questions if q.key in score.points]
-        if _LIMIT.value is not None:
-            score = replace(score, figures={"accuracy": mean(score.points[k] for k in keys)})
-        row["figures"] = score.figures
-        if base is not None or mode == "plain":
-            of = base or score
-            main = next(iter(score.figures))
-            points = [[s.points[k] for k in keys] for s in (score, of)]
-            _, low, high = relacc(points[0], points[1])
-            ratio = score.figures[main] / of.figures[main] if of.figures[main] else None
-            row |= {"relacc": ratio, "relacc_low": low, "relacc_high": high}
-    return row, score
+    with tqdm(total=_TIMED.value, desc="timing", disable=not sys.stderr.isatty()) as bar:
+        return judge.speeds(ways, _TIMED.value, _REPEATS.value, bar.update)
 
 
 def _settings() -> dict[str, Any]:
     """What answers depend on besides the run; but for rounding, not on the batch."""
-    flags = (_CHECKPOINT, _TWIG, _DTYPE, _TEMPLATE, _MAX_NEW, _GAMMA, _THETA)
+    flags = (_CHECKPOINT, _TWIG, _DTYPE, _TEMPLATE, _MAX_NEW, _GAMMA, _THETA, _SEED)
     return {flag.name: flag.value for flag in flags}
 
 
@@ -263,11 +193,15 @@ def _table(rows: list[dict[str, Any]]) -> str:
     def percent(x: float | None) -> str:
         return "" if x is None or x != x else f"{100 * x:.1f}"
 
+    def number(x: float | None, digits: int = 2) -> str:
+        return "" if x is None else f"{x:.{digits}f}"
+
     headers = ["mode", "selector", "R̄", "kept", "score", "RelAcc %", "95 % interval"]
-    headers += ["TokAR %", "accepted", "unanswered"]
+    headers += ["TokAR %", "accepted", "RelSpd", "first token ms", "unanswered"]
     lines = []
     for row in rows:
         main = next(iter(row.get("figures", {}).items()), None)
+        first = row.get("first_token_s")
         lines.append(
             [
                 row["mode"],
@@ -278,7 +212,9 @@ def _table(rows: list[dict[str, Any]]) -> str:
                 percent(row.get("relacc")),
                 f"{percent(row.get('relacc_low'))} - {percent(row.get('relacc_high'))}",
                 percent(row["tokar"]),
-                "" if row["mean_accepted"] is None else f"{row['mean_accepted']:.2f}",
+                number(row["mean_accepted"]),
+                number(row.get("relspd")),
+                number(None if first is None else 1e3 * first, 1),
                 str(len(row["unanswered"])),
             ]
         )

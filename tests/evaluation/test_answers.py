@@ -21,7 +21,7 @@ class Model:
     def ask(self, question):
         if question.id in self.bad:
             raise ValueError(f"no image of {question.id}")
-        return question
+        return SimpleNamespace(id=question.id, is_visual=np.array([0, 0, 0, 1, 1]))
 
     def decode(self, requests, told):
         for at in reversed(range(len(requests))):
@@ -49,6 +49,7 @@ class Model:
             batch=1,
             model_id="m",
             settings={"mode": "plain", **settings},
+            detokenize=lambda tokens: "".join(f"{t} " for t in tokens),
             told=told,
         )
 
@@ -63,7 +64,9 @@ def test_all_answers_are_in_the_questions_order(whole):
     lines = [json.loads(line) for line in whole.splitlines()]
     assert [line["question_id"] for line in lines] == list(range(23))
     assert lines[7]["text"] == "text 7"
-    assert lines[7]["metadata"]["matched"] == [1] and lines[7]["metadata"]["mode"] == "plain"
+    found = lines[7]["metadata"]
+    assert found["matched"] == [1] and found["mode"] == "plain"
+    assert found["kept"] == [1] and found["pieces"] == ["0 ", "1 ", "2 "]
 
 
 @pytest.mark.parametrize("after", [0, 1, 5, 16, 22])

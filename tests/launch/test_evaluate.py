@@ -23,16 +23,20 @@ def evaluate(*arguments):
 def test_shares_give_what_one_process_gives(tmp_path):
     common = ("--task", "digits", "--limit", "6", "--batch", "3")
     common += ("--modes", "plain,ttp_ssd", "--avg_retained", "16")
-    done = evaluate(*common, "--out", str(tmp_path / "one"), "--json", "-")
+    timed = ("--timed_samples", "2", "--repeats", "1")
+    done = evaluate(*common, *timed, "--out", str(tmp_path / "one"), "--json", "-")
     assert done.returncode == 0, done.stderr
     content = json.loads(done.stdout)
     plain, fast = content["results"]
     assert (plain["mode"], plain["relacc"], plain["samples"]) == ("plain", 1, 6)
     assert (fast["selector"], fast["retained"], fast["unanswered"]) == ("twig", 11, [])
     assert fast["tokar"] > 0.5 and "accuracy" in fast["figures"]
+    assert fast["relspd"] > 0 and len(fast["timings"]) == fast["timed_samples"] == 2
+    assert fast["memory_bytes"] > 4 * 10**6
     assert "RelAcc %" in done.stderr
     for share in ("1/2", "0/2"):
-        done = evaluate(*common, "--out", str(tmp_path / "two"), "--share", share)
+        rest = ("--timed_samples", "0", "--share", share)
+        done = evaluate(*common, "--out", str(tmp_path / "two"), *rest)
         assert done.returncode == 0, done.stderr
         assert ("the rest by other processes" in done.stdout) == (share == "1/2")
     for run in ("plain", "ttp_ssd-twig-16"):

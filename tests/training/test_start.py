@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 import twig_jax
-from launch.train import train, validation
+from launch.training import train, validation
 from tests.training.conftest import TINY
 from twig_jax.checkpoints.llava import write_llava
 from twig_jax.checkpoints.twig import read_notes, read_twig

@@ -3,10 +3,14 @@
 import json
 import os
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from twig_jax.decoding.settings import Request, Result
+from twig_jax.decoding.transcript import Detokenize
 from twig_jax.evaluation.benchmarks.files import (
     Key,
     Question,
@@ -29,6 +33,7 @@ def answer_share(
     batch: int,
     model_id: str,
     settings: dict[str, Any],
+    detokenize: Detokenize | None = None,
     told: Callable[[int], Any] = lambda _: None,
 ) -> dict[Key, str]:
     """Answers one share of the questions that `folder` has no answers to yet.
@@ -38,7 +43,8 @@ def answer_share(
     requests, telling each (index, result). told: is given how many more questions are done with.
 
     settings: what the answers depend on, kept in run.json and in each line's metadata. Raises
-    ValueError where the folder has answers by other settings.
+    ValueError where the folder has answers by other settings. detokenize: tokens -> text, for
+    `pieces`, the text that each token adds.
 
     A question that cannot be asked has a line with an empty text and the error in its metadata, and
     is tried again by the next run. Returns the lines of all shares so far; once there is one for
@@ -66,8 +72,13 @@ def answer_share(
             asked: list[Question] = []
             requests: list[Request] = []
 
-            def tell(at: int, result: Result, asked: list[Question] = asked) -> None:
-                write(asked[at], result.text or "", _described(result))
+            def tell(
+                at: int,
+                result: Result,
+                asked: list[Question] = asked,
+                requests: list[Request] = requests,
+            ) -> None:
+                write(asked[at], result.text or "", _described(requests[at], result, detokenize))
 
             for question in waiting[first : first + _WINDOW * batch]:
                 try:
@@ -112,13 +123,21 @@ def _lines(folder: Path, questions: Sequence[Question]) -> dict[Key, str]:
     return found
 
 
-def _described(result: Result) -> dict[str, Any]:
-    """How the answer came about: nothing that would differ in another run."""
+def _described(request: Request, result: Result, detokenize: Detokenize | None) -> dict[str, Any]:
+    """How the answer came about: nothing that would differ in another run.
+
+    `kept` counts the prompt's visual tokens from 0, image after image.
+    """
+    order = np.cumsum(request.is_visual) - 1
+    texts = [
+        "" if detokenize is None else detokenize(result.tokens[:n].tolist())
+        for n in range(len(result.tokens) + 1)
+    ]
     return {
-        "tokens": len(result.tokens),
+        "pieces": [after[len(before) :] for before, after in pairwise(texts)],
         "stopped_by": result.stopped_by,
         "drafted": [len(drafts) for drafts in result.drafts],
         "matched": result.matched.tolist(),
         "accepted": [int(a) for a in result.accepted],
-        "kept": result.kept.tolist(),
+        "kept": order[result.kept].tolist(),
     }

@@ -8,8 +8,10 @@ import numpy as np
 
 from twig_jax.decoding.generate import Generator
 from twig_jax.decoding.settings import Result, Settings
-from twig_jax.evaluation.scoring import acceptance, ceiling, relacc, tokens_per_s
+from twig_jax.evaluation.scoring import acceptance, ceiling, relacc
 from twig_jax.evaluation.tasks import Sample, answer, exact
+from twig_jax.evaluation.timing import Call, Timed, beside
+from twig_jax.evaluation.timing import timed as interleaved
 
 Progress = Callable[[str], None]  # is told what has one more answer
 
@@ -155,15 +157,6 @@ def _scored(
     )
 
 
-@dataclass(frozen=True)
-class Timed:
-    """Interleaved timings of one run and of the plain runs beside it, sample by sample."""
-
-    results: list[Result]
-    speeds: np.ndarray  # tokens/s [samples], median over repeats
-    plain_speeds: np.ndarray  # the same of the plain runs right before
-
-
 def timed(
     model: Model,
     samples: Sequence[Sample],
@@ -172,51 +165,32 @@ def timed(
     *,
     repeats: int,
     progress: Progress = lambda *_: None,
-) -> tuple[list[Result], dict[Run, Timed]]:
-    """Times each run at batch 1, a plain run right before each of its runs.
+) -> dict[Run, Timed]:
+    """Times each run at batch 1, a plain run right before each of its runs."""
 
-    Returns (plain results, timings). Compilation is over before the first measured run.
-    """
-    plain = replace(common, mode="plain")
-    generator = model.generator
-    settings = {run: run.settings(model, common) for run in runs}
-    for one in (plain, *settings.values()):
-        generator.generate([samples[0].request], one)
-    speeds = {run: np.zeros((len(samples), repeats)) for run in runs}
-    beside = {run: np.zeros((len(samples), repeats)) for run in runs}
-    plains: list[Result] = []
-    results: dict[Run, list[Result]] = {run: [] for run in runs}
-    for i, sample in enumerate(samples):
-        for r in range(repeats):
-            for run in runs:
-                base = generator.generate([sample.request], plain)[0]
-                fast = generator.generate([sample.request], settings[run])[0]
-                beside[run][i, r] = tokens_per_s(base)
-                speeds[run][i, r] = tokens_per_s(fast)
-                if r == 0:
-                    results[run].append(fast)
-        plains.append(base)
-        progress("timing")
-    return plains, {
-        run: Timed(results[run], np.median(speeds[run], axis=1), np.median(beside[run], axis=1))
-        for run in runs
-    }
+    def call(settings: Settings) -> Call:
+        return lambda i: model.generator.generate([samples[i].request], settings)[0]
+
+    return interleaved(
+        call(replace(common, mode="plain")),
+        {run: call(run.settings(model, common)) for run in runs},
+        len(samples),
+        repeats,
+        lambda: progress("timing"),
+    )
 
 
 def speed_rows(
     model: Model,
     samples: Sequence[Sample],
     timings: dict[Run, Timed],
-    plains: Sequence[Result],
 ) -> list[Row]:
     """A row each for plain decoding and every timed run, for task "short", "long" and "all"."""
     twig, layers = model.generator.twig_config, model.generator.config.text.num_layers
     assert twig is not None
     rows = []
     flags = [content_tokens(model.tokenizer, sample) for sample in samples]
-    plain_speeds = np.mean([t.plain_speeds for t in timings.values()], axis=0)  # [samples]
-    plain = Timed(list(plains), plain_speeds, plain_speeds)
-    everything = {Run("plain"): plain, **timings}
+    everything = {Run("plain"): beside(list(timings.values())), **timings}
     right = {
         run: [exact(model.tokenizer, s, r) for s, r in zip(samples, t.results, strict=True)]
         for run, t in everything.items()

@@ -1,8 +1,10 @@
 """Pictures of measured speeds."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from twig_jax.evaluation.ablations import spread
 from twig_jax.evaluation.speed import Speed
 
 # Apart in hue and lightness, and in their marks: readable without colour vision.
@@ -59,5 +61,45 @@ def relative_speed(path: str | Path, title: str, speeds: Sequence[Speed]) -> Non
     figure.suptitle(title, fontsize=11)
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(modes), frameon=False)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def plot_ablations(path: str | Path, lines: Sequence[Mapping[str, Any]]) -> None:
+    """Writes a PNG: a row an ablation, RelAcc, RelSpd and TokAR of its variants side by side.
+
+    lines: of `over_seeds`; bars are means over seeds, whiskers their standard deviation.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    shown = [("relacc", "RelAcc", "#2166ac"), ("relspd", "RelSpd", "#d6604d")]
+    shown.append(("tokar", "TokAR", "#5aae61"))
+    kinds = list(dict.fromkeys(line["ablation"] for line in lines))
+    of = {kind: [line for line in lines if line["ablation"] == kind] for kind in kinds}
+    figure, panels = plt.subplots(
+        len(kinds),
+        len(shown),
+        figsize=(10, 0.5 + sum(0.5 + 0.26 * len(of[kind]) for kind in kinds)),
+        height_ratios=[1 + 0.55 * len(of[kind]) for kind in kinds],
+        sharex="col",
+        squeeze=False,
+        layout="constrained",
+    )
+    for row, kind in zip(panels, kinds, strict=True):
+        for axes, (name, title, color) in zip(row, shown, strict=True):
+            for i, line in enumerate(of[kind]):
+                if line[name] is not None:
+                    axes.barh(i, line[name], 0.7, xerr=spread(line, name), color=color, alpha=0.85)
+                    axes.text(0, i, f" {line[name]:.3g}", va="center", fontsize=7, color="white")
+            axes.set_yticks(range(len(of[kind])), [line["variant"] for line in of[kind]])
+            axes.tick_params(labelsize=8, labelleft=axes is row[0], left=False)
+            axes.set_ylim(len(of[kind]) - 0.5, -0.5)
+            axes.spines[["top", "right"]].set_visible(False)
+            if kind == kinds[0]:
+                axes.set_title(title, fontsize=10)
+        row[0].set_ylabel(kind, fontsize=9)
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -56,7 +56,7 @@ def tokens_per_s(result: Result) -> float:
 
 
 def relacc(
-    accelerated: Sequence[bool], base: Sequence[bool], seed: int = 0, draws: int = 2000
+    accelerated: Sequence[float], base: Sequence[float], seed: int = 0, draws: int = 2000
 ) -> tuple[float, float, float]:
     """Accelerated accuracy over the base's on the same samples, with a 95 % interval.
 

@@ -11,8 +11,8 @@ from twig_jax.evaluation.benchmarks.pages import Digits
 from twig_jax.evaluation.benchmarks.short import GQA, TextVQA, VQAv2, VQAv2Val
 from twig_jax.evaluation.benchmarks.yes_no import MME, Pope
 
-# Each opens the folder that LLaVA's evaluation guide makes for it; digits needs none.
-BENCHMARKS: dict[str, Callable[[Path], Benchmark]] = {
+# Each opens the folder that LLaVA's evaluation guide makes for it.
+BENCHMARKS: dict[str, Callable[..., Benchmark]] = {
     "gqa": GQA,
     "vqav2": VQAv2,
     "vqav2_val": VQAv2Val,
@@ -26,5 +26,17 @@ BENCHMARKS: dict[str, Callable[[Path], Benchmark]] = {
     "mmvet": mm_vet,
     "mmmu": MMMU,
     "llava-bench": llava_bench,
-    "digits": lambda folder: Digits(),
+    "digits": Digits,
 }
+
+
+def open_benchmark(name: str, folder: Path, limit: int | None = None, seed: int = 0) -> Benchmark:
+    """A benchmark in its folder; the digits need none, and make any number of questions of a seed.
+
+    Raises ValueError for a name there is none of.
+    """
+    if name not in BENCHMARKS:
+        raise ValueError(f"no benchmark {name}; there are: {', '.join(BENCHMARKS)}")
+    if name == "digits":
+        return Digits(limit or Digits.samples, seed)
+    return BENCHMARKS[name](folder)

@@ -59,11 +59,15 @@ class Rival:
         Raises ValueError for a mode that drafts where the pruner has not the twig's schedule.
         """
         settings = replace(settings, selector=self.pruner.selector)
-        generator = self._with_twig if settings.draft else self.generator
-        if settings.draft and settings.prune and not self._drafts:
-            raise ValueError(f"{self.name} prunes at other layers than the twig; use mode ttp")
+        generator = self.engine(settings)
         found = self.ranked(requests, settings, batch)
         return generator.generate_many(found, settings, batch, told)
+
+    def engine(self, settings: Settings) -> Generator:
+        """What answers `ranked` requests in a mode; ValueError as for `answer`."""
+        if settings.draft and settings.prune and not self._drafts:
+            raise ValueError(f"{self.name} prunes at other layers than the twig; use mode ttp")
+        return self._with_twig if settings.draft else self.generator
 
     def ranked(
         self, requests: Sequence[Request], settings: Settings, batch: int = 32

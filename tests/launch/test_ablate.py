@@ -1,0 +1,51 @@
+"""The ablation launcher, as a user runs it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def ablate(*arguments):
+    command = [sys.executable, "-m", "launch.ablate", "--config", "configs/digits_twig.py"]
+    return subprocess.run(
+        [*command, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=500
+    )
+
+
+def test_a_twig_is_trained_answers_and_is_timed(tmp_path):
+    few = ("--set", "steps=2", "--set", "data.batch_size=2", "--set", "whole_base=False")
+    few += ("--ablations", "attention", "--limit", 4, "--timed_samples", 1, "--repeats", 1)
+    few += ("--batch", 4, "--out", tmp_path)
+    done = ablate(*few, "--json", "-")
+    assert done.returncode == 0, done.stderr
+    lines = json.loads(done.stdout)["results"]
+    assert [line["variant"] for line in lines] == [
+        "base, layer K-1", "base, layer K+T-1", "twig, last layer",
+    ]  # fmt: skip
+    assert all(line["relacc"] is not None and line["relspd"] > 0 for line in lines)
+    assert [line["tokar"] is None for line in lines] == [True, True, False]
+    assert {line["retained"] for line in lines} == {11}
+    assert "RelAcc %" in done.stderr and (tmp_path / "ablations.png").is_file()
+    # Another run neither trains nor asks again; without a budget there is nothing to tell.
+    done = ablate(*few, "--avg_retained", 9, "--json", "-")
+    assert done.returncode == 0, done.stderr
+    assert "training" not in done.stderr
+    assert all(line["relacc"] is None for line in json.loads(done.stdout)["results"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--ablations", "depth"), "no --ablations depth; there are: attention, init"),
+        (("--task", "cats"), "no benchmark cats; there are: gqa"),
+        (("--set", "step=3"), "step"),
+    ],
+)
+def test_bad_input(arguments, message):
+    done = ablate(*arguments)
+    assert done.returncode == 1 and "ablate: " in done.stderr and message in done.stderr

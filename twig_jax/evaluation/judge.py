@@ -1,0 +1,222 @@
+"""Ways to answer a benchmark, judged beside plain decoding: what is lost and what is gained."""
+
+import contextlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from twig_jax.config import MODES
+from twig_jax.decoding.buckets import nbytes, state_bytes
+from twig_jax.decoding.generate import Generator
+from twig_jax.decoding.settings import Request, Result, Settings
+from twig_jax.evaluation.answers import answer_share, failed
+from twig_jax.evaluation.benchmarks.files import Benchmark, Key, Question, Score, mean, texts
+from twig_jax.evaluation.pruners.answering import Rival
+from twig_jax.evaluation.scoring import relacc
+from twig_jax.evaluation.timing import timed
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to answer: a mode, and where it prunes, by what and to how many tokens a layer."""
+
+    mode: str
+    selector: str | None = None
+    avg_retained: float | None = None
+
+    @property
+    def name(self) -> str:
+        """What its folder is called."""
+        if self.selector is None:
+            return self.mode
+        return f"{self.mode}-{self.selector}-{self.avg_retained:g}"
+
+    def settings(self, common: Settings) -> Settings:
+        """The call's settings."""
+        return replace(common, mode=self.mode, avg_retained=self.avg_retained)
+
+
+def ways(modes: Sequence[str], selectors: Sequence[str], budgets: Sequence[float]) -> list[Way]:
+    """Every combination, plain decoding first: RelAcc and RelSpd are relative to it."""
+    found = []
+    for mode in sorted(modes, key=MODES.index):
+        if mode in ("ttp", "ttp_ssd"):
+            found += [Way(mode, s, b) for s in selectors for b in budgets]
+        else:
+            found.append(Way(mode))
+    return found
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A model on the questions of one benchmark.
+
+    model: an `api.Model`. folder: has one folder of answers a way. common: settings of all ways;
+    max_new_tokens is the benchmark's own unless told otherwise. notes: what else answers depend on,
+    kept beside them. limited: the questions are some of the benchmark's, so that only its accuracy
+    can be told.
+    """
+
+    model: Any
+    task: str
+    benchmark: Benchmark
+    questions: Sequence[Question]
+    folder: Path
+    common: Settings
+    batch: int
+    model_id: str
+    notes: Mapping[str, Any]
+    limited: bool = False
+
+    def answers(
+        self,
+        way: Way,
+        share: tuple[int, int] = (0, 1),
+        told: Callable[[int], Any] = lambda _: None,
+    ) -> dict[Key, str]:
+        """The lines of a way's answers, after this process' share; see `answer_share`."""
+        settings = way.settings(self.common)
+        many = self.model.generator.generate_many
+        if way.selector is not None:
+            many = self._rival(way.selector).answer
+
+        def ask(question: Question) -> Request:
+            request = self.model.request(question.prompt, question.images)
+            self.model.generator.prepare([request], replace(settings, mode="plain"))
+            return request
+
+        return answer_share(
+            self.folder / way.name,
+            self.questions,
+            share,
+            ask,
+            lambda requests, told: many(requests, settings, self.batch, told),
+            batch=self.batch,
+            model_id=self.model_id,
+            settings={
+                "mode": way.mode,
+                "selector": way.selector,
+                "avg_retained": way.avg_retained,
+                **self.notes,
+            },
+            detokenize=self.model.generator.detokenize,
+            told=told,
+        )
+
+    def row(
+        self, way: Way, lines: Mapping[Key, str], base: Score | None
+    ) -> tuple[dict[str, Any], Score | None]:
+        """A way's figures for a result file, and its score; base: plain decoding's score.
+
+        Shares are fractions, `figures` in the benchmark's own unit. What each question adds is
+        written to points.json beside the answers, in the questions' order.
+        """
+        found = [json.loads(lines[q.key])["metadata"] for q in self.questions]
+        answered = [m for m in found if "error" not in m]
+        drafted = sum(sum(m["drafted"]) for m in answered)
+        matched = sum(sum(m["matched"]) for m in answered)
+        rounds = sum(len(m["matched"]) for m in answered)
+        tokens = self.model.config.vision.num_tokens
+        row: dict[str, Any] = {
+            "task": self.task,
+            "mode": way.mode,
+            "selector": way.selector,
+            "avg_retained": way.avg_retained,
+            "pruned": 0.0 if way.avg_retained is None else 1 - way.avg_retained / tokens,
+            "retained": max((len(m["kept"]) for m in answered), default=0),
+            "samples": len(self.questions),
+            "unanswered": [
+                q.key.id for q, m in zip(self.questions, found, strict=True) if "error" in m
+            ],
+            "tokar": matched / drafted if drafted else None,
+            "mean_drafted": drafted / rounds if drafted else None,
+            "mean_accepted": matched / rounds if drafted else None,
+        }
+        score = self.benchmark.score(said(lines))
+        if score is None:
+            return row, None
+        keys = [q.key for q in self.questions if q.key in score.points]
+        points = [score.points[k] for k in keys]
+        (self.folder / way.name / "points.json").write_text(json.dumps(points) + "\n")
+        if self.limited:
+            score = replace(score, figures={"accuracy": mean(points)})
+        row |= {"exact": float(np.mean(points)), "figures": score.figures}
+        if base is not None or way.mode == "plain":
+            of = base or score
+            main = next(iter(score.figures))
+            _, low, high = relacc(points, [of.points[k] for k in keys])
+            ratio = score.figures[main] / of.figures[main] if of.figures[main] else None
+            row |= {"relacc": ratio, "relacc_low": low, "relacc_high": high}
+        return row, score
+
+    def speeds(
+        self,
+        asked: Sequence[Way],
+        samples: int,
+        repeats: int,
+        told: Callable[[], Any] = lambda: None,
+    ) -> dict[Way, dict[str, Any]]:
+        """Speed and memory of every way, at batch 1 on the first `samples` questions.
+
+        Each call has a plain one right before it, `repeats` times over. What a rival takes for its
+        ranking is left out where the engine does not rank itself: there, its speed is the most it
+        could reach. memory_bytes: parameters, and one row's caches and largest intermediates.
+        """
+        requests = []
+        for question in self.questions:
+            with contextlib.suppress(OSError, ValueError):
+                requests.append(self.model.request(question.prompt, question.images))
+            if len(requests) == samples:
+                break
+        ready = {way: self._ready(way, requests) for way in (Way("plain"), *asked)}
+
+        def call(way: Way) -> Callable[[int], Result]:
+            generator, settings, found = ready[way]
+            return lambda i: generator.generate([found[i]], settings)[0]
+
+        found = timed(call(Way("plain")), {w: call(w) for w in asked}, len(requests), repeats, told)
+        return {
+            way: {
+                "timed_samples": len(requests),
+                **found[way].figures(),
+                "memory_bytes": _memory(*ready[way]),
+            }
+            for way in asked
+        }
+
+    def _ready(
+        self, way: Way, requests: Sequence[Request]
+    ) -> tuple[Generator, Settings, Sequence[Request]]:
+        """What answers, how, and the requests with what they are ranked by."""
+        settings = way.settings(self.common)
+        if way.selector is None:
+            return self.model.generator, settings, requests
+        rival = self._rival(way.selector)
+        ranked = rival.ranked(requests, settings, 1)
+        return rival.engine(settings), replace(settings, selector=rival.pruner.selector), ranked
+
+    def _rival(self, selector: str) -> Rival:
+        if selector not in self._rivals:
+            self._rivals[selector] = Rival(self.model.generator, selector)
+        return self._rivals[selector]
+
+    @cached_property
+    def _rivals(self) -> dict[str, Rival]:
+        return {}
+
+
+def _memory(generator: Generator, settings: Settings, requests: Sequence[Request]) -> int:
+    program = generator.prepare(requests[:1], settings).program
+    itemsize = generator.weights.base["text"]["embed_tokens"]["embedding"].dtype.itemsize
+    weights = generator.weights if program.runs_twig else generator.weights.base
+    return nbytes(weights) + state_bytes(program, 1, itemsize)
+
+
+def said(lines: Mapping[Key, str]) -> dict[Key, str]:
+    """The answers' texts, without those of questions that could not be asked."""
+    return texts({key: line for key, line in lines.items() if not failed(line)})
