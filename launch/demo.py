@@ -117,7 +117,9 @@ def compare() -> None:
     from twig_jax.data import digits, questions
     from twig_jax.decoding.settings import Settings
     from twig_jax.evaluation import compare as c
-    from twig_jax.evaluation import report, tasks
+    from twig_jax.evaluation import tasks
+    from twig_jax.evaluation.report import demo as report
+    from twig_jax.evaluation.report.page import table
     from twig_jax.runtime import environment
 
     began = time.perf_counter()
@@ -214,7 +216,7 @@ def compare() -> None:
     report.write(
         _HTML.value,
         summary,
-        [report.table(*accuracy_table), report.table(*speed_table)],
+        [table(*accuracy_table), table(*speed_table)],
         report.charts(accuracy, speed),
         pairs,
         digits.PATCHES_PER_SIDE,

@@ -1,6 +1,5 @@
-"""A self-contained HTML report: charts, overlays of kept tokens, answers with coloured drafts."""
+"""The demo's page: charts, kept patches, answers with coloured drafts."""
 
-import base64
 import html
 import io
 from collections.abc import Sequence
@@ -8,24 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from twig_jax.decoding.settings import Result
 from twig_jax.evaluation.compare import Row
+from twig_jax.evaluation.report import page
 
 # Blue for what is kept and gained, grey for what is compared with: readable without colour vision.
 _BLUE, _GREY, _ORANGE = "#2166ac", "#9aa0a6", "#d6604d"
-
-_STYLE = """
-body{font:16px/1.5 system-ui,sans-serif;max-width:1080px;margin:2rem auto;padding:0 1rem;color:#222}
-table{border-collapse:collapse;font-size:14px}td,th{padding:.25rem .6rem;text-align:right}
-th{border-bottom:2px solid #444}td:first-child,th:first-child{text-align:left}
-tr:nth-child(even){background:#f5f6f8}
-.pair{display:flex;gap:1.5rem;flex-wrap:wrap;margin:1rem 0 2rem}.card{width:500px}
-.card img{width:320px;image-rendering:pixelated;border:1px solid #ccc;display:block}
-.draft{background:#cfe3f5;border-bottom:2px solid #2166ac}.own{border-bottom:2px solid #d6604d}
-.note{color:#666;font-size:14px}svg{max-width:100%;height:auto}
-"""
 
 
 @dataclass(frozen=True)
@@ -37,28 +25,6 @@ class Shown:
     words: list[str]
     result: Result
     first_visual: int  # prompt slot of the image's first visual token
-
-
-def overlay(
-    image: np.ndarray, kept: np.ndarray, patches_per_side: int, zoom: int = 4
-) -> Image.Image:
-    """The page with every patch that was not kept faded, and kept ones framed.
-
-    kept: int [R], indices of visual tokens within the image.
-    """
-    side = image.shape[0] * zoom
-    big = np.asarray(
-        Image.fromarray(image).resize((side, side), Image.Resampling.NEAREST), np.float32
-    )
-    size = side // patches_per_side
-    out = 255 - (255 - big) * 0.22
-    for patch in kept:
-        y, x = divmod(int(patch), patches_per_side)
-        area = (slice(y * size, (y + 1) * size), slice(x * size, (x + 1) * size))
-        tile = big[area].copy()
-        tile[[0, -1], :] = tile[:, [0, -1]] = (33, 102, 172)
-        out[area] = tile
-    return Image.fromarray(out.astype(np.uint8))
 
 
 def chart(title: str, labels: Sequence[str], series: dict[str, Sequence[float | None]]) -> str:
@@ -93,41 +59,6 @@ def chart(title: str, labels: Sequence[str], series: dict[str, Sequence[float | 
     figure.savefig(buffer, format="svg", metadata={"Date": None})
     plt.close(figure)
     return buffer.getvalue()[buffer.getvalue().index("<svg") :]
-
-
-def coloured(words: Sequence[str], result: Result) -> str:
-    """The answer as HTML: accepted drafts on blue, the base's own tokens underlined."""
-    spans = [
-        f'<span class="{"draft" if accepted else "own"}">{html.escape(word)}</span>'
-        for word, accepted in zip(words, result.accepted, strict=True)
-    ]
-    return "".join(spans)
-
-
-def _image(picture: Image.Image) -> str:
-    buffer = io.BytesIO()
-    picture.save(buffer, format="PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def _card(shown: Shown, patches_per_side: int) -> str:
-    kept = shown.result.kept - shown.first_visual
-    picture = _image(overlay(shown.image, kept, patches_per_side))
-    return (
-        f'<div class="card"><p><b>{html.escape(shown.question)}</b></p>'
-        f'<img src="{picture}" alt="page with the kept patches in full colour">'
-        f"<p>{coloured(shown.words, shown.result)}</p></div>"
-    )
-
-
-def table(headers: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """An HTML table."""
-    head = "".join(f"<th>{html.escape(h)}</th>" for h in headers)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in line) + "</tr>"
-        for line in lines
-    )
-    return f"<table><tr>{head}</tr>{body}</table>"
 
 
 def _budgets(rows: Sequence[Row]) -> list[float]:
@@ -180,19 +111,30 @@ def write(
     patches_per_side: int,
 ) -> None:
     """Writes the report: one file, no other resources. `pairs` share a page each."""
-    shown = "".join(
-        '<div class="pair">' + "".join(_card(s, patches_per_side) for s in pair) + "</div>"
-        for pair in pairs
+    shown = [
+        page.picture(f"page{i}", pair[0].image)
+        + page.row(_card(f"page{i}", one, patches_per_side) for one in pair)
+        for i, pair in enumerate(pairs)
+    ]
+    parts = [
+        f"<p>{html.escape(summary)}</p>",
+        *drawings,
+        *tables,
+        page.heading("What was kept, and who wrote the answer"),
+        page.note(
+            "Patches in full colour went on through the deep layers; faded ones were pruned after "
+            "the trunk. Words on blue were drafted by the twig and accepted by the base; it wrote "
+            "the others itself."
+        ),
+        *shown,
+    ]
+    Path(path).write_text(page.page("twig_jax on digits", parts))
+
+
+def _card(name: str, shown: Shown, patches_per_side: int) -> str:
+    kept = (shown.result.kept - shown.first_visual).tolist()
+    return (
+        f"<p><b>{html.escape(shown.question)}</b></p>"
+        f"{page.patches(name, kept, patches_per_side)}"
+        f"<p>{page.coloured(shown.words, shown.result.accepted.tolist())}</p>"
     )
-    text = (
-        "<!doctype html><html lang=en><meta charset=utf-8><title>twig_jax on digits</title>"
-        f"<style>{_STYLE}</style><h1>twig_jax on digits</h1><p>{html.escape(summary)}</p>"
-        + "".join(drawings)
-        + "".join(tables)
-        + "<h2>What was kept, and who wrote the answer</h2><p class=note>Patches in full colour "
-        "went on through the deep layers; faded ones were pruned after the trunk. Words on blue "
-        "were drafted by the twig and accepted by the base; it wrote the others itself.</p>"
-        + shown
-        + "</html>"
-    )
-    Path(path).write_text(text)

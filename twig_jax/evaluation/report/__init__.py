@@ -1,0 +1,1 @@
+"""Reports of measurements: tables, plots, and pages that stand alone."""
