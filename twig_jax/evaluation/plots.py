@@ -8,7 +8,7 @@ from twig_jax.evaluation.ablations import spread
 from twig_jax.evaluation.speed import Speed
 
 # Apart in hue and lightness, and in their marks: readable without colour vision.
-_STYLES = {
+STYLES = {
     "plain": ("#80868b", "o"),
     "ttp": ("#d6604d", "s"),
     "ssd": ("#5aae61", "^"),
@@ -26,7 +26,7 @@ def relative_speed(path: str | Path, title: str, speeds: Sequence[Speed]) -> Non
 
     batches = sorted({s.batch for s in speeds})
     lengths = sorted({s.max_new_tokens for s in speeds})
-    modes = [mode for mode in _STYLES if mode != "plain" and any(s.mode == mode for s in speeds)]
+    modes = [mode for mode in STYLES if mode != "plain" and any(s.mode == mode for s in speeds)]
     figure, panels = plt.subplots(
         1,
         len(batches),
@@ -36,14 +36,14 @@ def relative_speed(path: str | Path, title: str, speeds: Sequence[Speed]) -> Non
         layout="constrained",
     )
     for batch, axes in zip(batches, panels[0], strict=True):
-        axes.axhline(1, color=_STYLES["plain"][0], linewidth=1)
+        axes.axhline(1, color=STYLES["plain"][0], linewidth=1)
         for mode in modes:
             found = sorted(
                 (s.max_new_tokens, s.relspd)
                 for s in speeds
                 if s.batch == batch and s.mode == mode and s.relspd is not None
             )
-            color, marker = _STYLES[mode]
+            color, marker = STYLES[mode]
             axes.plot(*zip(*found, strict=True), color=color, marker=marker, label=mode)
         axes.set_xscale("log")
         axes.set_yscale("log")

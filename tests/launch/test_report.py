@@ -1,0 +1,36 @@
+"""The report launcher, as a user runs it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.made_runs import PLAIN, TWIG, evaluation
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def report(*arguments):
+    command = [sys.executable, "-m", "launch.report", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def test_a_report_of_two_folders(tmp_path):
+    for seed in (0, 1):
+        evaluation(tmp_path / str(seed), {PLAIN: [1, 1], TWIG: [1, seed]}, seed=seed)
+    runs, out = f"{tmp_path / '0'},{tmp_path / '1'}", tmp_path / "report"
+    done = report("--runs", runs, "--out", out, "--samples_shown", 1, "--json", "-")
+    assert done.returncode == 0, done.stderr
+    content = json.loads(done.stdout)
+    assert content == json.loads((out / "report.json").read_text())
+    assert [row["relacc"] for row in content["results"]] == [1, 0.75]
+    assert "RelAcc %" in done.stderr and "## RelAcc %" in (out / "tables.md").read_text()
+    assert (out / "accuracy.png").is_file() and (out / "report.html").is_file()
+
+
+def test_nothing_is_half_written(tmp_path):
+    done = report("--runs", tmp_path, "--out", tmp_path / "report")
+    assert done.returncode == 1 and "results.json is not there" in done.stderr
+    assert done.stderr.startswith("report: ") and not (tmp_path / "report").exists()
+    done = report("--runs", tmp_path, "--data", "gqa", "--out", tmp_path / "report")
+    assert done.returncode == 1 and "--data takes TASK=FOLDER, not gqa" in done.stderr

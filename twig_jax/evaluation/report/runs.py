@@ -1,0 +1,180 @@
+"""What launch.evaluate wrote, read for a report: figures, answers, and how they came about."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from twig_jax.evaluation.benchmarks.files import Key, need, read_json, read_lines
+from twig_jax.evaluation.judge import Way
+
+# What may differ between folders of one report: which questions are asked, and how long an answer
+# may get, which benchmarks choose for themselves.
+_FREE = {"seed", "limit", "max_new_tokens"}
+
+
+@dataclass
+class Tally:
+    """Counts over answers.
+
+    iterations: by (drafted, accepted) tokens. kinds: emitted tokens by (kind of piece, whether it
+    was an accepted draft). kept: questions by the visual tokens they kept. pictured: questions with
+    images.
+    """
+
+    iterations: Counter[tuple[int, int]] = field(default_factory=Counter)
+    kinds: Counter[tuple[str, bool]] = field(default_factory=Counter)
+    kept: Counter[int] = field(default_factory=Counter)
+    pictured: int = 0
+
+    def add(self, metadata: Mapping[str, Any]) -> None:
+        """Counts one more answer by the metadata of its line."""
+        self.pictured += bool(metadata["kept"])
+        self.kept.update(metadata["kept"])
+        self.iterations.update(zip(metadata["drafted"], metadata["matched"], strict=True))
+        accepted = map(bool, metadata["accepted"])
+        self.kinds.update(zip(kinds(metadata["pieces"]), accepted, strict=True))
+
+    def __add__(self, other: "Tally") -> "Tally":
+        return Tally(
+            self.iterations + other.iterations,
+            self.kinds + other.kinds,
+            self.kept + other.kept,
+            self.pictured + other.pictured,
+        )
+
+
+def kinds(pieces: Sequence[str]) -> list[str]:
+    """What kind of text each token of an answer adds.
+
+    "number" has a digit. Otherwise, "word" has letters and begins a word, "rest of a word" has
+    letters and goes on with one; "punctuation" is anything else that can be seen, "space" what
+    cannot: blanks, and bytes of a character that a later token completes.
+    """
+    found, before = [], ""
+    for piece in pieces:
+        if any(c.isdigit() for c in piece):
+            kind = "number"
+        elif any(c.isalpha() for c in piece):
+            inside = before[-1:].isalnum() and not piece[0].isspace()
+            kind = "rest of a word" if inside else "word"
+        else:
+            kind = "punctuation" if piece.strip() else "space"
+        found.append(kind)
+        before = piece or before
+    return found
+
+
+@dataclass(frozen=True)
+class Answered:
+    """One way's answers in one folder.
+
+    row: its figures in results.json. points: what each question adds, None where only a judge can
+    tell. file: the answers.
+    """
+
+    row: Mapping[str, Any]
+    points: Mapping[Key, float] | None
+    tally: Tally
+    file: Path
+
+    def lines(self) -> Iterator[tuple[Key, dict[str, Any]]]:
+        """The lines of the answers' file, read anew: they may be too many to keep."""
+        return _lines(self.file)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One benchmark's folder of one run of launch.evaluate."""
+
+    folder: Path
+    task: str
+    device: str
+    versions: Mapping[str, str]
+    settings: Mapping[str, Any]
+    ways: Mapping[Way, Answered]
+
+
+def read(folders: Sequence[Path]) -> list[Evaluation]:
+    """All benchmarks in folders that launch.evaluate was given as --out.
+
+    Raises FileNotFoundError for a folder without results and for missing answers; ValueError for
+    files that are broken or do not fit each other, and for runs whose answers or speeds do not
+    belong in one table: of other checkpoints or settings, timed on other devices.
+    """
+    found = []
+    for folder in folders:
+        results = sorted(folder.glob("*/results.json"))
+        if not results:
+            need(folder / "TASK" / "results.json", "the figures that launch.evaluate writes last")
+        found += [_evaluation(path) for path in results]
+    for one in found[1:]:
+        _same(found[0], one)
+    return found
+
+
+def _evaluation(path: Path) -> Evaluation:
+    content = read_json(path, "the figures of launch.evaluate")
+    missing = [k for k in ("device", "versions", "settings", "results") if k not in content]
+    if missing:
+        raise ValueError(f"{path} has no {', '.join(missing)}; launch.evaluate writes them")
+    ways = {}
+    for row in content["results"]:
+        way = Way(row["mode"], row["selector"], row["avg_retained"])
+        ways[way] = _answered(path.parent / way.name, row)
+    return Evaluation(
+        path.parent,
+        path.parent.name,
+        content["device"],
+        content["versions"],
+        content["settings"],
+        ways,
+    )
+
+
+def _answered(folder: Path, row: Mapping[str, Any]) -> Answered:
+    file = need(folder / "answers.jsonl", f"the answers that {folder.parent}/results.json is of")
+    tally, keys = Tally(), []
+    for key, line in _lines(file):
+        keys.append(key)
+        if "error" not in line["metadata"]:
+            tally.add(line["metadata"])
+    points = None
+    if "exact" in row:
+        path = folder / "points.json"
+        values = read_json(path, "what each question adds to the score")
+        if len(values) != len(keys):
+            raise ValueError(f"{path} is of {len(values)} questions, {file} of {len(keys)}")
+        points = dict(zip(keys, values, strict=True))
+    if len(keys) != row["samples"]:
+        raise ValueError(
+            f"{file} is of {len(keys)} questions, results.json of {row['samples']}; "
+            "launch.evaluate with the same flags brings them together"
+        )
+    return Answered(row, points, tally, file)
+
+
+def _lines(file: Path) -> Iterator[tuple[Key, dict[str, Any]]]:
+    fields = ("question_id", "prompt", "text", "metadata")
+    for line in read_lines(file, "answers", fields):
+        yield Key(str(line["question_id"]), line["prompt"]), line
+
+
+def _same(one: Evaluation, other: Evaluation) -> None:
+    free = _FREE if one.task != other.task else _FREE - {"max_new_tokens"}
+    different = [
+        f"{name} {one.settings.get(name)!r} and {other.settings.get(name)!r}"
+        for name in sorted({*one.settings, *other.settings} - free)
+        if one.settings.get(name) != other.settings.get(name)
+    ]
+    if one.device != other.device and all(map(_timed, (one, other))):
+        different.append(f"speeds on {one.device} and {other.device}")
+    if different:
+        raise ValueError(
+            f"{one.folder} and {other.folder} do not belong in one report: {', '.join(different)}"
+        )
+
+
+def _timed(evaluation: Evaluation) -> bool:
+    return any("timings" in found.row for found in evaluation.ways.values())
