@@ -213,12 +213,17 @@ def change(folder, **fields):
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
 
+def strip(path):
+    path.write_text(path.read_text().replace("pieces", "parts"))
+
+
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
         (lambda f: shutil.rmtree(f / "digits"), "TASK/results.json is not there"),
         (lambda f: (f / "digits/plain/answers.jsonl").unlink(), "plain/answers.jsonl is not there"),
         (lambda f: (f / "digits/plain/points.json").write_text("[1]"), "of 1 questions, .* of 2"),
+        (lambda f: strip(f / "digits/plain/answers.jsonl"), "no pieces of question test-1-0"),
         (lambda f: (f / "digits/results.json").write_text("{"), "results.json is no JSON"),
         (lambda f: (f / "digits/results.json").write_text("{}"), "has no device, versions"),
         (lambda f: change(f, settings={"checkpoint": "other"}), "checkpoint 'digits' and 'other'"),

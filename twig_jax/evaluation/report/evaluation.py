@@ -47,7 +47,7 @@ def make(
         | {"runs": [str(e.folder) for e in evaluations]},
         "results": [row.as_json() for row in rows],
     }
-    text = _page(evaluations, rows, content, drawn, plots, data, count)
+    text = _page(content, drawn, plots, _questions(evaluations, rows, data, count))
     files = {
         "tables.md": "\n".join(table.markdown() for table in drawn).encode(),
         "tables.csv": long_form(rows).encode(),
@@ -73,13 +73,10 @@ def _plots(rows: Sequence[Pooled]) -> dict[str, bytes]:
 
 
 def _page(
-    evaluations: Sequence[runs.Evaluation],
-    rows: Sequence[Pooled],
     content: Mapping[str, Any],
     drawn: Sequence[Table],
     plots: Mapping[str, bytes],
-    data: Mapping[str, Path],
-    count: int,
+    questions: Sequence[str],
 ) -> str:
     settings, device = content["settings"], content["device"]
     summary = ", ".join(f"{k} {v}" for k, v in settings.items() if v is not None and k != "runs")
@@ -94,36 +91,49 @@ def _page(
             "of the first one.",
         )
         parts += [page.plot(png, says), page.note(says)]
-    ways = {task: _compared([r for r in rows if r.task == task]) for task in {r.task for r in rows}}
-    sides = {r.task: side for r in rows if (side := grid(r.tokens)) is not None}
+    tasks = dict.fromkeys(row["task"] for row in content["results"])
+    return page.page(f"Evaluation: {', '.join(tasks)}", [*parts, *questions])
+
+
+def _questions(
+    evaluations: Sequence[runs.Evaluation],
+    rows: Sequence[Pooled],
+    data: Mapping[str, Path],
+    count: int,
+) -> list[str]:
+    """The page's part about single questions; nothing where none is asked for."""
+    tasks = dict.fromkeys(row.task for row in rows)
+    ways = {task: _compared([row for row in rows if row.task == task]) for task in tasks}
+    sides = {row.task: side for row in rows if (side := grid(row.tokens)) is not None}
     shown = samples.choose(evaluations, ways, data, count)
-    if shown:
-        parts += [
-            page.heading("What was kept, and who wrote the answer"),
-            page.note(
-                "Questions on which methods differ come first, so this is no fair sample. Each "
-                "method at its smallest budget. Patches in full colour went on through the deep "
-                "layers; faded ones were pruned. Images are shown as LLaVA-1.5 sees them, padded "
-                "to a square. Words on blue were drafted by the twig and accepted by the base; it "
-                "wrote the underlined others itself."
-            ),
-        ]
-    missing = sorted({s.task for s in shown if not s.images})
-    if missing:
-        parts.append(page.note(f"No images of {', '.join(missing)}: its folder was not given."))
-    for i, one in enumerate(shown):
-        parts.append(samples.cards(f"sample{i}", one, sides.get(one.task)))
-    return page.page("Evaluation", parts)
+    if not shown:
+        return []
+    parts = [
+        page.heading("What was kept, and who wrote the answer"),
+        page.note(
+            "Questions on which methods differ come first, so this is no fair sample. Each method "
+            "at its smallest budget. Patches in full colour went on through the deep layers; faded "
+            "ones were pruned. Images are shown as LLaVA-1.5 sees them, padded to a square. Words "
+            "on blue were drafted by the twig and accepted by the base; it wrote the underlined "
+            "others itself."
+        ),
+    ]
+    unseen = sorted({one.task for one in shown} - {"digits", *data})
+    if unseen:
+        parts.append(page.note(f"No images of {', '.join(unseen)}: its folder was not given."))
+    return parts + [
+        samples.cards(f"sample{i}", one, sides.get(one.task)) for i, one in enumerate(shown)
+    ]
 
 
 def _compared(rows: Sequence[Pooled]) -> list[Way]:
-    """plain, ssd, and each selector at its smallest budget, with drafts where it has some."""
+    """plain and ssd, then each selector at its smallest budget, with drafts where it has some."""
     found: dict[str | None, Way] = {}
     for row in drawings.sharpest(rows):
         key = row.way.selector or row.way.mode
         if key not in found or row.way.mode == "ttp_ssd":
             found[key] = row.way
-    return list(found.values())
+    return sorted(found.values(), key=lambda way: way.selector is not None)
 
 
 def write(folder: Path, files: Mapping[str, bytes]) -> None:

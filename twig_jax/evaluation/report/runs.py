@@ -12,6 +12,8 @@ from twig_jax.evaluation.judge import Way
 # What may differ between folders of one report: which questions are asked, and how long an answer
 # may get, which benchmarks choose for themselves.
 _FREE = {"seed", "limit", "max_new_tokens"}
+# What an answer's metadata tells of how it came about.
+_TOLD = {"pieces", "accepted", "drafted", "matched", "kept"}
 
 
 @dataclass
@@ -139,6 +141,9 @@ def _answered(folder: Path, row: Mapping[str, Any]) -> Answered:
     for key, line in _lines(file):
         keys.append(key)
         if "error" not in line["metadata"]:
+            missing = _TOLD - line["metadata"].keys()
+            if missing:
+                raise ValueError(f"{file}: no {', '.join(sorted(missing))} of question {key.id}")
             tally.add(line["metadata"])
     points = None
     if "exact" in row:

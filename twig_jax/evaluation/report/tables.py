@@ -69,7 +69,7 @@ class Table:
 def tables(rows: Sequence[Pooled]) -> list[Table]:
     """A table a figure, over all benchmarks, and one a benchmark; figures nobody has are left out.
 
-    A method's mean over benchmarks stands where it has a figure of each.
+    A method's mean over benchmarks stands where it has a figure of each that anybody has one of.
     """
     return [
         _across(rows, *metric) for metric in _METRICS if any(metric[2](r) is not None for r in rows)
@@ -83,28 +83,24 @@ def _across(
     value: Callable[[Pooled], float | None],
     form: str,
 ) -> Table:
-    tasks = _unique(rows, "task")
-    budgets = sorted({r.way.avg_retained for r in rows}, key=lambda b: -(b or float("inf")))
-    found = {(r.method, r.task, r.way.avg_retained): value(r) for r in rows}
-    headers, columns = ["method"], []
-    for task in tasks:
-        for budget in budgets:
-            headers.append(f"{task} {_budget(budget)}")
-            columns.append([found.get((m, task, budget)) for m in _unique(rows, "method")])
+    found = {(r.method, r.task, r.way.avg_retained): x for r in rows if (x := value(r)) is not None}
+    methods = [m for m in _unique(rows, "method") if any(m == key[0] for key in found)]
+    tasks = [t for t in _unique(rows, "task") if any(t == key[1] for key in found)]
+    budgets = sorted({key[2] for key in found}, key=lambda b: -(b or float("inf")))
+    columns = {
+        (task, budget): [found.get((m, task, budget)) for m in methods]
+        for task in tasks
+        for budget in budgets
+    }
     if len(tasks) > 1:
-        for j, budget in enumerate(budgets):
-            headers.append(f"mean {_budget(budget)}")
-            columns.append(
-                [
-                    _mean(column)
-                    for column in zip(*columns[j :: len(budgets)][: len(tasks)], strict=True)
-                ]
-            )
+        for budget in budgets:
+            of_tasks = zip(*(columns[task, budget] for task in tasks), strict=True)
+            columns["mean", budget] = [_mean(values) for values in of_tasks]
     lines = [
         [method, *("" if x is None else format(x, form) for x in line)]
-        for method, *line in zip(_unique(rows, "method"), *columns, strict=True)
-        if any(x is not None for x in line)
+        for method, *line in zip(methods, *columns.values(), strict=True)
     ]
+    headers = ["method", *(f"{task} {_budget(budget)}" for task, budget in columns)]
     return Table(title, says, headers, lines)
 
 
