@@ -26,7 +26,7 @@ _MARKS = (
 )
 _UNPRUNED = ("#000000", "*")
 _COLUMNS = 3  # panels side by side
-_GROUPS = 4  # of equally many samples, over which speeds are averaged
+_GROUPS = 4  # of as many lengths each, over which speeds are averaged
 
 
 def accuracy(rows: Sequence[Pooled]) -> bytes | None:
@@ -64,6 +64,8 @@ def speed(rows: Sequence[Pooled]) -> bytes | None:
     Of each mode the smallest budget, by the twig where it is there; a line joins means of samples
     of similar length.
     """
+    from matplotlib.ticker import MaxNLocator
+
     timed = [r for r in sharpest(rows) if r.timings and r.way.mode != "plain"]
     shown = list({(r.task, r.way.mode): r for r in sorted(timed, key=_twig_last)}.values())
     if not shown:
@@ -72,14 +74,17 @@ def speed(rows: Sequence[Pooled]) -> bytes | None:
     for row in shown:
         axes = panels[row.task]
         color, marker = STYLES[row.way.mode]
-        timings = np.array(sorted(row.timings))
+        timings = np.array(row.timings)
         length, relative = timings[:, 0], timings[:, 1] / timings[:, 3]
         axes.scatter(length, relative, s=16, color=color, marker=marker, alpha=0.45, linewidths=0)
-        groups = np.array_split(np.arange(len(timings)), min(_GROUPS, len(timings)))
+        there = np.unique(length)
+        groups = [np.isin(length, g) for g in np.array_split(there, min(_GROUPS, len(there)))]
         means = np.array([[length[g].mean(), relative[g].mean()] for g in groups])
         axes.plot(means[:, 0], means[:, 1], color=color, marker=marker, label=_label(row))
     for axes in panels.values():
         axes.axhline(1, color=STYLES["plain"][0], linewidth=1)
+        axes.set_ylim(bottom=0)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("new tokens of an answer", fontsize=9)
         axes.set_ylabel("speed, plain = 1", fontsize=9)
     return _finish(figure, panels, "Speed against answer length")
