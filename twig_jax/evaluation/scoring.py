@@ -63,10 +63,13 @@ def relacc(
     The interval is a paired bootstrap over samples. nan where the base answers nothing right.
     """
     pairs = np.stack([accelerated, base], axis=1).astype(float)  # [n, 2]
-    picks = np.random.default_rng(seed).integers(len(pairs), size=(draws, len(pairs)))
+    rng = np.random.default_rng(seed)
     with np.errstate(invalid="ignore", divide="ignore"):
         ratio = pairs[:, 0].mean() / pairs[:, 1].mean()
-        means = pairs[picks].mean(1)  # [draws, 2]
+        # One draw at a time: all of a large benchmark's would not fit into memory.
+        means = np.array(
+            [pairs[rng.integers(len(pairs), size=len(pairs))].mean(0) for _ in range(draws)]
+        )
         low, high = np.nanpercentile(means[:, 0] / means[:, 1], [2.5, 97.5])
     return float(ratio), float(low), float(high)
 
