@@ -32,12 +32,14 @@ def uniform(probe: Probe, retained: int) -> Ranked:
 def farthest_first(side: int) -> np.ndarray:
     """Cells of a side x side grid, from its middle on, each as far as can be from those before.
 
-    Whatever the number kept, they cover the image evenly. Of equal distances the lower index.
+    Whatever the number kept, they cover the image evenly: of equal distances, which are many, no
+    side of the image goes first.
     """
     cells = np.stack(np.divmod(np.arange(side * side), side), axis=1)
     order = [(side // 2) * side + side // 2]
     distance = np.full(side * side, np.inf)
+    lots = np.random.default_rng(0).random(side * side) / 2  # squared distances are whole numbers
     while len(order) < side * side:
         distance = np.minimum(distance, ((cells - cells[order[-1]]) ** 2).sum(1))
-        order.append(int(distance.argmax()))
+        order.append(int((distance + lots * (distance > 0)).argmax()))
     return np.array(order)

@@ -23,6 +23,8 @@ _MARKS = (
     ("#4d4d4d", ">"),
     ("#c51b7d", "p"),
     ("#01665e", "h"),
+    ("#b2182b", "*"),
+    ("#a6761d", "d"),
 )
 _UNPRUNED = ("#000000", "*")
 _COLUMNS = 3  # panels side by side
@@ -46,7 +48,7 @@ def accuracy(rows: Sequence[Pooled]) -> bytes | None:
                 key=lambda r: r.way.avg_retained or 0,
             )
             # A step aside, so that intervals do not lie on each other.
-            aside = 0.05 * (i - (len(selectors) - 1) / 2)
+            aside = 0.02 * (i - (len(selectors) - 1) / 2)
             at = [budgets.index(r.way.avg_retained or 0) + aside for r in found]
             color, marker = marks[selector]
             values = 100 * np.array([[r.relacc, r.relacc_low, r.relacc_high] for r in found], float)
@@ -215,8 +217,8 @@ def _subplots(rows: int, columns: int, width: float, height: float) -> tuple[Any
 def _panels(tasks: Sequence[str]) -> tuple[Any, dict[str, Any]]:
     """A figure and the axes of each benchmark."""
     columns = min(_COLUMNS, len(tasks))
-    width = 5.2 if columns == 1 else 3.3
-    figure, panels = _subplots(-(-len(tasks) // columns), columns, width, 2.5)
+    width, height = (6.4, 3.6) if columns == 1 else (3.3, 2.5)
+    figure, panels = _subplots(-(-len(tasks) // columns), columns, width, height)
     for axes in panels.flat[len(tasks) :]:
         axes.axis("off")
     return figure, dict(zip(tasks, panels.flat, strict=False))
