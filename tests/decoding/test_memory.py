@@ -47,12 +47,12 @@ def test_the_check_sees_copies(monkeypatch) -> None:
 
 
 def test_pruned_layers_hold_no_slots_for_pruned_tokens() -> None:
-    """Middle layers hold text and R tokens, top layers text alone, as the sizes show."""
+    """Layers before K_f hold text and R tokens, those after text alone, as the sizes show."""
     text = CONFIG.text
     of = 2 * 4 * text.num_kv_heads * text.head_dim * BUCKET.rows / 1e6  # MB a slot and layer
     N, G, P = BUCKET.text, BUCKET.new + 1, BUCKET.text + BUCKET.images * M
     program = program_for(BUCKET, dataclasses.replace(CALL, mode="ttp"), CONFIG, TWIG)
-    Q = N + program.retained_slots
+    Q = N + program.segments[0].slots
     K, K_f, L = TWIG.K, TWIG.K_f, text.num_layers
     slots = K * (P + G) + (K_f - K) * (Q + G) + (L - K_f) * (N + G)
     assert Q < P

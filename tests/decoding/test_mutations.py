@@ -71,14 +71,14 @@ def test_without_mistakes_nothing_fails(answers) -> None:
 
 
 def test_one_draft_too_many(answers, monkeypatch) -> None:
-    def generous(program, state, drafts, middle, top, choice, cost):
+    def generous(program, state, drafts, deep, choice, cost):
         node = jnp.arange(program.width - 1)
         drafted = node < drafts.drafted[:, None]
         wrong = (drafts.tokens[:, 1:] != choice[:, :-1]) & drafted
         first = wrong & (jnp.cumsum(wrong, axis=1) == 1)
         forgiven = jnp.where(first, drafts.tokens[:, 1:], choice[:, :-1])
         choice = choice.at[:, :-1].set(forgiven)
-        return accept_module.accept(program, state, drafts, middle, top, choice, cost)
+        return accept_module.accept(program, state, drafts, deep, choice, cost)
 
     for module in (loop, prefill):
         monkeypatch.setattr(module, "accept", generous)

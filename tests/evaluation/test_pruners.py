@@ -16,9 +16,9 @@ from twig_jax.evaluation.pruners.answering import Rival
 from twig_jax.evaluation.pruners.attention import fastv_all_text
 from twig_jax.evaluation.pruners.baselines import farthest_first
 from twig_jax.evaluation.pruners.diversity import least_duplicated, max_min
-from twig_jax.evaluation.pruners.probe import Probe
+from twig_jax.evaluation.pruners.probe import Probe, as_the_twig
 from twig_jax.evaluation.pruners.visionzip import merged
-from twig_jax.pruning.budget import retained
+from twig_jax.pruning.schedule import by_twig
 
 TTP = dataclasses.replace(CALL, mode="ttp", avg_retained=5)
 
@@ -158,12 +158,12 @@ def test_budgets(engine, name):
     ranked = rival.ranked(asked(), TTP)
     for one, result in zip(ranked, rival.answer(asked(), TTP), strict=True):
         images = int(one.is_visual.sum()) // M
-        R = retained(5, rival.schedule, CONFIG.text.num_layers, M, images)
+        R = rival.schedule.budget(5, CONFIG.text.num_layers, M, images)[0]
         best = np.argsort(-np.where(one.is_visual, one.scores, -1), kind="stable")[:R]
         assert result.kept.tolist() == sorted(best)
 
 
-@pytest.mark.parametrize("name", [n for n, p in PRUNERS.items() if p.schedule(5, TWIG).K_f == 5])
+@pytest.mark.parametrize("name", [n for n, p in PRUNERS.items() if p.schedule is not as_the_twig])
 def test_keeping_all_changes_nothing(engine, name):
     everything = dataclasses.replace(TTP, avg_retained=M)
     plain = engine.generate_many(asked(), dataclasses.replace(CALL, mode="plain"))
@@ -218,6 +218,8 @@ def test_bad_input(engine):
         Rival(engine, "best")
     with pytest.raises(ValueError, match="need a twig, or its schedule"):
         Rival(Generator(CONFIG, engine.weights.base), "random")
+    with pytest.raises(ValueError, match="by its own schedule: give one of the two"):
+        Generator(CONFIG, engine.weights.base, TWIG, schedule=by_twig(TWIG))
     one = request(1, 1, 2, 5)
     given = dataclasses.replace(one, pixels=None, visual=np.zeros((M, 32), np.float32))
     with pytest.raises(ValueError, match="request 0: pruners look at pixels"):

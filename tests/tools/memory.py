@@ -55,7 +55,7 @@ def shapes(program: Program, rows: int, dtype: Any) -> tuple[Weights, Any]:
         is_visual=np.zeros((rows, P), bool),
         lengths=np.ones(rows, np.int32),
         visual=np.zeros((rows, p.images * config.vision.num_tokens, d), dtype),
-        retained=np.ones(rows, np.int32),
+        retained=np.ones((rows, len(p.segments)), np.int32),
         scores=np.zeros((rows, P), np.float32),
     )
     cost = np.zeros(p.width, np.float32)

@@ -15,16 +15,15 @@ def accept(
     program: Program,
     state: State,
     drafts: Drafts,
-    middle: Cache,
-    top: Cache,
+    deep: tuple[Cache, ...],
     choice: jax.Array,
     cost: jax.Array,
 ) -> State:
     """Accepts the longest prefix of drafts that the base agrees with, and its next token.
 
-    `middle` and `top` hold the new nodes' keys and values [B, K, W, D], `choice` int32 [B, W] what
-    the base chooses after every node; cost as in adaptive.py. A row emits between 1 and drafted + 1
-    tokens; nothing follows an EOS.
+    `deep` holds the new nodes' keys and values [B, K, W, D] in every segment, `choice` int32 [B, W]
+    what the base chooses after every node; cost as in adaptive.py. A row emits between 1 and
+    drafted + 1 tokens; nothing follows an EOS.
     """
     B, W = drafts.tokens.shape
     controls = state.controls
@@ -54,12 +53,14 @@ def accept(
     # What a row that did not draft has in the scratch block was computed beside its companions.
     drew = (drafts.drafted > 0)[:, None]
     in_twig = jnp.where(drew, jnp.concatenate([before, cached], axis=1), _NOWHERE)
-    P, Q, N = (m.shape[1] for m in state.prompt[:3])
+    P = state.prompt.trunk.shape[1]
     caches = Caches(
         commit(state.caches.trunk, drafts.trunk, P + cached),
         commit(state.caches.twig, drafts.twig, P + in_twig),
-        commit(state.caches.middle, middle, Q + cached),
-        commit(state.caches.top, top, N + cached),
+        tuple(
+            commit(cache, new, prompt.shape[1] + cached)
+            for cache, new, prompt in zip(state.caches.deep, deep, state.prompt.deep, strict=True)
+        ),
     )
     pick = matched[:, None]
     iteration = jnp.where(state.done, _NOWHERE, state.iterations)[:, None]

@@ -7,9 +7,9 @@ import jax
 import numpy as np
 
 from twig_jax.config import LlavaConfig, TwigConfig
-from twig_jax.decoding.network import Program
+from twig_jax.decoding.network import Program, Segment
 from twig_jax.decoding.settings import Settings
-from twig_jax.pruning.budget import retained
+from twig_jax.pruning.schedule import Schedule, by_twig
 
 TEXT_STEP = 32  # undeclared shapes are rounded up to multiples of these
 _NEW_STEP = 32
@@ -59,29 +59,37 @@ def program_for(
     config: LlavaConfig,
     twig: TwigConfig | None,
     *,
-    retained_slots: int = 0,
+    schedule: Schedule | None = None,
+    retained: Sequence[int] = (),
     resumes: bool = False,
 ) -> Program:
-    """The program of a bucket; retained_slots where a row keeps more than the call's budget."""
-    M = config.vision.num_tokens
-    if not settings.prune:
-        slots = bucket.images * M
-    else:
-        assert twig is not None
-        slots = retained_slots
-        if settings.avg_retained is not None and bucket.images:
-            L = config.text.num_layers
-            slots = max(slots, retained(settings.avg_retained, twig, L, M, bucket.images))
+    """The program of a bucket.
+
+    schedule: None for the twig's. retained: R_max of each segment, where rows keep more than the
+    call's budget.
+    """
+    M, L = config.vision.num_tokens, config.text.num_layers
+    twig = twig or TwigConfig(K=1, T=0, K_f=L)
+    layers: tuple[int, ...] = (twig.K,)
+    slots: tuple[int, ...] = (bucket.images * M,)
+    if settings.prune:
+        schedule = schedule or by_twig(twig)
+        budgets = [tuple(retained)] if retained else []
+        if settings.avg_retained is not None:
+            budgets.append(schedule.budget(settings.avg_retained, L, M, bucket.images))
+        layers, slots = schedule.layers, tuple(map(max, zip(*budgets, strict=True)))
+    segments = zip(layers, (*layers[1:], L), slots, strict=True)
     return Program(
         base=config,
-        twig=twig or TwigConfig(K=1, T=1, K_f=config.text.num_layers),
+        twig=twig,
         prune=settings.prune,
         draft=settings.draft,
         adaptive=settings.draft and settings.adaptive,
         resumes=resumes and settings.prune and not settings.draft,
         text_slots=bucket.text,
         images=bucket.images,
-        retained_slots=slots,
+        segments=tuple(Segment(*segment) for segment in segments if segment[0] < L),
+        rank=schedule.rank if settings.prune and schedule else None,
         width=settings.gamma + 1 if settings.draft else 1,
         max_new=bucket.new,
     )
@@ -95,15 +103,10 @@ def state_bytes(program: Program, rows: int, itemsize: int) -> int:
     """
     p, text = program, program.base.text
     G = p.generated_slots
-    middle = p.text_slots + p.retained_slots
-    slots = (
-        p.K * (p.prompt_slots + G)
-        + (p.K_f - p.K) * (middle + G)
-        + (p.L - p.K_f) * (p.text_slots + G)
-        + (p.twig.T * (p.prompt_slots + G) if p.keeps_twig else 0)
-    )
+    slots = (p.K + (p.twig.T if p.keeps_twig else 0)) * (p.prompt_slots + G)
+    slots += sum((s.last - s.first) * (p.text_slots + s.slots + G) for s in p.segments)
     caches = slots * 2 * text.num_kv_heads * text.head_dim * itemsize
-    width = max(p.prompt_slots, middle + p.width)
+    width = max(p.prompt_slots, p.text_slots + p.segments[0].slots + p.width)
     layer = width * (4 * text.hidden_size + 2 * text.intermediate_size) * itemsize
     attention = text.num_heads * width * width * 2 * 4
     logits = p.width * text.vocab_size * 4 * 3

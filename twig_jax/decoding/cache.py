@@ -3,10 +3,14 @@
 Slots of a segment's cache are its prompt slots followed by G generated slots; emitted token i is at
 (prompt slots) + i in every segment:
 
-    trunk, layers 0 .. K-1     [ prompt P                 | generated G ]
-    twig                       [ prompt P                 | generated G ]
-    middle, layers K .. K_f-1  [ text + kept visual Q     | generated G ]
-    top, layers K_f .. L-1     [ text N                   | generated G ]
+    trunk, layers 0 .. K-1             [ prompt P                   | generated G ]
+    twig                               [ prompt P                   | generated G ]
+    deep, a segment of layers from K   [ text + kept visual N + R   | generated G ]
+    another, of later layers           [ text + fewer visual        | generated G ]
+
+Pruned by a twig there are two deep segments: layers K .. K_f-1 with its choice of R visual tokens,
+and layers K_f .. L-1 with none (FinalWipe). Without pruning there is one, with all tokens; what
+prunes in several steps has a segment for each.
 
 With n[b] tokens emitted, the base's caches hold tokens 0 .. n-2 and token n-1 is pending: it is
 node 0 of the next iteration. The twig's cache holds tokens 0 .. n-3 of a row that drafts; token n-2
@@ -35,16 +39,14 @@ class Caches(NamedTuple):
 
     trunk: Cache
     twig: Cache
-    middle: Cache
-    top: Cache
+    deep: tuple[Cache, ...]
 
 
 class Prompt(NamedTuple):
     """Which prompt slots of each segment hold a token."""
 
     trunk: jax.Array  # bool [B, P], also the twig's
-    middle: jax.Array  # bool [B, Q]
-    top: jax.Array  # bool [B, N]
+    deep: tuple[jax.Array, ...]  # bool [B, N + R_max] of each segment
     lengths: jax.Array  # int32 [B], tokens of the prompt
 
 
@@ -78,7 +80,7 @@ class State(NamedTuple):
 def spread_rows(state: State) -> State:
     """The state with its rows over the mesh's data axes and its heads over 'tensor'."""
     caches = jax.tree.map(lambda x: spread(x, "rows", "tensor"), state.caches)
-    rest = jax.tree.map(lambda x: spread(x, "rows"), state._replace(caches=Caches((), (), (), ())))
+    rest = jax.tree.map(lambda x: spread(x, "rows"), state._replace(caches=Caches((), (), ())))
     return rest._replace(caches=caches)
 
 

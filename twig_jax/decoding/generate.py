@@ -31,7 +31,7 @@ from twig_jax.decoding.running import Row, Running
 from twig_jax.decoding.settings import Controls, Request, Result, Settings, controls
 from twig_jax.decoding.transcript import Detokenize, Transcript
 from twig_jax.models.llava import Params
-from twig_jax.pruning.budget import retained
+from twig_jax.pruning.schedule import Schedule, by_twig
 from twig_jax.sharding.placement import distribute, gather, partition
 
 _log = logging.getLogger(__name__)
@@ -71,13 +71,13 @@ class Compiled:
 class Generator:
     """A base with its twig, ready to answer; compiled programs are kept per bucket.
 
-    A twig_config without a twig says at which layers visual tokens are pruned by other scores.
-    buckets: the shapes there are programs for; a batch takes the smallest it fits into. Without
-    any, each batch is rounded up to a shape of its own. mesh: what to spread over, with the axes of
-    sharding/mesh.py; all processes of several hosts make the same calls. detokenize: tokens ->
-    text, for texts in results and stops. remembered_images: how many images' embeddings are kept,
-    by content. draft_cost: how many plain steps each draft adds to an iteration, for adaptive
-    drafting; None to measure it.
+    A twig_config without a twig says at which layers visual tokens are pruned by other scores;
+    schedule, instead of both, is any other way to prune. buckets: the shapes there are programs
+    for; a batch takes the smallest it fits into. Without any, each batch is rounded up to a shape
+    of its own. mesh: what to spread over, with the axes of sharding/mesh.py; all processes of
+    several hosts make the same calls. detokenize: tokens -> text, for texts in results and stops.
+    remembered_images: how many images' embeddings are kept, by content. draft_cost: how many plain
+    steps each draft adds to an iteration, for adaptive drafting; None to measure it.
     """
 
     def __init__(
@@ -87,6 +87,7 @@ class Generator:
         twig_config: TwigConfig | None = None,
         twig: Params | None = None,
         *,
+        schedule: Schedule | None = None,
         buckets: Sequence[Bucket] = (),
         mesh: Mesh | None = None,
         detokenize: Detokenize | None = None,
@@ -98,8 +99,11 @@ class Generator:
             twig_config.check_schedule(config.text.num_layers)
         elif twig_config is not None:
             twig_config.check(config.text.num_layers)
+        if schedule is not None and twig_config is not None:
+            raise ValueError("a twig prunes by its own schedule: give one of the two")
         self.config = config
         self.twig_config = twig_config
+        self.schedule = schedule or (None if twig_config is None else by_twig(twig_config))
         weights = Weights(base, twig)
         if mesh is not None:
             weights = distribute(weights, mesh)
@@ -284,7 +288,8 @@ class Generator:
             widest,
             self.config,
             self.twig_config,
-            retained_slots=max(budgets),
+            schedule=self.schedule,
+            retained=tuple(map(max, zip(*budgets, strict=True))),
             resumes=resumes,
         )
         limit = device_memory(jax.local_devices()[0])
@@ -300,12 +305,13 @@ class Generator:
         scores: Any = np.zeros((B, slots), np.float32)
         # Rows that fill the batch up are prompts of one token, and done from the start.
         lengths: Any = np.ones(B, np.int32)
-        kept: Any = np.zeros(B, np.int32)
+        segments = len(program.segments)
+        kept: Any = np.zeros((B, segments), np.int32)
         for b, request in enumerate(requests):
             new = len(request.ids) - request.before
             tokens[b, :new] = request.ids[request.before :]
             is_visual[b, :new] = request.is_visual[request.before :]
-            lengths[b], kept[b] = new, budgets[b]
+            lengths[b], kept[b] = new, budgets[b][:segments]
             if request.scores is not None:
                 scores[b, : len(request.scores)] = request.scores
         visual: Any = np.zeros((B, 0, self.config.text.hidden_size), self._dtype)
@@ -316,17 +322,17 @@ class Generator:
     def _needs(self, i: int, request: Request, settings: Settings) -> tuple[int, int, int]:
         """(images, text tokens, new tokens) of one request; ValueError for a bad one."""
         settings.check()
-        if (settings.prune or settings.draft) and self.twig_config is None:
+        if (settings.prune or settings.draft) and self.schedule is None:
             raise ValueError(f"mode {settings.mode} needs a twig; load one, or use mode plain")
-        ranks = settings.prune and settings.selector == "twig"
-        if self.weights.twig is None and (settings.draft or ranks):
+        asks = settings.prune and self.schedule is not None and self.schedule.rank is None
+        if self.weights.twig is None and (settings.draft or (asks and settings.selector == "twig")):
             raise ValueError(
                 f"mode {settings.mode} with selector {settings.selector!r} needs a twig; this is a "
                 'schedule without one, for mode ttp by "fastv" or "given"'
             )
         if settings.prune and settings.avg_retained is None:
             raise ValueError(f"mode {settings.mode} needs avg_retained")
-        if settings.prune and settings.selector == "given" and request.scores is None:
+        if asks and settings.selector == "given" and request.scores is None:
             raise ValueError(f'request {i}: selector "given" needs scores')
         if self.detokenize is None and any(isinstance(s, str) for s in settings.stop):
             raise ValueError("stopping at texts needs a tokenizer; give sequences of token ids")
@@ -353,14 +359,14 @@ class Generator:
         self._budget(settings, images)
         return images, len(request.ids) - slots, settings.max_new_tokens
 
-    def _budget(self, settings: Settings, images: int) -> int:
-        """R of a row with so many images."""
+    def _budget(self, settings: Settings, images: int) -> tuple[int, ...]:
+        """R of a row with so many images, in every segment of deep layers."""
         M = self.config.vision.num_tokens
         if not settings.prune:
-            return images * M
-        assert self.twig_config is not None and settings.avg_retained is not None
+            return (images * M,)
+        assert self.schedule is not None and settings.avg_retained is not None
         L = self.config.text.num_layers
-        return retained(settings.avg_retained, self.twig_config, L, M, images)
+        return self.schedule.budget(settings.avg_retained, L, M, images)
 
     def _embed(self, requests: Sequence[Request], prepared: Prepared) -> Any:
         """Visual embeddings [B, I·M, d]; a row with fewer images is padded at its end."""

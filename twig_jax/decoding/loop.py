@@ -11,7 +11,7 @@ from twig_jax.decoding.network import Program, Weights
 from twig_jax.decoding.sampling import choose, seen_before
 from twig_jax.pruning.select import take
 
-Verified = tuple[Cache, Cache, jax.Array]
+Verified = tuple[tuple[Cache, ...], jax.Array]
 
 
 def decode(
@@ -95,21 +95,18 @@ def iterate(program: Program, weights: Weights, state: State, cost: jax.Array) -
         x, node = drafts.states[:, :width], jnp.arange(width)
         chain = jnp.broadcast_to(node <= node[:, None], (B, width, width))
         new = []
-        for first, last, cache, valid in (
-            (p.K, p.K_f, caches.middle, prompt.middle),
-            (p.K_f, p.L, caches.top, prompt.top),
-        ):
+        for segment, cache, valid in zip(p.segments, caches.deep, prompt.deep, strict=True):
             x, kv = p.layers(
                 weights,
-                first,
-                last,
+                segment.first,
+                segment.last,
                 x,
                 positions[:, None] + node,
                 chain,
                 cached=cache,
                 cached_mask=mask(cache, valid, cached, width),
             )
-            new.append(kv)
+            new.append(grow(kv, W - width))
         # The drafts on the way to each node; node 0 is among the tokens already.
         path = jnp.where((node > 0) & chain, drafts.tokens[:, None, :width], -1)
         choice = choose(
@@ -120,14 +117,11 @@ def iterate(program: Program, weights: Weights, state: State, cost: jax.Array) -
             seen,
             path,
         )
-        unused = W - width
-        return grow(new[0], unused), grow(new[1], unused), jnp.pad(choice, ((0, 0), (0, unused)))
+        return tuple(new), jnp.pad(choice, ((0, 0), (0, W - width)))
 
     with jax.named_scope("verify"):
         if p.adaptive and W > 1:
-            middle, top, choice = jax.lax.cond(
-                drafts.drafted.any(), lambda: verify(W), lambda: verify(1)
-            )
+            deep, choice = jax.lax.cond(drafts.drafted.any(), lambda: verify(W), lambda: verify(1))
         else:
-            middle, top, choice = verify(W)
-    return accept(p, state, drafts, middle, top, choice, cost)
+            deep, choice = verify(W)
+    return accept(p, state, drafts, deep, choice, cost)

@@ -9,6 +9,15 @@ from twig_jax.config import LlavaConfig, TwigConfig
 from twig_jax.decoding.cache import Cache
 from twig_jax.models.llava import Llava, Params
 from twig_jax.models.twig import twig_decoder
+from twig_jax.pruning.schedule import Rank
+
+
+class Segment(NamedTuple):
+    """Deep layers first .. last-1, and their slots for visual tokens of the prompt, R_max."""
+
+    first: int
+    last: int
+    slots: int
 
 
 class Weights(NamedTuple):
@@ -24,8 +33,8 @@ class Program:
 
     prune, draft: the two halves of the mode. adaptive: drafting may be switched off for a while.
     resumes: another turn may follow, so the twig's cache is kept though nothing is drafted.
-    text_slots N, images I, retained_slots R_max: the bucket. width W = γ_max + 1 nodes an
-    iteration. max_new: the most new tokens of any row.
+    text_slots N, images I: the bucket. segments: all layers after the trunk. rank: see `Schedule`.
+    width W = γ_max + 1 nodes an iteration. max_new: the most new tokens of any row.
     """
 
     base: LlavaConfig
@@ -36,24 +45,15 @@ class Program:
     resumes: bool
     text_slots: int
     images: int
-    retained_slots: int
+    segments: tuple[Segment, ...]
+    rank: Rank | None
     width: int
     max_new: int
 
     @property
     def K(self) -> int:
         """Layers of the trunk."""
-        return self.twig.K
-
-    @property
-    def K_f(self) -> int:
-        """First layer without visual tokens: L where nothing is pruned."""
-        return self.twig.K_f if self.prune else self.base.text.num_layers
-
-    @property
-    def L(self) -> int:
-        """Layers of the base."""
-        return self.base.text.num_layers
+        return self.segments[0].first
 
     @property
     def prompt_slots(self) -> int:

@@ -3,6 +3,7 @@
 A prompt may continue an earlier conversation, whose caches then are its beginning (`Past`).
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -23,9 +24,10 @@ from twig_jax.decoding.cache import (
     spread_rows,
 )
 from twig_jax.decoding.draft import Committed, Drafts, draft, scratch
-from twig_jax.decoding.network import Program, Weights
+from twig_jax.decoding.network import Program, Segment, Weights
 from twig_jax.decoding.sampling import choose, seen_before
 from twig_jax.decoding.settings import Controls
+from twig_jax.pruning.schedule import View
 from twig_jax.pruning.select import select, take, text_indices
 from twig_jax.sharding.placement import spread
 
@@ -37,7 +39,7 @@ class Inputs(NamedTuple):
     is_visual: jax.Array  # bool [B, S]
     lengths: jax.Array  # int32 [B]
     visual: jax.Array  # [B, I·M, d], visual embeddings in order
-    retained: jax.Array  # int32 [B], R of each row
+    retained: jax.Array  # int32 [B, segments], R of each row
     scores: jax.Array  # float32 [B, P], what the selector "given" ranks
 
 
@@ -53,15 +55,14 @@ class Past(NamedTuple):
     context: jax.Array  # int32 [B, P]
     is_visual: jax.Array  # bool [B, P]
     lengths: jax.Array  # int32 [B]
-    middle: jax.Array  # int32 [B], tokens in the middle layers' caches
-    top: jax.Array  # int32 [B], in the top layers'
+    deep: tuple[jax.Array, ...]  # int32 [B], tokens in the deep segments' caches
 
 
 class Signals(NamedTuple):
     """What selection saw and chose, and what another turn needs."""
 
     scores: jax.Array  # float32 [B, P]
-    kept: jax.Array  # int32 [B, Q], prompt slots that went on, P where unused
+    kept: jax.Array  # int32 [B, Q], prompt slots that the first segment saw, P where unused
     logits: jax.Array  # float32 [B, V], the base's at the last prompt token
     states: jax.Array  # [B, P, d], layer-K states
     is_visual: jax.Array  # bool [B, P]
@@ -93,7 +94,7 @@ def prefill(
     real = slots < lengths[:, None]
     causal = jnp.tril(jnp.ones((S, S), bool)) & new[:, None]  # [B, S, S]
     rows = jnp.arange(B)[:, None]
-    there = Caches((), (), (), ()) if past is None else past.caches
+    there = Caches((), (), ()) if past is None else past.caches
 
     def joined(earlier: jax.Array, x: jax.Array) -> jax.Array:
         """x [B, S, ...] in its slots after what was there earlier, [B, P, ...]."""
@@ -101,19 +102,20 @@ def prefill(
 
     def run(
         which: str, layers: int, x: jax.Array, earlier: Cache
-    ) -> tuple[jax.Array, Cache, jax.Array]:
-        """The first layers of base or twig over the new tokens: (states, all caches, scores).
+    ) -> tuple[jax.Array, Cache, jax.Array, jax.Array]:
+        """The first layers of base or twig over the new tokens.
 
-        The scores [B, P] are the last layer's attention from the last token, the mean over heads;
-        zeros where there is no layer or none is wanted.
+        Returns states, all caches, scores, and what the last layer read. The scores [B, P] are that
+        layer's attention from the last token, the mean over heads; zeros where there is no layer or
+        none is wanted.
         """
         apply = p.base_apply if which == "base" else p.twig_apply
         nothing = jnp.zeros(real.shape, jnp.float32)
         if layers == 0:
-            return x, (), nothing
+            return x, (), nothing, x
         caches: Cache = ()
         for first, last in ((0, layers - 1), (layers - 1, layers)):
-            row = take(x, (inputs.lengths - 1)[:, None])  # [B, 1, d]
+            read = x
             seen = None if past is None else sees(slots < before[:, None], before * 0, P, S)
             x, kvs = apply(
                 weights,
@@ -130,13 +132,14 @@ def prefill(
                 kvs = commit(earlier[first:last], kvs, jnp.where(new, at, P))
             caches += kvs
         if not p.prune:
-            return x, caches, nothing
+            return x, caches, nothing, read
+        row = take(read, (inputs.lengths - 1)[:, None])  # [B, 1, d]
         row = apply(weights, "attention_row", layers - 1, row, end[:, None], caches[-1].k, real)
-        return x, caches, row.mean(1)
+        return x, caches, row.mean(1), read
 
     with jax.named_scope("trunk"):
-        x = p.base_apply(weights, "merge", inputs.tokens, inputs.is_visual, inputs.visual)
-        x, trunk, fastv = run("base", p.K, spread(x, "rows"), there.trunk)
+        embedded = p.base_apply(weights, "merge", inputs.tokens, inputs.is_visual, inputs.visual)
+        x, trunk, fastv, read = run("base", p.K, spread(embedded, "rows"), there.trunk)
     context = jnp.where(new & ~inputs.is_visual, inputs.tokens, V)
     is_visual, states = inputs.is_visual & new, x
     if past is not None:
@@ -146,21 +149,7 @@ def prefill(
     own = inputs.scores
     if p.runs_twig:
         with jax.named_scope("twig"):
-            _, twig, own = run("twig", p.twig.T, x, there.twig)
-    appends = len(there.middle) > 0
-    with jax.named_scope("select"):
-        scores = jnp.stack([own, fastv, inputs.scores])[controls.selector, jnp.arange(B)]
-        # `kept` are the slots, and positions, that the deep layers run over.
-        if appends:
-            kept = jnp.where(new, at, P)
-        elif p.prune:
-            kept = select(
-                scores, is_visual, lengths, inputs.retained, p.text_slots, p.retained_slots
-            )
-        else:
-            kept = jnp.where(real, slots, P)
-        text_slots = min(p.text_slots, kept.shape[1])
-        text = text_indices(~take(~is_visual, kept), text_slots)
+            _, twig, own, _ = run("twig", p.twig.T, x, there.twig)
 
     with jax.named_scope("draft"):
         dtype = x.dtype
@@ -192,48 +181,72 @@ def prefill(
                 seen,
             )
 
-    def deep(
-        layers: tuple[int, int], y: jax.Array, place: jax.Array, cache: Cache, used: jax.Array
-    ) -> tuple[jax.Array, Cache, jax.Array, Cache]:
-        """A range of layers over prompt tokens at `place` and the nodes, y [B, S + W, d].
+    def through(
+        segment: Segment, y: jax.Array, place: jax.Array, cache: Cache, used: jax.Array
+    ) -> tuple[jax.Array, jax.Array, Cache, jax.Array, Cache]:
+        """Deep layers over prompt tokens at `place` and the nodes, y [B, S + W, d].
 
         With `cache`, whose first used[b] slots are read, they are written behind those. Returns
-        states, prompt cache, which of its slots hold a token, and the nodes' keys and values.
+        states, what the last layer read, prompt cache, which of its slots hold a token, and the
+        nodes' keys and values.
         """
         valid = place < P
-        slots = jnp.arange(slots_of(cache) if cache else place.shape[1])
-        y, kvs = p.layers(
-            weights,
-            *layers,
-            y,
-            jnp.concatenate([place, end[:, None] + jnp.arange(W)], axis=1),
-            _prompt_and_nodes(place, valid, end, W),
-            cached=cache or None,
-            cached_mask=sees(slots < used[:, None], n, len(slots), y.shape[1]) if cache else None,
-        )
+        size = jnp.arange(slots_of(cache) if cache else place.shape[1])
+        positions = jnp.concatenate([place, end[:, None] + jnp.arange(W)], axis=1)
+        mask = _prompt_and_nodes(place, valid, end, W)
+        seen = sees(size < used[:, None], n, len(size), y.shape[1]) if cache else None
+        kvs: Cache = ()
+        for first, last in ((segment.first, segment.last - 1), (segment.last - 1, segment.last)):
+            read = y
+            part = cache[first - segment.first : last - segment.first] if cache else None
+            y, kv = p.layers(
+                weights, first, last, y, positions, mask, cached=part, cached_mask=seen
+            )
+            kvs += kv
         prompt, nodes = _part(kvs, slice(None, -W)), _part(kvs, slice(-W, None))
         if not cache:
-            return y, prompt, valid, nodes
-        to = jnp.where(valid, used[:, None] + jnp.arange(place.shape[1]), len(slots))
-        in_use = slots < (used + valid.sum(1, dtype=jnp.int32))[:, None]
-        return y, commit(cache, prompt, to), in_use, nodes
+            return y, read, prompt, valid, nodes
+        to = jnp.where(valid, used[:, None] + jnp.arange(place.shape[1]), len(size))
+        in_use = size < (used + valid.sum(1, dtype=jnp.int32))[:, None]
+        return y, read, commit(cache, prompt, to), in_use, nodes
 
-    with jax.named_scope("verify"):
-        Q = kept.shape[1]
-        y = jnp.concatenate([take(states, kept), drafts.states], axis=1)
-        y, middle, in_middle, new_middle = deep(
-            (p.K, p.K_f), y, kept, there.middle, n if past is None else past.middle
-        )
-        kept_text = jnp.where(text < Q, take(kept, text), P)
-        top: Cache = ()
-        new_top: Cache = ()
-        in_top = kept_text < P
-        if p.K_f < p.L:
-            y = jnp.concatenate([take(y[:, :Q], text), y[:, Q:]], axis=1)
-            y, top, in_top, new_top = deep(
-                (p.K_f, p.L), y, kept_text, there.top, n if past is None else past.top
+    appends = len(there.deep) > 0
+    y, nodes, cache = states, drafts.states, trunk
+    place = jnp.where(real, slots, P)  # prompt slots, and positions, of y
+    scores = jnp.stack([own, fastv, inputs.scores])[controls.selector, jnp.arange(B)]
+    ranked, kept, deep, in_deep, new_deep = [], [], [], [], []
+    for i, segment in enumerate(p.segments):
+        with jax.named_scope("select"):
+            R = inputs.retained[:, i]
+            if p.rank is not None:
+                text = text_indices(take(is_visual, place) | (place == P), p.text_slots)
+                attention = _attention(p, weights, segment.first - 1, read, place, cache[-1].k)
+                scores, replaced = p.rank(View(y, place, is_visual, embedded, R, text, attention))
+                y = y if replaced is None else replaced
+            if appends and i == 0:
+                go = jnp.where(new, at, P)
+            elif p.prune:
+                held = (place < P).sum(1, dtype=jnp.int32)
+                go = select(scores, take(is_visual, place), held, R, p.text_slots, segment.slots)
+            else:
+                go = place
+            ranked.append(scores)
+            scores, place = take(scores, go), jnp.where(go < y.shape[1], take(place, go), P)
+            kept.append(place)
+        with jax.named_scope("verify"):
+            y, read, cache, in_use, new_nodes = through(
+                segment,
+                jnp.concatenate([take(y, go), nodes], axis=1),
+                place,
+                there.deep[i] if appends else (),
+                n if past is None else past.deep[i],
             )
-        logits = p.base_apply(weights, "logits", y[:, -W:])  # [B, W, V]
+            y, nodes = y[:, :-W], y[:, -W:]
+            deep.append(cache)
+            in_deep.append(in_use)
+            new_deep.append(new_nodes)
+    with jax.named_scope("verify"):
+        logits = p.base_apply(weights, "logits", nodes)  # [B, W, V]
         node = jnp.arange(W)
         path = jnp.where((node > 0) & (node <= node[:, None]), drafts.tokens[:, None], -1)
         places = end[:, None] + node + 1
@@ -242,9 +255,11 @@ def prefill(
     G = p.generated_slots
     state = State(
         caches=Caches(
-            grow(trunk, G), grow(twig if p.keeps_twig else (), G), grow(middle, G), grow(top, G)
+            grow(trunk, G),
+            grow(twig if p.keeps_twig else (), G),
+            tuple(grow(cache, G) for cache in deep),
         ),
-        prompt=Prompt(trunk=real, middle=in_middle, top=in_top, lengths=lengths),
+        prompt=Prompt(trunk=real, deep=tuple(in_deep), lengths=lengths),
         controls=controls,
         context=context,
         states=jnp.zeros((B, G, states.shape[-1]), dtype),
@@ -257,8 +272,8 @@ def prefill(
         iterations=n,
         trace=empty_trace(B, p.max_new, W),
     )
-    state = accept(p, spread_rows(state), drafts, new_middle, new_top, choice, cost)
-    return state, Signals(scores, kept, logits[:, 0], states, is_visual)
+    state = accept(p, spread_rows(state), drafts, tuple(new_deep), choice, cost)
+    return state, Signals(ranked[0], kept[0], logits[:, 0], states, is_visual)
 
 
 def _prompt_and_nodes(
@@ -287,6 +302,25 @@ def _prompt_and_nodes(
         ],
         axis=1,
     )
+
+
+def _attention(
+    program: Program,
+    weights: Weights,
+    layer: int,
+    x: jax.Array,
+    place: jax.Array,
+    keys: jax.Array,
+) -> Callable[[jax.Array], jax.Array]:
+    """`View.attention` of a layer that read x [B, S .., d] at positions `place` [B, S]."""
+
+    def of_one(token: jax.Array) -> jax.Array:
+        token = token[:, None]
+        at = take(place, token)  # [B, 1]
+        row = take(x, token), at, keys, place <= at
+        return program.base_apply(weights, "attention_row", layer, *row).mean(1)
+
+    return jax.vmap(of_one, in_axes=1, out_axes=1)
 
 
 def _part(cache: Cache, part: slice) -> Cache:

@@ -28,11 +28,19 @@ class Session:
 
     The answers are those of decoding the whole conversation's ids from the beginning. With
     reprune=False the first question's choice of visual tokens is kept for all later ones, and
-    nothing is computed twice.
+    nothing is computed twice. Raises ValueError for a schedule that ranks by itself.
     """
 
     def __init__(self, generator: Generator, settings: Settings, *, reprune: bool = True) -> None:
         settings.check()
+        if (
+            settings.prune
+            and generator.schedule is not None
+            and generator.schedule.rank is not None
+        ):
+            raise ValueError(
+                "what ranks tokens within the decoder has to see the whole prompt anew"
+            )
         self.generator = generator
         self.settings = settings
         self.reprune = reprune
@@ -137,25 +145,23 @@ def repack(
         pad = ((0, 0), (0, G - answer.shape[1])) + ((0, 0),) * (answer.ndim - 2)
         return take(jnp.concatenate([prompt, jnp.pad(answer, pad)], axis=1), index)
 
-    middle: Cache = ()
-    top: Cache = ()
-    in_middle, in_top = (
-        mask.sum(1, dtype=jnp.int32) for mask in (state.prompt.middle, state.prompt.top)
-    )
+    in_deep = [mask.sum(1, dtype=jnp.int32) for mask in state.prompt.deep]
+    deep: tuple[Cache, ...] = ()
     if not reprune:
-        Q, N = state.prompt.middle.shape[1], state.prompt.top.shape[1]
-        width = new.text_slots + new.retained_slots if new.prune else new.prompt_slots
-        middle = pick(state.caches.middle, joined(Q, in_middle, G, width))
-        top = pick(state.caches.top, joined(N, in_top, G, new.text_slots))
+        deep = tuple(
+            pick(cache, joined(mask.shape[1], held, G, new.text_slots + segment.slots))
+            for cache, mask, held, segment in zip(
+                state.caches.deep, state.prompt.deep, in_deep, new.segments, strict=True
+            )
+        )
     nothing = jnp.int32(new.base.text.vocab_size)
     return Past(
-        caches=Caches(pick(state.caches.trunk, index), pick(state.caches.twig, index), middle, top),
+        caches=Caches(pick(state.caches.trunk, index), pick(state.caches.twig, index), deep),
         states=of_prompt(states, state.states),
         context=jnp.where(index < P + G, of_prompt(state.context, state.tokens), nothing),
         is_visual=of_prompt(is_visual, jnp.zeros_like(state.tokens, bool)),
         lengths=lengths,
-        middle=in_middle + answered,
-        top=in_top + answered,
+        deep=tuple(held + answered for held in in_deep),
     )
 
 

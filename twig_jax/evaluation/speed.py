@@ -126,7 +126,7 @@ def _step_bytes(generator: Generator, caches: Mapping[str, int], drafted: float)
     text = generator.weights.base["text"]
     sizes = {name: nbytes(tree) for name, tree in text.items() if name != "embed_tokens"}
     twig = generator.twig_config
-    base = sum(sizes.values()) + caches["trunk"] + caches["middle"] + caches["top"]
+    base = sum(sizes.values()) + caches["trunk"] + caches["deep"]
     if twig is None or not drafted:
         return base
     trunk = sum(sizes[f"layers_{i}"] for i in range(twig.K)) + caches["trunk"]

@@ -22,6 +22,8 @@ def select(
     P = scores.shape[1]
     real = jnp.arange(P) < lengths[:, None]
     text = text_indices(is_visual | ~real, text_slots)
+    if retained_slots == 0:
+        return text
     ranked = jnp.where(is_visual & real & ~jnp.isnan(scores), scores, -jnp.inf)
     best, visual = jax.lax.top_k(ranked, retained_slots)  # [B, R_max]
     keep = (jnp.arange(retained_slots) < retained[:, None]) & (best > -jnp.inf)

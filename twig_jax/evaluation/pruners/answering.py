@@ -14,9 +14,9 @@ from twig_jax.config import LlavaConfig, TwigConfig
 from twig_jax.decoding.generate import Generator
 from twig_jax.decoding.settings import Request, Result, Settings
 from twig_jax.evaluation.pruners import PRUNERS
-from twig_jax.evaluation.pruners.probe import Probe, Pruner, Ranked
+from twig_jax.evaluation.pruners.probe import Probe, Pruner
 from twig_jax.models.llava import Params
-from twig_jax.pruning.budget import retained
+from twig_jax.pruning.schedule import Ranked
 
 _STEP = 32  # prompts are padded to multiples of it
 
@@ -37,12 +37,12 @@ class Rival:
         self.name, self.pruner, self.twig = name, PRUNERS[name], twig
         self._with_twig = self.generator = generator
         self.schedule = self.pruner.schedule(generator.config.text.num_layers, twig)
-        self._drafts = (self.schedule.K, self.schedule.K_f) == (twig.K, twig.K_f)
+        self._drafts = self.schedule.layers == (twig.K, twig.K_f)
         if self.pruner.selector != "twig":
             self.generator = Generator(
                 generator.config,
                 generator.weights.base,
-                self.schedule,
+                schedule=self.schedule,
                 mesh=generator.mesh,
                 detokenize=generator.detokenize,
             )
@@ -103,14 +103,8 @@ class Rival:
     def _budget(self, settings: Settings, images: int) -> int:
         if settings.avg_retained is None:
             raise ValueError(f"mode {settings.mode} needs avg_retained")
-        config = self.generator.config
-        return retained(
-            settings.avg_retained,
-            self.schedule,
-            config.text.num_layers,
-            config.vision.num_tokens,
-            images,
-        )
+        L, M = self.generator.config.text.num_layers, self.generator.config.vision.num_tokens
+        return self.schedule.budget(settings.avg_retained, L, M, images)[0]
 
     def _look(self, requests: list[Request], R: int) -> tuple[Any, Any]:
         B = len(requests)
@@ -125,7 +119,7 @@ class Rival:
         with self.generator.context():
             ranked = _rank(
                 self.generator.config,
-                self.schedule.K,
+                self.schedule.layers[0],
                 self.twig,
                 self.pruner,
                 R,

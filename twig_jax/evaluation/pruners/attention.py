@@ -1,6 +1,7 @@
 """Choosing by attention: in the decoder's first layers, or in the vision tower."""
 
-from twig_jax.evaluation.pruners.probe import Probe, Ranked
+from twig_jax.evaluation.pruners.probe import Probe
+from twig_jax.pruning.schedule import Ranked
 
 
 def fastv_all_text(probe: Probe, retained: int) -> Ranked:

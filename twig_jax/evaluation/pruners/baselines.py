@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from twig_jax.evaluation.pruners.probe import Probe, Ranked
+from twig_jax.evaluation.pruners.probe import Probe
+from twig_jax.pruning.schedule import Ranked
 
 
 def random(probe: Probe, retained: int) -> Ranked:

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from twig_jax.evaluation.pruners.probe import Probe, Ranked
+from twig_jax.evaluation.pruners.probe import Probe
+from twig_jax.pruning.schedule import Ranked
 
 # Tokens of image and question that DART compares the others with.
 _PIVOTS = 4

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,48 +12,38 @@ from einops import rearrange
 from twig_jax.config import LlavaConfig, TwigConfig
 from twig_jax.models.attention import KV
 from twig_jax.models.llava import Llava, Params
+from twig_jax.pruning.schedule import Ranked, Schedule, by_twig
 from twig_jax.pruning.select import take, text_indices
-
-
-class Ranked(NamedTuple):
-    """A pruner's verdict.
-
-    scores: float [B, V], the highest are kept. visual: [B, V, d], embeddings that take the place of
-    the vision tower's, where tokens were merged.
-    """
-
-    scores: jax.Array
-    visual: jax.Array | None = None
 
 
 @dataclass(frozen=True)
 class Pruner:
     """A way to choose visual tokens.
 
-    source: the paper. schedule: of (L, the twig's K, T, K_f) -> the layers between which pruning
-    takes place. rank: of (what is seen, R) -> `Ranked`; None where the engine ranks itself, by
-    `selector`.
+    source: the paper. schedule: of (L, the twig's K, T, K_f) -> before which layers it prunes, and
+    how much. rank: of (what is seen, R) -> verdicts on the visual embeddings [B, V], before the
+    decoder runs; None where the schedule ranks within it, or the engine does by `selector`.
     """
 
     source: str
-    schedule: Callable[[int, TwigConfig], TwigConfig]
+    schedule: Callable[[int, TwigConfig], Schedule]
     rank: Callable[["Probe", int], Ranked] | None = None
     selector: str = "given"
 
 
-def before_decoder(num_layers: int, twig: TwigConfig) -> TwigConfig:
+def before_decoder(num_layers: int, twig: TwigConfig) -> Schedule:
     """No decoder layer sees a pruned token, all see the others: R is R̄."""
-    return TwigConfig(K=0, T=0, K_f=num_layers)
+    return by_twig(TwigConfig(K=0, T=0, K_f=num_layers))
 
 
-def after_two_layers(num_layers: int, twig: TwigConfig) -> TwigConfig:
+def after_two_layers(num_layers: int, twig: TwigConfig) -> Schedule:
     """Two of 32 layers, or the same share of others, see all tokens; the rest the kept ones."""
-    return TwigConfig(K=max(1, round(num_layers / 16)), T=0, K_f=num_layers)
+    return by_twig(TwigConfig(K=max(1, round(num_layers / 16)), T=0, K_f=num_layers))
 
 
-def as_the_twig(num_layers: int, twig: TwigConfig) -> TwigConfig:
+def as_the_twig(num_layers: int, twig: TwigConfig) -> Schedule:
     """The twig's own schedule, FinalWipe included: what differs is the ranking alone."""
-    return TwigConfig(K=twig.K, T=0, K_f=twig.K_f)
+    return by_twig(twig)
 
 
 @dataclass(frozen=True, eq=False)

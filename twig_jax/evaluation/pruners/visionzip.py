@@ -5,7 +5,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from twig_jax.evaluation.pruners.probe import Probe, Ranked
+from twig_jax.evaluation.pruners.probe import Probe
+from twig_jax.pruning.schedule import Ranked
 
 # Of 64 tokens, so many are merged ones (the paper's 54 + 10, 108 + 20, 162 + 30).
 _CONTEXTUAL = 10 / 64
