@@ -28,6 +28,7 @@ MAY_IMPORT = {
     "evaluation": SHAPES | {*INFERENCE, "data", "checkpoints"},
     "assets": SHAPES | {"data"},
     "api": SHAPES | {*INFERENCE, "data", "checkpoints", "evaluation", "training", "runtime"},
+    "lmms": {"api", "decoding", "evaluation", "runtime"},
 }
 # The inference path runs wherever these do.
 INFERENCE_NEEDS = {"jax", "flax", "numpy", "einops"}
@@ -40,6 +41,7 @@ ONLY_IN = {
     "grain": ["twig_jax/data"],
     "tensorflow_datasets": ["twig_jax/data"],
     "sklearn": ["twig_jax/assets"],
+    "lmms_eval": ["twig_jax/lmms"],
 }
 
 
