@@ -1,6 +1,7 @@
 """Rivals of the twig: what each selects, on examples small enough to work out by hand."""
 
 import dataclasses
+import functools
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,15 +12,20 @@ from tests.parity.test_hf import channels_first, inputs, theirs, tiny, torch, we
 from twig_jax.checkpoints.llava import write_llava
 from twig_jax.config import TwigConfig
 from twig_jax.decoding.generate import Generator
+from twig_jax.decoding.session import Session
 from twig_jax.evaluation.pruners import PRUNERS
 from twig_jax.evaluation.pruners.answering import Rival
 from twig_jax.evaluation.pruners.attention import fastv_all_text
 from twig_jax.evaluation.pruners.baselines import farthest_first
 from twig_jax.evaluation.pruners.diversity import least_duplicated, max_min
 from twig_jax.evaluation.pruners.probe import Probe, as_the_twig
+from twig_jax.evaluation.pruners.pyramiddrop import last_token, pyramid
+from twig_jax.evaluation.pruners.sparsevlm import raters, recycled, sparse
 from twig_jax.evaluation.pruners.visionzip import merged
-from twig_jax.pruning.schedule import by_twig
+from twig_jax.models.llava import Llava
+from twig_jax.pruning.schedule import Schedule, View, by_twig
 
+STAGED = ("pyramiddrop", "sparsevlm")
 TTP = dataclasses.replace(CALL, mode="ttp", avg_retained=5)
 
 
@@ -95,6 +101,59 @@ def test_visionzip_merges_what_is_alike():
     assert (scores > 0).all() and (x == features).all()
 
 
+def test_sparsevlm_asks_the_words_that_are_about_the_image():
+    """Two visual tokens, a word before them and three after, of products 4, 1, 0 and 2, 1, 0."""
+    x = jnp.asarray([[9.0, 9], [2, 0], [0, 1], [2, 2], [0.5, 1], [0, 0]])
+    is_visual, asks = jnp.asarray([0, 1, 1, 0, 0, 0], bool), jnp.asarray([0, 0, 0, 1, 1, 1], bool)
+    # Mean shares are 0.80, 0.14 and 0.05: one is above a third.
+    assert raters(x, is_visual, asks).tolist() == [False] * 3 + [True, False, False]
+    alike = x.at[3:].set(1.0)
+    assert raters(alike, is_visual, asks).tolist() == asks.tolist()
+
+
+def test_sparsevlm_recycles_what_goes():
+    scores = jnp.asarray([0.1, 0.9, 0.8, 0.5, 0.4, 0.3, 0.35])
+    x = jnp.asarray([0.0, 7, 8, 0, 1, 1.25, 5])[:, None]
+    visual = jnp.arange(7) > 0
+    # Three of six go, so one of the three kept is merged: of 0, 1, 1.25 and 5 the second is as
+    # dense as any, and first.
+    found, states = recycled(scores, x, visual, jnp.int32(3))
+    assert found.tolist() == [0, 2, 2, 0, 1, 0, 0]
+    assert states[:, 0].tolist() == [0, 7, 8, 0, (0 + 1 + 1.25 + 5) / 4, 1.25, 5]
+    found, states = recycled(scores, x, visual, jnp.int32(6))
+    assert found.tolist() == [0] + [2] * 6 and (states == x).all()
+    # 35 of 40 go: two are merged, of twenty on two heaps; the others, far away, are too bad.
+    heaps = np.r_[1e3, 2e3, 3e3, np.tile([0, 100], 10) + np.arange(20) / 8, np.full(17, 1e4)]
+    scores, visual = jnp.linspace(1, 0, 40), jnp.ones(40, bool)
+    found, states = recycled(scores, jnp.asarray(heaps[:, None], jnp.float32), visual, jnp.int32(5))
+    (left,), (right,) = (np.flatnonzero(found[i:23:2] == 1) * 2 + i for i in (3, 4))
+    assert (found[:3] == 2).all() and (found > 0).sum() == 5
+    assert states[left, 0] == heaps[3:23:2].mean() and states[right, 0] == heaps[4:23:2].mean()
+
+
+@pytest.mark.parametrize("name", STAGED)
+def test_stages_add_up_to_the_budget(name):
+    """Never below it, and by less than one token above; the last see the least."""
+    for L, whole in ((32, 576), (40, 576), (16, 144), (5, 9)):
+        schedule = PRUNERS[name].schedule(L, TWIG)
+        layers = np.diff([0, *schedule.layers, L])
+        for average in (whole, 2 * whole / 3, whole / 3, whole / 4):
+            for images in (1, 3):
+                R = schedule.budget(average, L, whole, images)
+                seen = layers @ [images * whole, *R] / L / images
+                assert average <= round(seen, 6) < average + 1
+                assert list(R) == sorted(R, reverse=True) and R[-1] > 0
+        assert not any(schedule.budget(whole / 3, L, whole, 0))
+
+
+def test_stages_of_the_papers_models():
+    """SparseVLM's own numbers; and a budget at which PyramidDrop's λ is a half, as the paper's."""
+    assert sparse(32, TWIG).layers == (2, 6, 15)
+    assert sparse(32, TWIG).budget(6022 / 32, 32, 576, 1) == (300, 200, 110)
+    assert pyramid(32, TWIG).layers == (2, 12, 22)
+    assert pyramid(32, TWIG).budget(192, 32, 576, 1) == (286, 143, 71)
+
+
 # What they look at.
 
 
@@ -137,6 +196,99 @@ def test_attention_is_that_of_transformers(seen):
 
 
 # On the engine.
+
+
+def stepwise(engine, one, answer, schedule, R):
+    """(logits [A + 1, V] of an answer, kept at each stage), layer by layer, without padding."""
+
+    def apply(*args, **kwargs):
+        return Llava(CONFIG).apply({"params": engine.weights.base}, *args, **kwargs)
+
+    def attention(layer, x, at, k, of):
+        """`View.attention` in a layer that read x at positions `at` [S]."""
+        rows = [(x[:, i : i + 1], at[None, i : i + 1], k, at[None] <= at[i]) for i in of[0]]
+        return jnp.stack([apply(layer, *r, method="attention_row").mean(1) for r in rows], axis=1)
+
+    visual = apply(jnp.asarray(one.pixels)[None], method="encode")
+    ids = np.append(one.ids, answer)
+    is_visual = np.append(one.is_visual, np.zeros(len(answer), bool))
+    x = apply(ids[None], is_visual[None], visual, method="merge")
+    P, at, kept = len(one.ids), np.arange(len(ids)), []
+    embeddings = x[:, :P]
+    spans = zip((0, *schedule.layers), (*schedule.layers, 5), (*R, 0), strict=True)
+    for first, last, keep in spans:
+        for layer in range(first, last):
+            read, mask = x, np.tril(np.ones((1, len(at), len(at)), bool))
+            x, (kv,) = apply(x, at[None], mask, layer, layer + 1, method="run")
+        if keep:
+            n = int((at < P).sum())  # of the prompt
+            now, image = at[:n], is_visual[at]
+            view = View(
+                x[:, :n],
+                jnp.asarray(now)[None],
+                jnp.asarray(is_visual)[None, :P],
+                embeddings,
+                jnp.asarray([keep]),
+                jnp.asarray(np.flatnonzero(~image[:n]))[None],
+                functools.partial(attention, last - 1, read, now, kv.k[:, :, :n]),
+            )
+            scores, replaced = schedule.rank(view)
+            x = x if replaced is None else jnp.concatenate([replaced, x[:, n:]], axis=1)
+            best = np.argsort(-np.where(image[:n], scores[0], -1), kind="stable")[:keep]
+            stays = np.sort(np.append(best, np.flatnonzero(~image)))
+            at, x = at[stays], x[:, stays]
+            kept.append(at[is_visual[at]].tolist())
+    return apply(x[:, at >= P - 1], method="logits")[0], kept
+
+
+@pytest.mark.parametrize("name", STAGED)
+def test_stages_equal_a_slow_pass(engine, name):
+    """In every token, where each stage keeps less than the one before."""
+    one = request(1, 1, 2, 5)
+    rival = Rival(engine, name)
+    R = rival.schedule.budget(5, 5, M, 1)
+    assert R[0] > R[1] > R[2]
+    result = rival.answer([one], TTP)[0]
+    logits, kept = stepwise(engine, one, result.tokens, rival.schedule, R)
+    assert result.kept.tolist() == kept[0]
+    assert logits.argmax(-1)[: len(result.tokens)].tolist() == result.tokens.tolist()
+    np.testing.assert_allclose(result.logits, logits[0], atol=1e-4)
+
+
+def test_later_stages_that_keep_all_do_nothing(engine):
+    """And the first is FastV's: the last token's attention in the layer before."""
+    few = [request(1, 1, 2, 5), LARGEST]
+
+    def by(*layers, rank=None):
+        schedule = Schedule(layers, lambda *of: (4 * of[-1],) * len(layers), rank)
+        return Generator(CONFIG, engine.weights.base, schedule=schedule)
+
+    once = by(1).generate(few, dataclasses.replace(TTP, selector="fastv"))
+    thrice = by(1, 2, 4, rank=last_token).generate(few, TTP)
+    assert tokens(once) == tokens(thrice)
+    assert [r.kept.tolist() for r in once] == [r.kept.tolist() for r in thrice]
+
+
+@pytest.mark.parametrize("name", STAGED)
+def test_stages_row_by_row(engine, name):
+    """A row's answer does not depend on the batch, and a stage's cache has no more slots than it
+    keeps; a row without images is not pruned."""
+    rival = Rival(engine, name)
+    together = rival.answer(asked(), TTP)
+    assert tokens(rival.answer(asked()[:1], TTP)) == tokens(together[:1])
+    plain = engine.generate(asked()[2:], dataclasses.replace(CALL, mode="plain"))
+    assert tokens(together[2:]) == tokens(plain)
+    for one, result in zip(asked(), together, strict=True):
+        images = int(one.is_visual.sum()) // M
+        assert len(result.kept) == rival.schedule.budget(5, 5, M, images)[0]
+    running = rival.generator.start(asked(), TTP)
+    slots = [cache[0].k.shape[2] for cache in running.state.caches.deep]
+    without = running.program.text_slots + running.program.generated_slots
+    assert slots == [without + R for R in rival.schedule.budget(5, 5, M, 2)]
+    with pytest.raises(ValueError, match="cannot be asked again"):
+        Session(rival.generator, TTP)
+    with pytest.raises(ValueError, match=f"{name} prunes at other layers than the twig"):
+        rival.answer(asked(), CALL)
 
 
 @pytest.mark.parametrize("name", [n for n, p in PRUNERS.items() if p.rank is not None])

@@ -33,14 +33,9 @@ class Session:
 
     def __init__(self, generator: Generator, settings: Settings, *, reprune: bool = True) -> None:
         settings.check()
-        if (
-            settings.prune
-            and generator.schedule is not None
-            and generator.schedule.rank is not None
-        ):
-            raise ValueError(
-                "what ranks tokens within the decoder has to see the whole prompt anew"
-            )
+        schedule = generator.schedule
+        if settings.prune and schedule is not None and schedule.rank is not None:
+            raise ValueError("ranking within the decoder cannot be asked again: use generate")
         self.generator = generator
         self.settings = settings
         self.reprune = reprune

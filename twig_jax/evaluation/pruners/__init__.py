@@ -1,6 +1,13 @@
 """Rivals of the twig: other ways to choose visual tokens, on the same engine and budget."""
 
-from twig_jax.evaluation.pruners import attention, baselines, diversity, visionzip
+from twig_jax.evaluation.pruners import (
+    attention,
+    baselines,
+    diversity,
+    pyramiddrop,
+    sparsevlm,
+    visionzip,
+)
 from twig_jax.evaluation.pruners.probe import (
     Pruner,
     after_two_layers,
@@ -21,4 +28,6 @@ PRUNERS: dict[str, Pruner] = {
     "visionzip": Pruner("VisionZip, arXiv 2412.04467", before_decoder, visionzip.visionzip),
     "divprune": Pruner("DivPrune, arXiv 2503.02175", before_decoder, diversity.divprune),
     "dart": Pruner("DART, arXiv 2502.11494", after_two_layers, diversity.dart),
+    "pyramiddrop": Pruner("PyramidDrop, arXiv 2410.17247", pyramiddrop.pyramid),
+    "sparsevlm": Pruner("SparseVLM, arXiv 2410.04417", sparsevlm.sparse),
 }
