@@ -84,11 +84,13 @@ class TwigConfig:
 
     Base layers with 0-based index >= `K_f` see no visual tokens when pruning (FinalWipe). `T` is 0
     where there is no twig, and something else says which tokens to keep after layer K - 1.
+    `p_head` gives it a head of its own for that (TwigVLM++).
     """
 
     K: int = 2
     T: int = 3
     K_f: int = 24
+    p_head: bool = False
 
     def check_schedule(self, num_layers: int) -> None:
         """Raises ValueError unless 0 <= K < K_f <= L, for a base of L layers."""

@@ -13,6 +13,7 @@ from twig_jax.checkpoints.llava import read_llava, write_llava
 from twig_jax.checkpoints.tables import flatten
 from twig_jax.checkpoints.twig import fingerprint, read_twig, write_twig
 from twig_jax.config import TwigConfig
+from twig_jax.models.twig import fresh_p_head
 
 
 @pytest.fixture
@@ -27,8 +28,13 @@ def edit(folder, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+@pytest.mark.parametrize("p_head", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_round_trip(tmp_path, twig, twig_config, base, config, dtype):
+def test_round_trip(tmp_path, draw, twig, twig_config, base, config, dtype, p_head):
+    if p_head:
+        twig_config = dataclasses.replace(twig_config, p_head=True)
+        shapes = jax.eval_shape(lambda: fresh_p_head(config.text))
+        twig = {**twig, "p_head": draw(shapes, seed=2)}
     write_twig(tmp_path, twig, twig_config, base, config, dtype)
     found, params = read_twig(tmp_path, base, config)
     assert found == twig_config
@@ -192,7 +198,7 @@ def test_a_twig_that_does_not_name_its_base(folder, base, config, twig_config):
     ("changes", "message"),
     [
         ({"version": 2}, "only version 1"),
-        ({"p_head": {"gates": 2}}, "without a p_head"),
+        ({"p_head": {"gates": 2}}, "p_head null or"),
         ({"K": None}, "whole numbers for K"),
         ({"K_f": 4}, "K_f=4, L=3"),
         ({"K": 3}, "K=3"),

@@ -12,7 +12,7 @@ from twig_jax.models.attention import (
     Context,
     apply_rope,
     attend,
-    attention_row,
+    attention_rows,
     rope_angles,
 )
 
@@ -127,13 +127,24 @@ def test_bfloat16_accumulates_in_float32(case):
     np.testing.assert_allclose(out.astype(jnp.float32), expected, atol=0.03)
 
 
-def test_attention_row_is_one_row_of_the_whole(case):
+def test_attention_rows_are_rows_of_the_whole(case):
     q, k, v, mask = case
     _, weights = textbook(q, k, v, mask)
-    row = attention_row(q[:, 3], k, mask[:, 3])
-    assert row.dtype == jnp.float32
-    np.testing.assert_allclose(row, weights[:, :, 3], atol=1e-6)
-    np.testing.assert_allclose(row.sum(-1), 1, atol=1e-6)
+    rows = attention_rows(q[:, 2:4], k, mask[:, 2:4])
+    assert rows.dtype == jnp.float32
+    np.testing.assert_allclose(rows, weights[:, :, 2:4], atol=1e-6)
+    np.testing.assert_allclose(rows.sum(-1), 1, atol=1e-6)
+
+
+def test_attention_over_nothing_is_nothing(case):
+    q, k, _, _ = case
+    mask = jnp.zeros((q.shape[0], 1, k.shape[2]), bool)
+
+    def total(q):
+        return attention_rows(q[:, :1], k, mask).sum()
+
+    assert total(q) == 0
+    assert jnp.isfinite(jax.grad(total)(q)).all()
 
 
 def test_rope_depends_on_distances_only():

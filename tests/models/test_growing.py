@@ -56,12 +56,14 @@ def test_twig_does_not_share_buffers_with_the_base(base, config):
     assert np.isfinite(base["text"]["layers_1"]["q_proj"]["kernel"]).all()
 
 
-def test_twig_tree_is_what_its_module_reads(base, config):
-    twig = TwigConfig(K=1, T=2, K_f=4)
+@pytest.mark.parametrize("p_head", [False, True])
+@pytest.mark.parametrize("how", ["next", "random"])
+def test_twig_tree_is_what_its_module_reads(base, config, how, p_head):
+    twig = TwigConfig(K=1, T=2, K_f=4, p_head=p_head)
     decoder = twig_decoder(config.text, twig)
     x = jnp.zeros((1, 2, config.text.hidden_size))
     shapes = jax.eval_shape(decoder.init, jax.random.key(0), x)["params"]
-    found = init_twig(base, config.text, twig)
+    found = init_twig(base, config.text, twig, how)
     assert jax.tree.map(jnp.shape, found) == jax.tree.map(lambda s: s.shape, shapes)
 
 

@@ -100,9 +100,9 @@ def test_attention_row_averages_to_the_values_attended(config, base, run, inputs
         before[:, -1:],
         positions[:, -1:],
         kvs[layer].k,
-        jnp.ones((B, S), bool),
-        method="attention_row",
-    )
+        jnp.ones((B, 1, S), bool),
+        method="attention_rows",
+    )[:, :, 0]
     assert row.shape == (B, config.text.num_heads, S)
     group = config.text.num_heads // config.text.num_kv_heads
     values = jnp.repeat(kvs[layer].v, group, axis=1)

@@ -35,7 +35,7 @@ def test_trees_are_what_checkpoints_hold(name):
     base = base_shapes(name)
     assert paths(base) == {t.path: t.our_shape for t in llava_tensors(config)}
     grown = jax.eval_shape(lambda p: init_twig(p, config.text, twig), base)
-    assert paths(grown) == {t.path: t.our_shape for t in twig_tensors(config.text, twig.T)}
+    assert paths(grown) == {t.path: t.our_shape for t in twig_tensors(config.text, twig)}
 
 
 def test_a_whole_7b_forward_pass():

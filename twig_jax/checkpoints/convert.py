@@ -115,7 +115,7 @@ def plan(
             twig.check(config.text.num_layers)
             grown_on = fingerprint(config, source.tree(among=feeds_twig(twig.K)), twig.K)
             text = with_words(config.text, text.vocab_size)
-    with open_twig(folder, text, layers) as source:
+    with open_twig(folder, text, twig) as source:
         yield Plan(to, folder, source.cast(dtype), twig=twig, base_fingerprint=grown_on)
 
 
@@ -186,8 +186,8 @@ def verify(plan: Plan, out: Path, *, seen: Callable[[int], Any] = lambda _: None
 @contextmanager
 def _opened(plan: Plan, out: Path) -> Iterator[Source]:
     if plan.twig is not None:
-        layers, text = twig_sizes(out)
-        with open_twig(out, text, layers) as source:
+        _, text = twig_sizes(out)
+        with open_twig(out, text, plan.twig) as source:
             yield source
     else:
         with open_llava(out) as (_, source):

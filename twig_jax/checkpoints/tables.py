@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from twig_jax.config import LlavaConfig, TextConfig
+from twig_jax.config import LlavaConfig, TextConfig, TwigConfig
 
 Params = dict[str, Any]  # nested, leaves are arrays
 Shape = tuple[int, ...]
@@ -53,6 +53,16 @@ DECODER = (
     Rule(f"{_LAYER}.mlp.down_proj.weight", f"{_OURS}/down_proj/kernel", "d f", LINEAR),
     Rule("model.norm.weight", "norm/scale", "d", KEEP),
     Rule("lm_head.weight", "lm_head/kernel", "V d", LINEAR),
+)
+
+# Ours: no checkpoint with a P-Head has been published.
+P_HEAD = tuple(
+    rule
+    for gate, out in (("q_gate", "q"), ("k_gate", "k"))
+    for rule in (
+        Rule(f"p_head.{gate}.weight", f"p_head/{gate}/kernel", f"{out} d", LINEAR),
+        Rule(f"p_head.{gate}.bias", f"p_head/{gate}/bias", out, KEEP),
+    )
 )
 
 # v width, n positions, u feed-forward, c channels, p patch side; d is still the decoder's width.
@@ -187,9 +197,9 @@ def llava_tensors(config: LlavaConfig) -> list[Tensor]:
     ]
 
 
-def twig_tensors(text: TextConfig, layers: int) -> list[Tensor]:
-    """Every tensor of a twig of so many layers, under the names of the official checkpoints."""
-    return _expand(DECODER, layers, _text_sizes(text))
+def twig_tensors(text: TextConfig, twig: TwigConfig) -> list[Tensor]:
+    """Every tensor of a twig, under the names of the official checkpoints, and of its P-Head."""
+    return _expand(DECODER + (P_HEAD if twig.p_head else ()), twig.T, _text_sizes(text))
 
 
 def canonical(names: Iterable[str]) -> tuple[dict[str, str], list[str]]:

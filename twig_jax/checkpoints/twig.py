@@ -30,9 +30,10 @@ from twig_jax.sharding.placement import gather
 
 TWIG_FILE = "twig.json"
 TWIG_VERSION = 1
+P_HEAD_NOTES = {"gate": "2 * sigmoid"}
 
 # What a checkpoint of a twig consists of; official files may hold parts of their base as well.
-_OF_TWIG = re.compile(r"^(model\.layers\.\d+\.|model\.norm\.|lm_head\.)")
+_OF_TWIG = re.compile(r"^(model\.layers\.\d+\.|model\.norm\.|lm_head\.|p_head\.)")
 
 
 def read_notes(folder: str | Path) -> tuple[TwigConfig, str | None]:
@@ -50,17 +51,20 @@ def read_notes(folder: str | Path) -> tuple[TwigConfig, str | None]:
     absent = [key for key in ("version", "K", "T", "K_f") if not isinstance(notes.get(key), int)]
     if absent:
         raise ValueError(f"{path} needs whole numbers for {', '.join(absent)}")
-    if notes["version"] != TWIG_VERSION or notes.get("p_head") is not None:
+    p_head = notes.get("p_head")
+    if notes["version"] != TWIG_VERSION or p_head not in (None, P_HEAD_NOTES):
         raise ValueError(
-            f"{path} has version {notes['version']} and p_head {notes.get('p_head')!r}; "
-            f"only version {TWIG_VERSION} without a p_head can be read"
+            f"{path} has version {notes['version']} and p_head {p_head!r}; only version "
+            f"{TWIG_VERSION} with p_head null or {P_HEAD_NOTES} can be read"
         )
-    return TwigConfig(notes["K"], notes["T"], notes["K_f"]), notes.get("base_fingerprint")
+    twig = TwigConfig(notes["K"], notes["T"], notes["K_f"], p_head is not None)
+    return twig, notes.get("base_fingerprint")
 
 
 def write_notes(folder: Path, twig: TwigConfig, base_fingerprint: str | None) -> None:
     """Writes twig.json."""
-    notes = {"version": TWIG_VERSION, **dataclasses.asdict(twig), "p_head": None}
+    p_head = P_HEAD_NOTES if twig.p_head else None
+    notes = {"version": TWIG_VERSION, **dataclasses.asdict(twig), "p_head": p_head}
     write_json(folder / TWIG_FILE, {**notes, "base_fingerprint": base_fingerprint})
 
 
@@ -116,14 +120,14 @@ def with_words(text: TextConfig, words: int) -> TextConfig:
 
 
 @contextmanager
-def open_twig(folder: str | Path, text: TextConfig, layers: int) -> Iterator[Source]:
-    """The tensors of a twig of so many layers, while the context is open.
+def open_twig(folder: str | Path, text: TextConfig, twig: TwigConfig) -> Iterator[Source]:
+    """The tensors of a twig, while the context is open.
 
     Raises FileNotFoundError for missing files, and one ValueError for all tensors that are missing,
     unexpected or misshaped. What is no part of a twig is ignored, and listed in `ignored`.
     """
     folder = Path(folder)
-    tensors = twig_tensors(text, layers)
+    tensors = twig_tensors(text, twig)
     if (folder / TREE).is_dir():
         yield from_orbax(tensors, folder / TREE)
         return
@@ -162,8 +166,8 @@ def read_twig(
             "allow the mismatch (allow_base_mismatch) and expect few accepted drafts"
         )
     stored = with_words(config.text, twig_sizes(folder)[1].vocab_size)
-    with open_twig(folder, stored, twig.T) as source:
-        source = resized(source, twig_tensors(config.text, twig.T))
+    with open_twig(folder, stored, twig) as source:
+        source = resized(source, twig_tensors(config.text, twig))
         return twig, source.cast(dtype).tree(place)
 
 
@@ -181,7 +185,7 @@ def write_twig(
     configurations and for values that `dtype` cannot hold.
     """
     twig.check(config.text.num_layers)
-    tensors = twig_tensors(config.text, twig.T)
+    tensors = twig_tensors(config.text, twig)
     source = from_tree(tensors, params, "the tree to be written").cast(dtype)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -28,7 +28,7 @@ from twig_jax.decoding.loop import decode
 from twig_jax.decoding.network import Program, Weights
 from twig_jax.decoding.prefill import Inputs, Past, Signals, prefill
 from twig_jax.decoding.running import Row, Running
-from twig_jax.decoding.settings import Controls, Request, Result, Settings, controls
+from twig_jax.decoding.settings import OF_TWIG, Controls, Request, Result, Settings, controls
 from twig_jax.decoding.transcript import Detokenize, Transcript
 from twig_jax.models.llava import Params
 from twig_jax.pruning.schedule import Schedule, by_twig
@@ -325,7 +325,9 @@ class Generator:
         if (settings.prune or settings.draft) and self.schedule is None:
             raise ValueError(f"mode {settings.mode} needs a twig; load one, or use mode plain")
         asks = settings.prune and self.schedule is not None and self.schedule.rank is None
-        if self.weights.twig is None and (settings.draft or (asks and settings.selector == "twig")):
+        if self.weights.twig is None and (
+            settings.draft or (asks and settings.selector in OF_TWIG)
+        ):
             raise ValueError(
                 f"mode {settings.mode} with selector {settings.selector!r} needs a twig; this is a "
                 'schedule without one, for mode ttp by "fastv" or "given"'

@@ -52,6 +52,7 @@ class Past(NamedTuple):
 
     caches: Caches
     states: jax.Array  # [B, P, d], layer-K states
+    gates: jax.Array  # [B, P, K, D], the P-Head's for keys; [B, P, 0] without one
     context: jax.Array  # int32 [B, P]
     is_visual: jax.Array  # bool [B, P]
     lengths: jax.Array  # int32 [B]
@@ -65,6 +66,7 @@ class Signals(NamedTuple):
     kept: jax.Array  # int32 [B, Q], prompt slots that the first segment saw, P where unused
     logits: jax.Array  # float32 [B, V], the base's at the last prompt token
     states: jax.Array  # [B, P, d], layer-K states
+    gates: jax.Array  # [B, P, K, D], the P-Head's for keys; [B, P, 0] without one
     is_visual: jax.Array  # bool [B, P]
 
 
@@ -134,8 +136,8 @@ def prefill(
         if not p.prune:
             return x, caches, nothing, read
         row = take(read, (inputs.lengths - 1)[:, None])  # [B, 1, d]
-        row = apply(weights, "attention_row", layers - 1, row, end[:, None], caches[-1].k, real)
-        return x, caches, row.mean(1), read
+        asked = (layers - 1, row, end[:, None], caches[-1].k, real[:, None])
+        return x, caches, apply(weights, "attention_rows", *asked).mean(1)[:, 0], read
 
     with jax.named_scope("trunk"):
         embedded = p.base_apply(weights, "merge", inputs.tokens, inputs.is_visual, inputs.visual)
@@ -146,10 +148,18 @@ def prefill(
         context = joined(past.context, context)
         is_visual, states = joined(past.is_visual, is_visual), joined(past.states, x)
     twig: Cache = ()
-    own = inputs.scores
+    own = attended = inputs.scores
+    gates = jnp.zeros((B, P, 0), x.dtype)
     if p.runs_twig:
         with jax.named_scope("twig"):
-            _, twig, own, _ = run("twig", p.twig.T, x, there.twig)
+            _, twig, own, into = run("twig", p.twig.T, x, there.twig)
+            attended = own
+            if p.twig.p_head and p.prune:
+                gates = p.twig_apply(weights, "key_gates", into)
+                gates = gates if past is None else joined(past.gates, gates)
+                last = take(into, (inputs.lengths - 1)[:, None]), end[:, None]
+                asked = (*last, twig[-1].k, gates, is_visual[:, None])
+                own = p.twig_apply(weights, "visual_scores", *asked)[:, 0]
 
     with jax.named_scope("draft"):
         dtype = x.dtype
@@ -213,7 +223,7 @@ def prefill(
     appends = len(there.deep) > 0
     y, nodes, cache = states, drafts.states, trunk
     place = jnp.where(real, slots, P)  # prompt slots, and positions, of y
-    scores = jnp.stack([own, fastv, inputs.scores])[controls.selector, jnp.arange(B)]
+    scores = jnp.stack([own, attended, fastv, inputs.scores])[controls.selector, jnp.arange(B)]
     ranked, kept, deep, in_deep, new_deep = [], [], [], [], []
     for i, segment in enumerate(p.segments):
         with jax.named_scope("select"):
@@ -273,7 +283,7 @@ def prefill(
         trace=empty_trace(B, p.max_new, W),
     )
     state = accept(p, spread_rows(state), drafts, tuple(new_deep), choice, cost)
-    return state, Signals(ranked[0], kept[0], logits[:, 0], states, is_visual)
+    return state, Signals(ranked[0], kept[0], logits[:, 0], states, gates, is_visual)
 
 
 def _prompt_and_nodes(
@@ -317,8 +327,8 @@ def _attention(
     def of_one(token: jax.Array) -> jax.Array:
         token = token[:, None]
         at = take(place, token)  # [B, 1]
-        row = take(x, token), at, keys, place <= at
-        return program.base_apply(weights, "attention_row", layer, *row).mean(1)
+        row = take(x, token), at, keys, (place <= at)[:, None]
+        return program.base_apply(weights, "attention_rows", layer, *row).mean(1)[:, 0]
 
     return jax.vmap(of_one, in_axes=1, out_axes=1)
 

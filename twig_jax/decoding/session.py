@@ -17,7 +17,7 @@ from twig_jax.decoding.cache import Cache, Caches, State, pick
 from twig_jax.decoding.draft import catch_up
 from twig_jax.decoding.generate import Generator
 from twig_jax.decoding.network import Program, Weights
-from twig_jax.decoding.prefill import Past
+from twig_jax.decoding.prefill import Past, Signals
 from twig_jax.decoding.running import Running
 from twig_jax.decoding.settings import Request, Result, Settings
 from twig_jax.pruning.select import take
@@ -101,8 +101,7 @@ class Session:
                 program.prune and self.reprune,
                 self.generator.weights,
                 earlier.state,
-                row.signals.states,
-                row.signals.is_visual,
+                row.signals,
                 np.array([self._cached], np.int32),
             )
 
@@ -113,13 +112,12 @@ def repack(
     reprune: bool,
     weights: Weights,
     state: State,
-    states: jax.Array,
-    is_visual: jax.Array,
+    signals: Signals,
     lengths: jax.Array,
 ) -> Past:
     """The first lengths[b] tokens of prompt and answer, as the beginning of a longer prompt.
 
-    states [B, P, d] and is_visual bool [B, P]: the prompt's, see `Signals`; lengths int32 [B].
+    signals: of the prompt; lengths int32 [B].
     """
     asked = state.prompt.lengths
     answered = lengths - asked
@@ -152,9 +150,10 @@ def repack(
     nothing = jnp.int32(new.base.text.vocab_size)
     return Past(
         caches=Caches(pick(state.caches.trunk, index), pick(state.caches.twig, index), deep),
-        states=of_prompt(states, state.states),
+        states=of_prompt(signals.states, state.states),
+        gates=of_prompt(signals.gates, signals.gates[:, :0]),
         context=jnp.where(index < P + G, of_prompt(state.context, state.tokens), nothing),
-        is_visual=of_prompt(is_visual, jnp.zeros_like(state.tokens, bool)),
+        is_visual=of_prompt(signals.is_visual, jnp.zeros_like(state.tokens, bool)),
         lengths=lengths,
         deep=tuple(held + answered for held in in_deep),
     )

@@ -9,7 +9,8 @@ import numpy as np
 
 from twig_jax.config import MODES
 
-SELECTORS = ("twig", "fastv", "given")
+OF_TWIG = ("twig", "attention")
+SELECTORS = (*OF_TWIG, "fastv", "given")
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,9 @@ class Settings:
     """How to decode.
 
     mode: plain, ttp, ssd or ttp_ssd. avg_retained: visual tokens a layer sees on average, per image
-    (the modes with ttp). selector: what ranks them, one of SELECTORS.
+    (the modes with ttp). selector: what ranks them, one of SELECTORS: the
+    twig's P-Head, or without one its attention; its attention anyhow; that of the trunk's last
+    layer; or the requests' own scores.
 
     gamma: the most drafts an iteration; theta: drafting stops after a token less probable than
     this under the twig. adaptive: a row that drafts in vain stops, and tries again now and then.

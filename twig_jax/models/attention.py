@@ -101,11 +101,16 @@ def _attend(q: jax.Array, context: Sequence[Context]) -> jax.Array:
     return rearrange(out / total, "B K G Q D -> B Q (K G) D").astype(q.dtype)
 
 
-def attention_row(q: jax.Array, k: jax.Array, mask: jax.Array) -> jax.Array:
-    """Attention probabilities of one query a row of the batch.
+def attention_rows(q: jax.Array, k: jax.Array, mask: jax.Array) -> jax.Array:
+    """Attention probabilities of a few queries a row of the batch.
 
-    q [B, H, D], k [B, K, S, D], mask bool [B, S] -> float32 [B, H, S]. This is O(S·D): pruning
-    never needs the whole S x S matrix, whatever kernel computes the layer itself.
+    q [B, Q, H, D], k [B, K, S, D], mask bool [B, Q, S] -> float32 [B, H, Q, S]; zeros where a query
+    sees nothing. This is O(Q·S·D): pruning never needs the whole S x S matrix, whatever kernel
+    computes the layer itself.
     """
-    logits = _logits(q[:, None], k, mask[:, None])  # [B, K, G, 1, S]
-    return rearrange(jax.nn.softmax(logits, axis=-1), "B K G 1 S -> B (K G) S")
+    logits = _logits(q, k, mask)  # [B, K, G, Q, S]
+    # Not jax.nn.softmax: where nothing is seen its gradient is not a number.
+    top = jax.lax.stop_gradient(jnp.maximum(logits.max(-1, keepdims=True), -1e30))
+    weights = jnp.exp(logits - top)
+    total = jnp.maximum(weights.sum(-1, keepdims=True), 1e-30)
+    return rearrange(weights / total, "B K G Q S -> B (K G) Q S")

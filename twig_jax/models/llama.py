@@ -8,7 +8,7 @@ from einops import rearrange
 from flax import linen as nn
 
 from twig_jax.config import TextConfig
-from twig_jax.models.attention import KV, Context, apply_rope, attend, attention_row, rope_angles
+from twig_jax.models.attention import KV, Context, apply_rope, attend, attention_rows, rope_angles
 from twig_jax.models.layers import RMSNorm
 
 Rope = tuple[jax.Array, jax.Array]
@@ -71,13 +71,9 @@ class DecoderLayer(nn.Module):
         y = self.post_attention_layernorm(x)
         return x + self.down_proj(jax.nn.silu(self.gate_proj(y)) * self.up_proj(y)), kv
 
-    def attention_row(self, x: jax.Array, rope: Rope, k: jax.Array, mask: jax.Array) -> jax.Array:
-        """Attention of one token a row, from this layer's input x [B, 1, d], over its keys k.
-
-        k [B, K, S, D], mask bool [B, S] -> float32 [B, H, S].
-        """
-        q = apply_rope(self._heads(self.q_proj(self.input_layernorm(x))), rope)
-        return attention_row(q[:, 0], k, mask)
+    def queries(self, x: jax.Array, rope: Rope) -> jax.Array:
+        """The queries [B, Q, H, D] of this layer's input x [B, Q, d]."""
+        return apply_rope(self._heads(self.q_proj(self.input_layernorm(x))), rope)
 
 
 class Decoder(nn.Module):
@@ -143,11 +139,14 @@ class Decoder(nn.Module):
             out.append(kv)
         return x, tuple(out)
 
-    def attention_row(
+    def attention_rows(
         self, layer: int, x: jax.Array, positions: jax.Array, k: jax.Array, mask: jax.Array
     ) -> jax.Array:
-        """`DecoderLayer.attention_row` of one layer, for x [B, 1, d] at positions [B, 1]."""
-        return self.layers[layer].attention_row(x, self.rope(positions), k, mask)
+        """Attention in one layer, from its input x [B, Q, d] at positions [B, Q] over its keys.
+
+        k [B, K, S, D], mask bool [B, Q, S] -> float32 [B, H, Q, S].
+        """
+        return attention_rows(self.layers[layer].queries(x, self.rope(positions)), k, mask)
 
     def logits(self, x: jax.Array) -> jax.Array:
         """Final norm and head: [B, Q, d] -> float32 [B, Q, V]."""

@@ -52,9 +52,9 @@ class Llava(nn.Module):
         """`Decoder.run` of the decoder."""
         return self.text.run(*args, **kwargs)
 
-    def attention_row(self, *args: Any) -> jax.Array:
-        """`Decoder.attention_row` of the decoder."""
-        return self.text.attention_row(*args)
+    def attention_rows(self, *args: Any) -> jax.Array:
+        """`Decoder.attention_rows` of the decoder."""
+        return self.text.attention_rows(*args)
 
     def logits(self, x: jax.Array) -> jax.Array:
         """`Decoder.logits` of the decoder."""

@@ -24,7 +24,7 @@ class Forced(NamedTuple):
     """Results of `forward`. Token j of the answer is predicted by logits[:, j]."""
 
     logits: jax.Array  # float32 [B, A + 1, V]
-    scores: jax.Array  # float32 [B, P], attention of the last prompt token in the last twig layer
+    scores: jax.Array  # float32 [B, P], what the twig ranks by
     kept: jax.Array  # int32 [B, Q], prompt slots seen by layers K .. K_f - 1, P where unused
     states_K: jax.Array  # [B, P, d], residual stream after layer K - 1
     states_K_f: jax.Array  # [B, N, d], the prompt's residual stream into layer K_f
@@ -76,10 +76,17 @@ def forward(
         lower = (states_K, at[:, :P], mask[:, :P, :P])
         y, _ = decoder.apply(run, *lower, 0, twig_config.T - 1, method="run")
         _, (kv,) = decoder.apply(run, y, *lower[1:], twig_config.T - 1, method="run")
-        row = decoder.apply(
-            run, twig_config.T - 1, take(y, end), end, kv.k, real, method="attention_row"
-        )
-        scores = row.mean(1)
+        asked = (take(y, end), end, kv.k)
+        if twig_config.p_head:
+            gates = decoder.apply(run, y, method="key_gates")
+            found = decoder.apply(
+                run, *asked, gates, prompt.is_visual[:, None], method="visual_scores"
+            )
+        else:
+            found = decoder.apply(
+                run, twig_config.T - 1, *asked, real[:, None], method="attention_rows"
+            ).mean(1)
+        scores = found[:, 0]
     kept = select(scores, prompt.is_visual, prompt.lengths, retained, text_slots, retained_slots)
     Q = kept.shape[1]
     at = joined(kept, after)

@@ -15,6 +15,8 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"(q|k|v|gate|up)_proj/kernel", P("fsdp", "tensor")),
     (r"(o|down|out)_proj/kernel", P("tensor", "fsdp")),
     (r"(q|k|v)_proj/bias", P("tensor")),
+    (r"(q|k)_gate/kernel", P("fsdp", "tensor")),
+    (r"(q|k)_gate/bias", P("tensor")),
     (r"fc1/kernel", P("fsdp", "tensor")),
     (r"fc1/bias", P("tensor")),
     (r"fc2/kernel", P("tensor", "fsdp")),

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from twig_jax.checkpoints.config_files import read_config
 from twig_jax.checkpoints.llava import local_folder
@@ -51,6 +52,27 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class DistillConfig:
+    """What a twig learns from its base beside the answers: TwigVLM++'s first stage.
+
+    prediction: α, the weight of KL(base ‖ twig) over the next word; attention: γ_a, that of KL(base
+    ‖ P-Head) over visual tokens; 0 leaves one out, both are TwigVLM's training. layer: the base
+    layer whose attention is learned (0-based), None for the one at 60 % of the depth. queries: see
+    `distill.queries`.
+    """
+
+    prediction: float = 0.0
+    attention: float = 0.0
+    layer: int | None = None
+    queries: str = "answer"
+    most_queries: int = 64
+
+    def layer_of(self, num_layers: int) -> int:
+        """`layer`, in a base of so many layers."""
+        return round(0.6 * num_layers) if self.layer is None else self.layer
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """One run of one stage: "vision", "base" or "twig"."""
 
@@ -67,6 +89,8 @@ class TrainConfig:
     whole_base: bool = True  # False: only the layers below the twig, so that nothing is answered
     deepen: tuple[int | None, ...] | None = None  # see models.grow.deepen
     twig_init: str = "next"  # "next", "last", "random", or a twig folder to be trained on
+    p_head: bool = False  # the twig has a P-Head (TwigVLM++)
+    distill: DistillConfig = DistillConfig()
     optim: OptimConfig = OptimConfig()
     ema: float | None = None  # decay of a moving average of the parameters, which is the result
     data: DataConfig = DataConfig()
@@ -92,7 +116,7 @@ class TrainConfig:
         folder = self.model_folder()
         if self.stage == "twig" and folder is not None:
             base = read_config(folder)
-        given = {"K": self.K, "T": self.T, "K_f": self.K_f}
+        given: dict[str, Any] = {"K": self.K, "T": self.T, "K_f": self.K_f, "p_head": self.p_head}
         twig = dataclasses.replace(twig, **{k: v for k, v in given.items() if v is not None})
         return base, twig
 

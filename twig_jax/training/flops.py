@@ -26,7 +26,13 @@ def step_flops(config: TrainConfig) -> float:
         case "base":
             return _TRAINED * (encoding + naming + base.text.num_layers * layer + head)
         case _:
-            return encoding + twig.K * layer + _TRAINED * (twig.T * layer + head)
+            teaching = 0.0
+            if config.distill.prediction or config.distill.attention:
+                # To the base's end where it teaches words, else to the layer that is learned.
+                L = base.text.num_layers
+                last = L if config.distill.prediction else config.distill.layer_of(L) + 1
+                teaching = (last - twig.K) * layer + head * bool(config.distill.prediction)
+            return encoding + twig.K * layer + teaching + _TRAINED * (twig.T * layer + head)
 
 
 def _layer(c: TextConfig, tokens: int) -> float:

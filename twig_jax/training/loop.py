@@ -23,6 +23,7 @@ from twig_jax.sharding.mesh import make_mesh
 from twig_jax.sharding.placement import distribute
 from twig_jax.training.config import TrainConfig
 from twig_jax.training.data import Batches, State, on_mesh, open_batches, row_shard
+from twig_jax.training.distill import distill_loss
 from twig_jax.training.flops import step_flops
 from twig_jax.training.log import Log
 from twig_jax.training.losses import Loss, base_loss, twig_agreement, twig_loss, vision_loss
@@ -37,7 +38,7 @@ Callback = Callable[[int, Params], dict[str, float]]
 _PATIENCE = 10
 
 # What a checkpoint's run and the one that goes on from it must have in common.
-_SHAPE = ("stage", "preset", "layers", "K", "T", "K_f", "ema")
+_SHAPE = ("stage", "preset", "layers", "K", "T", "K_f", "p_head", "ema")
 
 _LOG = logging.getLogger(__name__)
 
@@ -51,6 +52,10 @@ def stage_loss(config: TrainConfig) -> Loss:
         case "base":
             return base_loss(base, config.head_chunk, config.content_weight, config.naming_weight)
         case "twig":
+            if config.distill.prediction or config.distill.attention:
+                if not config.whole_base:
+                    raise ValueError("distillation needs the whole base: set whole_base=True")
+                return distill_loss(base, twig, config.distill, config.head_chunk, config.remat)
             return twig_loss(base, twig, config.head_chunk, config.remat)
     raise ValueError(f"no training stage {config.stage!r}; there are: vision, base, twig")
 
@@ -245,7 +250,9 @@ def _check_notes(notes: dict[str, Any], config: TrainConfig, grown_on: str | Non
     """Refuses checkpoints that are not this run's, and tells of settings that have changed."""
     was, now = notes["config"], json.loads(json.dumps(dataclasses.asdict(config)))
     other = [
-        f"{name} {was.get(name)}, now {now[name]}" for name in _SHAPE if was[name] != now[name]
+        f"{name} {was.get(name)}, now {now[name]}"
+        for name in _SHAPE
+        if was.get(name, False) != now[name]
     ]
     if other:
         raise ValueError(

@@ -7,6 +7,7 @@ each other, in which some tokens may be shared by all (`packing.SHARED`).
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,7 @@ from einops import rearrange
 from twig_jax.config import LlavaConfig, TwigConfig
 from twig_jax.data.packing import SHARED
 from twig_jax.data.questions import KINDS
+from twig_jax.models.attention import KV
 from twig_jax.models.llava import Llava, Params
 from twig_jax.models.twig import twig_decoder
 
@@ -45,13 +47,32 @@ def seen(segments: jax.Array) -> jax.Array:
     return causal & (query != 0) & ((query == key) | (key == SHARED))
 
 
+def in_chunks(
+    score: Callable[..., tuple[jax.Array, ...]], arrays: tuple[jax.Array, ...], chunk: int
+) -> tuple[jax.Array, ...]:
+    """score(*arrays), whose results are all [B, S], for arrays [B, S, ...].
+
+    It runs on `chunk` tokens of each row at a time, again in the backward pass, so that what is
+    there once a token and word, [B, S, V], is never there as a whole.
+    """
+    S = arrays[0].shape[1]
+    if chunk >= S:
+        return score(*arrays)
+
+    def split(x: jax.Array) -> jax.Array:
+        x = jnp.pad(x, [(0, 0), (0, -S % chunk)] + [(0, 0)] * (x.ndim - 2))
+        return rearrange(x, "B (n c) ... -> n B c ...", c=chunk)
+
+    found = jax.lax.map(lambda part: jax.checkpoint(score)(*part), tuple(map(split, arrays)))
+    return tuple(rearrange(y, "n B c -> B (n c)")[:, :S] for y in found)
+
+
 def _score(
     head: Callable[[jax.Array], jax.Array], x: jax.Array, targets: jax.Array, chunk: int
 ) -> tuple[jax.Array, jax.Array]:
     """Cross-entropy (float32) of the targets under head(x), and the best words; both [B, S].
 
-    x [B, S, d], targets int32 [B, S]. The head runs on `chunk` tokens of each row at a time, again
-    in the backward pass, so that logits [B, S, V] are never there as a whole.
+    x [B, S, d], targets int32 [B, S]; chunk as in `in_chunks`.
     """
 
     def score(x: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -59,22 +80,11 @@ def _score(
         own = jnp.take_along_axis(logits, jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]
         return jax.nn.logsumexp(logits, axis=-1) - own, logits.argmax(-1)
 
-    S = x.shape[1]
-    if chunk >= S:
-        return score(x, targets)
-    x = jnp.pad(x, ((0, 0), (0, -S % chunk), (0, 0)))
-    targets = jnp.pad(targets, ((0, 0), (0, -S % chunk)))
-    ce, best = jax.lax.map(
-        lambda part: jax.checkpoint(score)(*part),
-        (
-            rearrange(x, "B (n c) d -> n B c d", c=chunk),
-            rearrange(targets, "B (n c) -> n B c", c=chunk),
-        ),
-    )
-    return tuple(rearrange(y, "n B c -> B (n c)")[:, :S] for y in (ce, best))
+    ce, best = in_chunks(score, (x, targets), chunk)
+    return ce, best
 
 
-def _cross_entropy(
+def cross_entropy(
     ce: jax.Array, best: jax.Array, batch: Batch, weight: jax.Array | float = 1.0
 ) -> tuple[jax.Array, Metrics]:
     """Mean of `_score`'s cross-entropy over the answers' tokens; accuracies as (sum, count)."""
@@ -149,7 +159,7 @@ def base_loss(config: LlavaConfig, chunk: int, content_weight: float, naming_wei
         def head(x: jax.Array) -> jax.Array:
             return model.apply(apply, x, method="logits")
 
-        ce, metrics = _cross_entropy(
+        ce, metrics = cross_entropy(
             *_score(head, x, batch["targets"], chunk), batch, content_weight
         )
         words = params["text"]["embed_tokens"]["embedding"]
@@ -165,12 +175,13 @@ def twig_loss(config: LlavaConfig, twig: TwigConfig, chunk: int, remat: bool = F
     Everything is computed in the type of the frozen base, with the twig's parameters and their
     gradients in the type they have. remat: the backward pass computes the twig's layers again.
     """
-    run, logits = _twig(config, twig, remat)
-    model = Llava(config)
+    model, part = Llava(config), TwigPart(config, twig, remat)
 
     def loss(params: Params, frozen: Params, batch: Batch) -> tuple[jax.Array, Metrics]:
-        x = run(params, *_trunk(model, frozen, batch, twig.K))
-        return _cross_entropy(*_score(partial(logits, params), x, batch["targets"], chunk), batch)
+        x, where = trunk(model, frozen, batch, twig.K)
+        x, _ = part.run(params, x, where)
+        logits = partial(part.apply, params, "logits")
+        return cross_entropy(*_score(logits, x, batch["targets"], chunk), batch)
 
     return loss
 
@@ -182,16 +193,16 @@ def twig_agreement(
 
     What it gives is (sum, count); the share is TokAR as it is to be expected of drafts.
     """
-    run, logits = _twig(config, twig, False)
-    model = Llava(config)
+    model, part = Llava(config), TwigPart(config, twig)
 
     def agreement(params: Params, frozen: Params, batch: Batch) -> jax.Array:
         def head(x: jax.Array) -> jax.Array:
             return model.apply({"params": frozen}, x, method="logits")
 
-        x, where = _trunk(model, frozen, batch, twig.K)
+        x, where = trunk(model, frozen, batch, twig.K)
         targets = batch["targets"]
-        _, drafted = _score(partial(logits, params), run(params, x, where), targets, chunk)
+        y, _ = part.run(params, x, where)
+        _, drafted = _score(partial(part.apply, params, "logits"), y, targets, chunk)
         x, _ = model.apply({"params": frozen}, x, *where, first=twig.K, method="run")
         _, said = _score(head, x, targets, chunk)
         return jnp.stack([((drafted == said) & (targets >= 0)).sum(), (targets >= 0).sum()])
@@ -199,7 +210,7 @@ def twig_agreement(
     return agreement
 
 
-def _trunk(
+def trunk(
     model: Llava, frozen: Params, batch: Batch, K: int
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """What the twig reads: the states after base layer K - 1, and the positions and mask."""
@@ -209,25 +220,39 @@ def _trunk(
     return jax.lax.stop_gradient(x), where
 
 
-def _twig(config: LlavaConfig, twig: TwigConfig, remat: bool) -> tuple[Any, Any]:
-    """run(params, x, where) -> states, and logits(params, states), computed in the type of x."""
-    decoder = twig_decoder(config.text, twig)
+@dataclass(frozen=True)
+class TwigPart:
+    """The twig as losses call it, computed in the type of what it reads.
 
-    def apply(params: Params, x: jax.Array, *args: Any, **kwargs: Any) -> Any:
+    remat: the backward pass computes its layers again.
+    """
+
+    config: LlavaConfig
+    twig: TwigConfig
+    remat: bool = False
+
+    def apply(self, params: Params, method: str, x: jax.Array, *args: Any, **kwargs: Any) -> Any:
+        """A method of the twig."""
         # Cast where they are used: gradients of several uses then add up in their own type.
         cast = jax.tree.map(lambda p: p.astype(x.dtype), params)
-        return decoder.apply({"params": cast}, x, *args, **kwargs)
+        decoder = twig_decoder(self.config.text, self.twig)
+        return decoder.apply({"params": cast}, x, *args, method=method, **kwargs)
 
-    def run(params: Params, x: jax.Array, where: tuple[jax.Array, jax.Array]) -> jax.Array:
-        for t in range(twig.T):
+    def run(
+        self,
+        params: Params,
+        x: jax.Array,
+        where: tuple[jax.Array, jax.Array],
+        first: int = 0,
+        last: int | None = None,
+    ) -> tuple[jax.Array, tuple[KV, ...]]:
+        """Layers first .. last-1, as `Decoder.run`; where: positions and mask."""
+        kvs: tuple[KV, ...] = ()
+        for t in range(self.twig.T)[first:last]:
 
-            def layer(params: Params, x: jax.Array, t: int = t) -> jax.Array:
-                return apply(params, x, *where, first=t, last=t + 1, method="run")[0]
+            def layer(params: Params, x: jax.Array, t: int = t) -> Any:
+                return self.apply(params, "run", x, *where, first=t, last=t + 1)
 
-            x = (jax.checkpoint(layer) if remat else layer)(params, x)
-        return x
-
-    def logits(params: Params, x: jax.Array) -> jax.Array:
-        return apply(params, x, method="logits")
-
-    return run, logits
+            x, kv = (jax.checkpoint(layer) if self.remat else layer)(params, x)
+            kvs += kv
+        return x, kvs

@@ -1,5 +1,6 @@
 """What a run starts from: its base and its twig, on the mesh."""
 
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -13,7 +14,7 @@ from twig_jax.checkpoints.manager import CheckpointManager
 from twig_jax.checkpoints.twig import read_twig
 from twig_jax.models.grow import deepen
 from twig_jax.models.llava import Params, init_base
-from twig_jax.models.twig import init_twig
+from twig_jax.models.twig import fresh_p_head, init_twig
 from twig_jax.sharding.placement import distribute
 from twig_jax.training.config import TrainConfig
 
@@ -65,6 +66,7 @@ def _needed(config: TrainConfig) -> str:
 def start_twig(config: TrainConfig, base: Params, mesh: Mesh) -> Params:
     """The float32 twig of a run: grown from its base, or a twig folder's to be trained on.
 
+    A P-Head that the folder's twig lacks is a fresh one.
     Raises FileNotFoundError and ValueError for folders that hold no twig of this base, and
     ValueError for a twig of another shape than the run's.
     """
@@ -73,6 +75,9 @@ def start_twig(config: TrainConfig, base: Params, mesh: Mesh) -> Params:
         twig = init_twig(base, base_config.text, twig_config, config.twig_init, config.seed)
         return distribute(jax.tree.map(lambda x: x.astype(jnp.float32), twig), mesh)
     grown, twig = read_twig(config.twig_init, base, base_config, np.float32)
+    if twig_config.p_head and not grown.p_head:
+        grown = dataclasses.replace(grown, p_head=True)
+        twig = {**twig, "p_head": fresh_p_head(base_config.text)}
     if grown != twig_config:
         raise ValueError(f"the twig in {config.twig_init} is {grown}, the run's is {twig_config}")
     return distribute(twig, mesh)

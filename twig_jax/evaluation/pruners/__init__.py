@@ -17,6 +17,8 @@ from twig_jax.evaluation.pruners.probe import (
 
 PRUNERS: dict[str, Pruner] = {
     "twig": Pruner("TwigVLM, arXiv 2503.14075", as_the_twig, selector="twig"),
+    # Of a twig with a P-Head, what it would do without.
+    "twig_attention": Pruner("TwigVLM, arXiv 2503.14075", as_the_twig, selector="attention"),
     "random": Pruner("a baseline", as_the_twig, baselines.random),
     "uniform": Pruner("a baseline", as_the_twig, baselines.uniform),
     # The twig's ablation of what guides: attention in the trunk, and as deep as the twig's own.

@@ -12,7 +12,7 @@ import numpy as np
 
 from twig_jax.config import LlavaConfig, TwigConfig
 from twig_jax.decoding.generate import Generator
-from twig_jax.decoding.settings import Request, Result, Settings
+from twig_jax.decoding.settings import OF_TWIG, Request, Result, Settings
 from twig_jax.evaluation.pruners import PRUNERS
 from twig_jax.evaluation.pruners.probe import Probe, Pruner
 from twig_jax.models.llava import Params
@@ -38,7 +38,7 @@ class Rival:
         self._with_twig = self.generator = generator
         self.schedule = self.pruner.schedule(generator.config.text.num_layers, twig)
         self._drafts = self.schedule.layers == (twig.K, twig.K_f)
-        if self.pruner.selector != "twig":
+        if self.pruner.selector not in OF_TWIG:
             self.generator = Generator(
                 generator.config,
                 generator.weights.base,

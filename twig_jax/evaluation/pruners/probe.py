@@ -143,7 +143,8 @@ class Probe:
         def row(end: jax.Array) -> jax.Array:
             seen = self.real & (jnp.arange(P) <= end)
             at = jnp.full((len(x), 1), end)
-            return self._apply("attention_row", layer, take(x, at), at, kv.k, seen).mean(1)
+            found = self._apply("attention_rows", layer, take(x, at), at, kv.k, seen[:, None])
+            return found.mean(1)[:, 0]
 
         return jax.lax.map(row, jnp.arange(P)).swapaxes(0, 1)
 
