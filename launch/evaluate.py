@@ -111,7 +111,10 @@ def evaluate() -> None:
     )
     found: dict[Any, dict[str, Any]] = {}
     base = None
-    for way in ways(_MODES.value, _SELECTOR.value, budgets):
+    chosen = ways(_MODES.value, _SELECTOR.value, budgets)
+    for way in chosen:
+        judge.check(way)
+    for way in chosen:
         lines = _answers(judge, way, share)
         if len(lines) < len(questions):
             print(

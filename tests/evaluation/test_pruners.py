@@ -206,8 +206,8 @@ def stepwise(engine, one, answer, schedule, R):
 
     def attention(layer, x, at, k, of):
         """`View.attention` in a layer that read x at positions `at` [S]."""
-        rows = [(x[:, i : i + 1], at[None, i : i + 1], k, at[None] <= at[i]) for i in of[0]]
-        return jnp.stack([apply(layer, *r, method="attention_row").mean(1) for r in rows], axis=1)
+        rows = x[:, of[0]], at[None, of[0]], k, (at <= at[of[0], None])[None]
+        return apply(layer, *rows, method="attention_rows").mean(1)
 
     visual = apply(jnp.asarray(one.pixels)[None], method="encode")
     ids = np.append(one.ids, answer)

@@ -51,6 +51,14 @@ def test_shares_give_what_one_process_gives(tmp_path):
         (("--task", "gqa", "--selector", "best"), "no --selector best; there are: twig, random"),
         (("--task", "digits", "--modes", "fast"), "no --modes fast; there are: plain, ttp"),
         (("--task", "digits", "--share", "2/2"), "--share is i/n with i from 0 to n-1, not 2/2"),
+        (
+            ("--task", "digits", "--modes", "ttp_ssd", "--selector", "twig,fastv"),
+            "fastv prunes at other layers than the twig; use mode ttp",
+        ),
+        (
+            ("--task", "digits", "--selector", "dart", "--avg_retained", "48,8"),
+            "no number of kept tokens gives 8 visual tokens a layer",
+        ),
         (("--task", "pope", "--data", "nowhere"), "nowhere/llava_pope_test.jsonl is not there"),
     ],
 )

@@ -324,13 +324,12 @@ def _attention(
 ) -> Callable[[jax.Array], jax.Array]:
     """`View.attention` of a layer that read x [B, S .., d] at positions `place` [B, S]."""
 
-    def of_one(token: jax.Array) -> jax.Array:
-        token = token[:, None]
-        at = take(place, token)  # [B, 1]
-        row = take(x, token), at, keys, (place <= at)[:, None]
-        return program.base_apply(weights, "attention_rows", layer, *row).mean(1)[:, 0]
+    def attention(tokens: jax.Array) -> jax.Array:
+        at = take(place, tokens)  # [B, Q]
+        rows = take(x, tokens), at, keys, place[:, None] <= at[..., None]
+        return program.base_apply(weights, "attention_rows", layer, *rows).mean(1)
 
-    return jax.vmap(of_one, in_axes=1, out_axes=1)
+    return attention
 
 
 def _part(cache: Cache, part: slice) -> Cache:

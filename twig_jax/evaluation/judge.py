@@ -73,6 +73,15 @@ class Judge:
     notes: Mapping[str, Any]
     limited: bool = False
 
+    def check(self, way: Way) -> None:
+        """Raises ValueError for a way that cannot be, before anything is answered."""
+        settings = way.settings(self.common)
+        settings.check()
+        if way.selector is not None:
+            rival = self._rival(way.selector)
+            rival.engine(settings)
+            rival.budget(settings, images=1)
+
     def answers(
         self,
         way: Way,

@@ -84,7 +84,7 @@ class Rival:
                 raise ValueError(f"request {i}: pruners look at pixels, not at embeddings")
             images = 0 if request.pixels is None else len(request.pixels)
             if images:
-                kinds[images, self._budget(own, images)].append(i)
+                kinds[images, self.budget(own, images)].append(i)
             else:
                 found[i] = replace(found[i], scores=np.zeros(len(request.ids), np.float32))
         for (_, R), of in kinds.items():
@@ -100,7 +100,8 @@ class Rival:
                         found[i] = replace(found[i], pixels=None, visual=visual[row])
         return found
 
-    def _budget(self, settings: Settings, images: int) -> int:
+    def budget(self, settings: Settings, images: int) -> int:
+        """R of the first layers that see a choice; ValueError where none gives the average."""
         if settings.avg_retained is None:
             raise ValueError(f"mode {settings.mode} needs avg_retained")
         L, M = self.generator.config.text.num_layers, self.generator.config.vision.num_tokens
