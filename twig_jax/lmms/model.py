@@ -62,11 +62,13 @@ class TwigJax(lmms):
         self.model = api.load(checkpoint, twig, dtype, template=template)
         self.settings = replace(self.model.settings, **settings)
         generator = self.model.generator
-        # Fails now where it would for every question; the image is there for the budget.
-        blank = self.model.request("", [Image.new("RGB", (8, 8))])
-        generator.prepare([blank], self.settings)
-        many = generator.generate_many
-        self._answer = many if selector is None else Rival(generator, selector).answer
+        if selector is None:
+            self._answer = generator.generate_many
+            # Fails now where it would for every question; the image is there for the budget.
+            blank = self.model.request("", [Image.new("RGB", (8, 8))])
+            generator.prepare([blank], self.settings)
+        else:
+            self._answer = Rival(generator, selector).answer
 
     def generate_until(self, requests: Sequence[Instance]) -> list[GenerationResult]:
         """Answers in the order of the requests, with their token counts.
