@@ -18,7 +18,7 @@ def ablate(*arguments):
 
 
 def test_a_twig_is_trained_answers_and_is_timed(tmp_path):
-    few = ("--set", "steps=2", "--set", "data.batch_size=2", "--set", "whole_base=False")
+    few = ("--set", "steps=2", "--set", "data.batch_size=8", "--set", "whole_base=False")
     few += ("--ablations", "attention", "--limit", 4, "--timed_samples", 1, "--repeats", 1)
     few += ("--batch", 4, "--out", tmp_path)
     done = ablate(*few, "--json", "-")

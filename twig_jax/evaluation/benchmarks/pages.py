@@ -1,6 +1,7 @@
 """The embedded digits as a benchmark: unseen pages, answers known word for word."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from twig_jax.data import questions
 from twig_jax.evaluation.benchmarks.files import Answers, Key, Question, Score, collect
@@ -17,22 +18,27 @@ class Digits:
 
     def questions(self) -> list[Question]:
         """See `Benchmark`."""
+        return [question for question, _ in self._known]
+
+    def score(self, answers: Answers) -> Score:
+        """Exact match."""
+        points: dict[Key, float | None] = {
+            q.key: float(answers[q.key].strip() == known)
+            for q, known in self._known
+            if q.key in answers
+        }
+        return collect(self.questions(), points)
+
+    @cached_property
+    def _known(self) -> list[tuple[Question, str]]:
+        """Questions with their answers; drawing the pages takes longer than scoring answers."""
         found = []
         for index in range(self.start, self.start + self.samples):
             page, question = questions.example("test", self.seed, index)
             name, also = f"test-{self.seed}-{index}", {"task": question.task}
-            found.append(Question(name, question.text, (page.image,), question.text, also))
+            asked = Question(name, question.text, (page.image,), question.text, also)
+            found.append((asked, question.answer))
         return found
-
-    def score(self, answers: Answers) -> Score:
-        """Exact match."""
-        points: dict[Key, float | None] = {}
-        asked = self.questions()
-        for index, q in enumerate(asked, self.start):
-            if q.key in answers:
-                _, question = questions.example("test", self.seed, index)
-                points[q.key] = float(answers[q.key].strip() == question.answer)
-        return collect(asked, points)
 
     def upload(self, answers: Answers) -> None:
         """Scored here."""
