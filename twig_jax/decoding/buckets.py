@@ -69,7 +69,7 @@ def program_for(
     call's budget.
     """
     M, L = config.vision.num_tokens, config.text.num_layers
-    twig = twig or TwigConfig(K=1, T=0, K_f=L)
+    twig = twig or TwigConfig(K=min(1, L - 1), T=0, K_f=L)
     layers: tuple[int, ...] = (twig.K,)
     slots: tuple[int, ...] = (bucket.images * M,)
     if settings.prune:
