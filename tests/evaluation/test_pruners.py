@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -204,6 +205,8 @@ def stepwise(engine, one, answer, schedule, R):
     def apply(*args, **kwargs):
         return Llava(CONFIG).apply({"params": engine.weights.base}, *args, **kwargs)
 
+    run = jax.jit(functools.partial(apply, method="run"), static_argnums=(3, 4))
+
     def attention(layer, x, at, k, of):
         """`View.attention` in a layer that read x at positions `at` [S]."""
         rows = x[:, of[0]], at[None, of[0]], k, (at <= at[of[0], None])[None]
@@ -219,7 +222,7 @@ def stepwise(engine, one, answer, schedule, R):
     for first, last, keep in spans:
         for layer in range(first, last):
             read, mask = x, np.tril(np.ones((1, len(at), len(at)), bool))
-            x, (kv,) = apply(x, at[None], mask, layer, layer + 1, method="run")
+            x, (kv,) = run(x, at[None], mask, layer, layer + 1)
         if keep:
             n = int((at < P).sum())  # of the prompt
             now, image = at[:n], is_visual[at]
