@@ -1,6 +1,17 @@
 """What all tests run under: eight fake devices, strict dtype promotion, warnings as errors."""
 
+import atexit
 import os
+import shutil
+import tempfile
+
+# What one test has compiled, no other compiles again: the workers and the processes they start
+# share a folder that ends with the run.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="compiled-")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 # Before jax is imported: its backend reads them once.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")

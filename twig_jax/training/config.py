@@ -73,6 +73,28 @@ class DistillConfig:
 
 
 @dataclass(frozen=True)
+class ReinforceConfig:
+    """How a P-Head learns from what prunings do to answers: TwigVLM++'s second stage.
+
+    actions: G, prunings drawn for a question, of which the base answers `at_a_time` together; 0
+    trains by other losses. budgets: R̄, ascending; early steps draw any of them, later ones more and
+    more the lowest, the faster the higher beta is (`reinforce.budget_at`). least_spread: groups
+    whose rewards (nats a token) have a lower standard deviation teach nothing. questions: most of
+    a row; text_tokens: most text of one with its answer; images: most images of one, those with
+    more are left out.
+    """
+
+    actions: int = 0
+    at_a_time: int = 8
+    budgets: tuple[float, ...] = ()
+    beta: float = 8.0
+    least_spread: float = 1e-4
+    questions: int = 8
+    text_tokens: int = 64
+    images: int = 1
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """One run of one stage: "vision", "base" or "twig"."""
 
@@ -91,6 +113,7 @@ class TrainConfig:
     twig_init: str = "next"  # "next", "last", "random", or a twig folder to be trained on
     p_head: bool = False  # the twig has a P-Head (TwigVLM++)
     distill: DistillConfig = DistillConfig()
+    reinforce: ReinforceConfig = ReinforceConfig()
     optim: OptimConfig = OptimConfig()
     ema: float | None = None  # decay of a moving average of the parameters, which is the result
     data: DataConfig = DataConfig()
@@ -147,6 +170,11 @@ class TrainConfig:
         if not (folder / "config.json").is_file():
             raise FileNotFoundError(f"{folder} is neither a training run nor a model folder")
         return folder
+
+    @property
+    def trains_only(self) -> str | None:
+        """The one part of the parameters that trains, None for all."""
+        return "p_head" if self.reinforce.actions else None
 
     @property
     def holds_out(self) -> bool:

@@ -1,6 +1,7 @@
 """The arithmetic a training step needs, from shapes."""
 
 from twig_jax.config import TextConfig, VisionConfig
+from twig_jax.pruning.budget import retained
 from twig_jax.training.config import TrainConfig
 
 # A backward pass takes twice what its forward pass takes.
@@ -25,6 +26,8 @@ def step_flops(config: TrainConfig) -> float:
             return _TRAINED * (encoding + naming)
         case "base":
             return _TRAINED * (encoding + naming + base.text.num_layers * layer + head)
+        case _ if config.reinforce.actions:
+            return encoding + (twig.K + twig.T) * layer + _tried(config)
         case _:
             teaching = 0.0
             if config.distill.prediction or config.distill.attention:
@@ -33,6 +36,17 @@ def step_flops(config: TrainConfig) -> float:
                 last = L if config.distill.prediction else config.distill.layer_of(L) + 1
                 teaching = (last - twig.K) * layer + head * bool(config.distill.prediction)
             return encoding + twig.K * layer + teaching + _TRAINED * (twig.T * layer + head)
+
+
+def _tried(config: TrainConfig) -> float:
+    """The deep layers on all prunings of a step, at the largest budget."""
+    base, twig = config.model()
+    part, c = config.reinforce, base.text
+    M, L, N = base.vision.num_tokens, c.num_layers, part.text_tokens
+    R = retained(max(part.budgets), twig, L, M, part.images)
+    deep = (twig.K_f - twig.K) * _layer(c, N + R) + (L - twig.K_f) * _layer(c, N)
+    head = N * 2 * c.hidden_size * c.vocab_size
+    return config.data.batch_size * part.questions * part.actions * (deep + head)
 
 
 def _layer(c: TextConfig, tokens: int) -> float:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import time
@@ -29,6 +30,7 @@ from twig_jax.training.log import Log
 from twig_jax.training.losses import Loss, base_loss, twig_agreement, twig_loss, vision_loss
 from twig_jax.training.optim import optimizer, schedule
 from twig_jax.training.preemption import Preempted, preemption
+from twig_jax.training.reinforce import budget_at, pruned_loss, reinforce_loss
 from twig_jax.training.step import TrainState, init_state, make_step, of_a_part
 from twig_jax.training.validation import validation_loss
 
@@ -43,14 +45,19 @@ _SHAPE = ("stage", "preset", "layers", "K", "T", "K_f", "p_head", "ema")
 _LOG = logging.getLogger(__name__)
 
 
-def stage_loss(config: TrainConfig) -> Loss:
-    """The loss of the run's stage; ValueError names the stages there are."""
+def stage_loss(config: TrainConfig, budget: float | None = None) -> Loss:
+    """The loss of the run's stage; ValueError names the stages there are.
+
+    budget: R̄ of the step, where a P-Head is reinforced; None for the largest.
+    """
     base, twig = config.model()
     match config.stage:
         case "vision":
             return vision_loss(base)
         case "base":
             return base_loss(base, config.head_chunk, config.content_weight, config.naming_weight)
+        case "twig" if config.reinforce.actions:
+            return reinforce_loss(*_reinforced(config, budget))
         case "twig":
             if config.distill.prediction or config.distill.attention:
                 if not config.whole_base:
@@ -58,6 +65,22 @@ def stage_loss(config: TrainConfig) -> Loss:
                 return distill_loss(base, twig, config.distill, config.head_chunk, config.remat)
             return twig_loss(base, twig, config.head_chunk, config.remat)
     raise ValueError(f"no training stage {config.stage!r}; there are: vision, base, twig")
+
+
+def _reinforced(config: TrainConfig, budget: float | None = None) -> Any:
+    """The arguments of the losses of reinforce.py."""
+    part = config.reinforce
+    if not config.whole_base or not part.budgets:
+        raise ValueError("reinforcing needs whole_base=True, and average budgets")
+    average = max(part.budgets) if budget is None else budget
+    return *config.model(), part, average, config.head_chunk
+
+
+def _held_out_loss(config: TrainConfig) -> Loss:
+    """The loss that says how good a run's model is, on batches without randomness."""
+    if config.reinforce.actions:
+        return pruned_loss(*_reinforced(config, min(config.reinforce.budgets)))
+    return stage_loss(config)
 
 
 def fit(
@@ -87,7 +110,7 @@ def fit(
     accumulate = config.accumulate(mesh.shape)
     flops = step_flops(config) / mesh.size
     shard = row_shard(mesh, config.data.batch_size)
-    tx = optimizer(config.optim, config.steps)
+    tx = optimizer(config.optim, config.steps, config.trains_only)
     learning_rate = schedule(config.optim, config.steps)
     measured = config.stage == "twig" and config.whole_base
     agreement = None
@@ -97,9 +120,14 @@ def fit(
         params, frozen = distribute(params, mesh), distribute(frozen, mesh)
         grown_on = fingerprint(base, frozen, twig.K) if config.stage == "twig" else None
         state = jax.jit(init_state, static_argnums=(1, 2))(params, tx, config.ema is not None)
-        loss = stage_loss(config)
-        step = make_step(loss, tx, accumulate, config.ema)
-        held_out = validation_loss(config, of_a_part(loss, accumulate), mesh)
+        if config.reinforce.actions:
+            frozen = {**frozen, "p_head": params["p_head"]}
+
+        @functools.cache
+        def step_of(budget: float | None) -> Any:
+            return make_step(stage_loss(config, budget), tx, accumulate, config.ema)
+
+        held_out = validation_loss(config, of_a_part(_held_out_loss(config), accumulate), mesh)
         manager = CheckpointManager(out / "checkpoints", config.keep)
         stack.callback(manager.close)
         batches = open_batches(config, base, shard)
@@ -122,8 +150,12 @@ def fit(
         for n in range(start + 1, config.steps + 1):
             with clock.waiting():
                 local = next(batches)
+            budget = None
+            if config.reinforce.actions:
+                budget = budget_at(config.reinforce, config.seed, n, config.steps)
+                local = {**local, "draws": _draws(config, n, shard)}
             batch = on_mesh(local, mesh)
-            state, metrics = step(state, frozen, batch)
+            state, metrics = step_of(budget)(state, frozen, batch)
             pending.append(metrics)
             clock.steps += 1
             if n == start + 1:
@@ -145,6 +177,8 @@ def fit(
                             + (f" from step {saved}, saved in {out}" if saved else "")
                         )
                 line = {"lr": float(learning_rate(n - 1)), **summarise(fetched)}
+                if budget is not None:
+                    line["budget"] = budget
                 tokens = (1 - line["padding"]) * batch["segments"].size
                 line |= clock.read(tokens, flops, chip(jax.devices()[0].device_kind))
                 line |= batches.counters
@@ -180,6 +214,12 @@ def fit(
     return state.result
 
 
+def _draws(config: TrainConfig, step: int, shard: tuple[int, int]) -> np.ndarray:
+    """Another number for each row of a run, uint32 [rows of this shard]."""
+    everyone = np.random.SeedSequence([config.seed, step]).generate_state(config.data.batch_size)
+    return np.split(everyone, shard[1])[shard[0]]
+
+
 def summarise(metrics: list[dict[str, Any]]) -> dict[str, float]:
     """Means over steps; (sum, count) pairs become shares, left out where nothing counted."""
     line = {}
@@ -196,7 +236,7 @@ def summarise(metrics: list[dict[str, Any]]) -> dict[str, float]:
 
 def _brief(line: dict[str, float]) -> str:
     """The figures that a progress bar has room for."""
-    names = ("loss", "accuracy", "agreement", "tokens_per_s")
+    names = ("loss", "accuracy", "agreement", "reward", "tokens_per_s")
     return ", ".join(f"{name} {line[name]:.4g}" for name in names if name in line)
 
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from twig_jax.models.llava import Params
 from twig_jax.training.config import OptimConfig
 
 
@@ -20,8 +21,13 @@ def schedule(config: OptimConfig, steps: int) -> optax.Schedule:
     )
 
 
-def optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
-    """AdamW on the schedule, after clipping; only matrices decay."""
+def optimizer(
+    config: OptimConfig, steps: int, only: str | None = None
+) -> optax.GradientTransformation:
+    """AdamW on the schedule, after clipping; only matrices decay.
+
+    only: the one entry of the parameters that is trained; the others have no moments.
+    """
     adamw = optax.adamw(
         schedule(config, steps),
         config.b1,
@@ -29,6 +35,15 @@ def optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
         weight_decay=config.weight_decay,
         mask=lambda tree: jax.tree.map(lambda x: jnp.ndim(x) > 1, tree),
     )
-    if config.clip is None:
+    if config.clip is not None:
+        adamw = optax.chain(optax.clip_by_global_norm(config.clip), adamw)
+    if only is None:
         return adamw
-    return optax.chain(optax.clip_by_global_norm(config.clip), adamw)
+
+    def labels(params: Params) -> Params:
+        return {
+            name: jax.tree.map(lambda _, name=name: name == only, part)
+            for name, part in params.items()
+        }
+
+    return optax.partition({True: adamw, False: optax.set_to_zero()}, labels)

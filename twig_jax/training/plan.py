@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -134,7 +135,9 @@ def _held(config: TrainConfig, mesh: Mesh | AbstractMesh) -> tuple[TrainState, A
             base = feeding(base, twig_config.K)
         dtype = jnp.dtype(config.base_dtype)
         frozen = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), base)
-    tx = optimizer(config.optim, config.steps)
+        if config.reinforce.actions:
+            frozen["p_head"] = trained["p_head"]
+    tx = optimizer(config.optim, config.steps, config.trains_only)
     state = jax.eval_shape(lambda params: init_state(params, tx, config.ema is not None), trained)
     data = config.data
     if data.source is None:
@@ -144,6 +147,8 @@ def _held(config: TrainConfig, mesh: Mesh | AbstractMesh) -> tuple[TrainState, A
             data.batch_size, data.row_tokens, data.row_images, base_config.vision.image_size
         )
         batch = fill([], shape, 0, base_config.vision.image_mean, base_config.vision.image_std)
+    if config.reinforce.actions:
+        batch = {**batch, "draws": np.zeros(data.batch_size, np.uint32)}
     rows = NamedSharding(mesh, P(("data", "fsdp")))
     return (
         _abstract(state, shardings(state, mesh)),
@@ -180,7 +185,7 @@ def _compiled(config: TrainConfig, topology: str, chip: Chip, devices: Any) -> P
     mesh = jax.make_mesh(sizes, AXES, (AxisType.Auto,) * 3, devices=devices)
     parts = config.accumulate(mesh.shape)
     held = _held(config, mesh)
-    tx = optimizer(config.optim, config.steps)
+    tx = optimizer(config.optim, config.steps, config.trains_only)
     step = make_step(stage_loss(config), tx, parts, config.ema)
     try:
         with jax.set_mesh(mesh):
