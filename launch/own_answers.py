@@ -1,0 +1,144 @@
+"""Conversations with the base's own answers in them, to train a twig on what it will draft.
+
+    python -m launch.own_answers --checkpoint CHECKPOINT --data mix665k.json --images images \\
+        --out own.jsonl
+    python -m launch.train --config configs/llava15_7b_twig.py --set data.source=own.jsonl \\
+        --set data.images=images --export twig
+
+Every question is asked again after the base's own answers to the ones before it, and answered
+greedily; with --twig faster, by the same words. What is in the file already is not asked again.
+Images that are no files are written beside it, to OUT's folder of images.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags
+
+from launch import run
+
+_CHECKPOINT = flags.DEFINE_string("checkpoint", "digits", "folder or hub id of a base, or digits")
+_TWIG = flags.DEFINE_string("twig", None, "folder or hub id of a twig, to answer faster")
+_DATA = flags.DEFINE_string("data", "digits", "conversations, as data.source of launch.train")
+_IMAGES = flags.DEFINE_string("images", None, "folder of their images; the file's own if none")
+_OUT = flags.DEFINE_string("out", None, "the .jsonl file to write")
+_LIMIT = flags.DEFINE_integer("limit", None, "only the first so many", lower_bound=1)
+_NEW = flags.DEFINE_integer("max_new_tokens", 256, "of an answer", lower_bound=1)
+_BATCH = flags.DEFINE_integer("batch", 32, "questions answered at once", lower_bound=1)
+_DTYPE = flags.DEFINE_string("dtype", None, "float32, bfloat16; default what the device is fit for")
+
+_AT_ONCE = 8  # batches of conversations between two times that answers are written
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1 or not _OUT.value or Path(_OUT.value).suffix != ".jsonl":
+        raise app.UsageError("give --out FILE.jsonl, and flags alone")
+    try:
+        answer(Path(_OUT.value))
+    except (FileNotFoundError, ImportError, MemoryError, ValueError) as error:
+        sys.exit(f"own_answers: {error}")
+
+
+def answer(out: Path) -> None:
+    """Answers what the file does not have yet."""
+    from tqdm import tqdm
+
+    from twig_jax import api
+    from twig_jax.data.sources import BadSample, open_source
+    from twig_jax.runtime import use_compilation_cache
+
+    use_compilation_cache()
+    source = open_source(_DATA.value, _IMAGES.value)
+    there = known(out)
+    todo = [i for i in range(min(len(source), _LIMIT.value or len(source))) if i not in there]
+    if not todo:
+        print(f"{out} has all {len(there)} conversations")
+        return
+    model = api.load(_CHECKPOINT.value, _TWIG.value, _DTYPE.value)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    size, bad = _AT_ONCE * _BATCH.value, 0
+    with tqdm(total=len(todo), unit="conversation") as bar, out.open("a") as file:
+        for first in range(0, len(todo), size):
+            samples = []
+            for index in todo[first : first + size]:
+                try:
+                    samples.append((index, source[index]))
+                except BadSample as error:
+                    bad += 1
+                    bar.write(f"left out: {error}", file=sys.stderr)
+            said = conversations(model, [sample for _, sample in samples])
+            for (index, sample), turns in zip(samples, said, strict=True):
+                if turns:
+                    row = as_row(index, sample, turns, out.parent / "images")
+                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.flush()
+            bar.update(len(todo[first : first + size]))
+    print(f"{len(todo) - bad} conversations answered, {bad} bad ones left out, in {out}")
+
+
+def known(out: Path) -> set[int]:
+    """The conversations that the file has, by number; a line that was cut off is taken away."""
+    if not out.is_file():
+        return set()
+    text = out.read_bytes()
+    whole = text[: text.rfind(b"\n") + 1]
+    if whole != text:
+        out.write_bytes(whole)
+    return {json.loads(line)["index"] for line in whole.splitlines()}
+
+
+def conversations(model: Any, samples: list[Any]) -> list[list[tuple[str, str]]]:
+    """Turns of (question, own answer) of each; after an empty answer nothing more is asked."""
+    from twig_jax.data import conversation
+    from twig_jax.decoding.settings import Settings
+
+    settings = Settings(
+        mode="plain" if model.generator.twig_config is None else "ssd", max_new_tokens=_NEW.value
+    )
+    said: list[list[tuple[str, str]]] = [[] for _ in samples]
+    asks = list(range(len(samples)))
+    while asks:
+        requests = []
+        for i in asks:
+            turns = [*said[i], (samples[i].turns[len(said[i])][0], None)]
+            markers = sum(question.count(conversation.IMAGE) for question, _ in turns)
+            text = conversation.prompt(model.conventions.template, turns)
+            requests.append(model.request(text, samples[i].images[:markers], raw=True))
+        results = model.generator.generate_many(requests, settings, _BATCH.value)
+        going = []
+        for i, result in zip(asks, results, strict=True):
+            if result.text:
+                said[i].append((samples[i].turns[len(said[i])][0], result.text))
+                if len(said[i]) < len(samples[i].turns):
+                    going.append(i)
+        asks = going
+    return said
+
+
+def as_row(index: int, sample: Any, turns: list[tuple[str, str]], folder: Path) -> dict[str, Any]:
+    """A conversation in LLaVA's format; images that are no files are written to the folder."""
+    from twig_jax.data import conversation
+    from twig_jax.data.images import load_image
+
+    markers = sum(question.count(conversation.IMAGE) for question, _ in turns)
+    paths = []
+    for number, image in enumerate(sample.images[:markers]):
+        if not isinstance(image, str | Path):
+            path = folder / f"{index}-{number}.png"
+            path.parent.mkdir(exist_ok=True)
+            load_image(image).save(path)
+            image = path
+        paths.append(str(Path(image).absolute()))
+    said = [
+        part
+        for question, text in turns
+        for part in ({"from": "human", "value": question}, {"from": "gpt", "value": text})
+    ]
+    row: dict[str, Any] = {"index": index, "id": sample.id, "conversations": said}
+    return {**row, "image": paths} if paths else row
+
+
+if __name__ == "__main__":
+    run(main)
