@@ -26,6 +26,9 @@ _DISTRIBUTED = flags.DEFINE_bool(
     "distributed", False, "one of several processes; the cluster says how many (TPU, Slurm, GKE)"
 )
 
+_WRITE = flags.DEFINE_string(
+    "write_targets", None, "train nothing: write what the base teaches to this folder"
+)
 _PLAN = flags.DEFINE_bool("plan", False, "print what a step takes on --topology, and end")
 _TOPOLOGY = flags.DEFINE_string("topology", None, "a TPU slice, v5e:2x4, or GPUs, h100:8")
 _PLAN_JSON = flags.DEFINE_string("plan_json", None, "write the plan's figures to this file")
@@ -49,6 +52,8 @@ def main(argv: list[str]) -> None:
         config = override(read_config(_CONFIG.value), _SET.value)
         if _TOPOLOGY.value:
             show_plan(config, _TOPOLOGY.value)
+        elif _WRITE.value:
+            write_targets(config, _WRITE.value)
         else:
             train(config, export=_EXPORT.value)
     except (FileNotFoundError, FloatingPointError, ImportError, ValueError) as error:
@@ -65,6 +70,20 @@ def show_plan(config: Any, topology: str) -> None:
     found = plan(dataclasses.replace(config, base=None), topology)
     print(found)
     write_json(_PLAN_JSON.value, found.as_json())
+
+
+def write_targets(config: Any, folder: str) -> None:
+    """Writes what the base teaches about every batch of the run."""
+    import jax
+    from tqdm import tqdm
+
+    from twig_jax.sharding.mesh import make_mesh
+    from twig_jax.training import targets
+    from twig_jax.training.start import start_base
+
+    base = start_base(config, make_mesh(*config.mesh))
+    with tqdm(total=config.steps, unit="step", disable=bool(jax.process_index())) as bar:
+        targets.write_targets(config, base, folder, told=lambda step: bar.update())
 
 
 if __name__ == "__main__":

@@ -58,7 +58,9 @@ class DistillConfig:
     prediction: α, the weight of KL(base ‖ twig) over the next word; attention: γ_a, that of KL(base
     ‖ P-Head) over visual tokens; 0 leaves one out, both are TwigVLM's training. layer: the base
     layer whose attention is learned (0-based), None for the one at 60 % of the depth. queries: see
-    `distill.queries`.
+    `distill.queries`. targets: a folder with what the base teaches, computed before (see
+    targets.py), so that the run needs its trunk alone; words: how many of the likeliest words that
+    holds.
     """
 
     prediction: float = 0.0
@@ -66,6 +68,8 @@ class DistillConfig:
     layer: int | None = None
     queries: str = "answer"
     most_queries: int = 64
+    targets: str | None = None
+    words: int = 32
 
     def layer_of(self, num_layers: int) -> int:
         """`layer`, in a base of so many layers."""

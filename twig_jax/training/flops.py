@@ -30,7 +30,8 @@ def step_flops(config: TrainConfig) -> float:
             return encoding + (twig.K + twig.T) * layer + _tried(config)
         case _:
             teaching = 0.0
-            if config.distill.prediction or config.distill.attention:
+            learns = config.distill.prediction or config.distill.attention
+            if learns and not config.distill.targets:
                 # To the base's end where it teaches words, else to the layer that is learned.
                 L = base.text.num_layers
                 last = L if config.distill.prediction else config.distill.layer_of(L) + 1

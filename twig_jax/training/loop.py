@@ -32,6 +32,7 @@ from twig_jax.training.optim import optimizer, schedule
 from twig_jax.training.preemption import Preempted, preemption
 from twig_jax.training.reinforce import budget_at, pruned_loss, reinforce_loss
 from twig_jax.training.step import TrainState, init_state, make_step, of_a_part
+from twig_jax.training.targets import TaughtBatches
 from twig_jax.training.validation import validation_loss
 
 Callback = Callable[[int, Params], dict[str, float]]
@@ -60,8 +61,11 @@ def stage_loss(config: TrainConfig, budget: float | None = None) -> Loss:
             return reinforce_loss(*_reinforced(config, budget))
         case "twig":
             if config.distill.prediction or config.distill.attention:
-                if not config.whole_base:
-                    raise ValueError("distillation needs the whole base: set whole_base=True")
+                if not (config.whole_base or config.distill.targets):
+                    raise ValueError(
+                        "distillation needs the whole base, or what it teaches: set "
+                        "whole_base=True, or distill.targets"
+                    )
                 return distill_loss(base, twig, config.distill, config.head_chunk, config.remat)
             return twig_loss(base, twig, config.head_chunk, config.remat)
     raise ValueError(f"no training stage {config.stage!r}; there are: vision, base, twig")
@@ -80,6 +84,8 @@ def _held_out_loss(config: TrainConfig) -> Loss:
     """The loss that says how good a run's model is, on batches without randomness."""
     if config.reinforce.actions:
         return pruned_loss(*_reinforced(config, min(config.reinforce.budgets)))
+    if config.distill.targets:
+        return twig_loss(*config.model(), config.head_chunk)  # what is held out has no targets
     return stage_loss(config)
 
 
@@ -131,6 +137,10 @@ def fit(
         manager = CheckpointManager(out / "checkpoints", config.keep)
         stack.callback(manager.close)
         batches = open_batches(config, base, shard)
+        if config.distill.targets and grown_on:
+            batches = TaughtBatches(
+                batches, config.distill.targets, config.distill, grown_on, shard
+            )
         stack.callback(batches.close)
         start = manager.latest() or 0
         if start:

@@ -50,7 +50,7 @@ def seen(segments: jax.Array) -> jax.Array:
 def in_chunks(
     score: Callable[..., tuple[jax.Array, ...]], arrays: tuple[jax.Array, ...], chunk: int
 ) -> tuple[jax.Array, ...]:
-    """score(*arrays), whose results are all [B, S], for arrays [B, S, ...].
+    """score(*arrays), whose results are all [B, S, ...], for arrays [B, S, ...].
 
     It runs on `chunk` tokens of each row at a time, again in the backward pass, so that what is
     there once a token and word, [B, S, V], is never there as a whole.
@@ -64,7 +64,7 @@ def in_chunks(
         return rearrange(x, "B (n c) ... -> n B c ...", c=chunk)
 
     found = jax.lax.map(lambda part: jax.checkpoint(score)(*part), tuple(map(split, arrays)))
-    return tuple(rearrange(y, "n B c -> B (n c)")[:, :S] for y in found)
+    return tuple(rearrange(y, "n B c ... -> B (n c) ...")[:, :S] for y in found)
 
 
 def _score(

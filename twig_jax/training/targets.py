@@ -1,0 +1,173 @@
+"""What a base teaches, computed once and kept on disk: a run that reads it needs no whole base.
+
+FOLDER/targets.json says what the base was asked. FOLDER/000001-0of1.npz has step 1 of shard 0 of
+one: the n likeliest words and their log-probabilities at every target, the attention to be learned,
+and a checksum of the batch that both belong to.
+"""
+
+import dataclasses
+import json
+import os
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import PartitionSpec as P
+
+from twig_jax.checkpoints.twig import fingerprint
+from twig_jax.data.packing import Batch
+from twig_jax.models.llava import Params
+from twig_jax.sharding.mesh import make_mesh
+from twig_jax.sharding.placement import distribute
+from twig_jax.training.config import DistillConfig, TrainConfig
+from twig_jax.training.data import Batches, State, on_mesh, open_batches, row_shard
+from twig_jax.training.distill import teaching
+
+
+class TaughtBatches:
+    """Batches with what the base teaches about them, from a folder.
+
+    Beside the arrays of `batches`, each has `taught_words` int32 and `taught_logs` float32
+    [B, S, n], and `taught_attention` float32 [B, Q, S]; see `distill.teaching`.
+    Raises FileNotFoundError for a folder without targets, and ValueError for targets of other
+    settings or another base; `next` does so for a step that is not there, or another batch's.
+    """
+
+    def __init__(
+        self,
+        batches: Batches,
+        folder: str,
+        distill: DistillConfig,
+        grown_on: str,
+        shard: tuple[int, int],
+    ) -> None:
+        self._batches, self._folder, self._shard, self._step = batches, Path(folder), shard, 0
+        path = self._folder / "targets.json"
+        if not path.is_file():
+            raise FileNotFoundError(f"no targets in {folder}: write them with --write_targets")
+        there, asked = json.loads(path.read_text()), _asked(distill, grown_on)
+        other = [f"{k} {there.get(k)}, not {asked[k]}" for k in asked if there.get(k) != asked[k]]
+        if other:
+            raise ValueError(f"the targets in {folder} are of other settings: {'; '.join(other)}")
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        batch = next(self._batches)
+        self._step += 1
+        path = _file(self._folder, self._step, self._shard)
+        if not path.is_file():
+            raise ValueError(f"there is no {path.name} in {self._folder}: write more targets")
+        with np.load(path) as stored:
+            if int(stored["checksum"]) != _checksum(batch):
+                raise ValueError(
+                    f"{path} was written for another batch: train with the data, seed, batch size "
+                    "and number of hosts that the targets were written with"
+                )
+            return {**batch, **_dense(stored, batch)}
+
+    def get_state(self) -> State:
+        """The position behind the last batch that was given, to be saved as JSON."""
+        return {"step": self._step, "batches": self._batches.get_state()}
+
+    def set_state(self, state: State) -> None:
+        """Goes on from a saved position."""
+        self._step = state["step"]
+        self._batches.set_state(state["batches"])
+
+    @staticmethod
+    def reshard(states: Sequence[State], count: int) -> list[State]:
+        """Raises ValueError: the targets are of other batches."""
+        raise ValueError(f"targets of {len(states)} shards cannot be read in {count}")
+
+    @property
+    def counters(self) -> dict[str, float]:
+        """Those of the batches."""
+        return self._batches.counters
+
+    def close(self) -> None:
+        """Closes the batches."""
+        self._batches.close()
+
+
+def write_targets(
+    config: TrainConfig, base: Params, folder: str, told: Callable[[int], Any] = lambda step: None
+) -> None:
+    """Writes what the whole `base` teaches about every batch of a run; files there are kept.
+
+    told: is given each step that is done. On several hosts all call this. Raises ValueError for a
+    folder with targets of other settings, and what the data raise.
+    """
+    base_config, twig = config.model()
+    mesh = make_mesh(*config.mesh)
+    shard = row_shard(mesh, config.data.batch_size)
+    teach = jax.jit(teaching(base_config, twig, config.distill, config.head_chunk))
+    out = Path(folder)
+    out.mkdir(parents=True, exist_ok=True)
+    with jax.set_mesh(mesh):
+        base = distribute(base, mesh)
+        asked = _asked(config.distill, fingerprint(base_config, base, twig.K))
+        notes = out / "targets.json"
+        if notes.is_file() and json.loads(notes.read_text()) != asked:
+            raise ValueError(f"{folder} has targets of other settings; name another folder")
+        if not jax.process_index():
+            notes.write_text(json.dumps(asked))
+        batches = open_batches(config, base_config, shard)
+        for step in range(1, config.steps + 1):
+            local = next(batches)
+            path = _file(out, step, shard)
+            if not path.is_file():
+                found = teach(base, on_mesh(local, mesh))
+                rows = P(("data", "fsdp"))
+                mine = multihost_utils.global_array_to_host_local_array(found, mesh, rows)
+                _write(path, local, {name: np.asarray(x) for name, x in mine.items()})
+            told(step)
+        batches.close()
+
+
+def _asked(distill: DistillConfig, grown_on: str) -> dict[str, Any]:
+    asked = dataclasses.asdict(distill)
+    return {"base": grown_on} | {
+        name: asked[name] for name in ("layer", "queries", "most_queries", "words")
+    }
+
+
+def _file(folder: Path, step: int, shard: tuple[int, int]) -> Path:
+    return folder / f"{step:06}-{shard[0]}of{shard[1]}.npz"
+
+
+def _checksum(batch: Batch) -> int:
+    return zlib.crc32(batch["targets"].tobytes(), zlib.crc32(batch["tokens"].tobytes()))
+
+
+def _write(path: Path, batch: Batch, found: dict[str, np.ndarray]) -> None:
+    """Only what is at targets, and rows of attention that are not empty; the whole file or none."""
+    at = batch["targets"] >= 0
+    rows = found["taught_attention"].any(-1)
+    part = path.with_suffix(".part")
+    with part.open("wb") as file:
+        np.savez_compressed(
+            file,
+            checksum=_checksum(batch),
+            words=found["taught_words"][at],
+            logs=found["taught_logs"][at].astype(np.float16),
+            rows=rows,
+            attention=found["taught_attention"][rows].astype(np.float16),
+        )
+    os.replace(part, path)
+
+
+def _dense(stored: Any, batch: Batch) -> Batch:
+    at, rows = batch["targets"] >= 0, stored["rows"]
+    n, (B, S) = stored["words"].shape[-1], at.shape
+    words: Any = np.zeros((B, S, n), np.int32)
+    logs: Any = np.zeros((B, S, n), np.float32)
+    attention: Any = np.zeros((*rows.shape, S), np.float32)
+    words[at], logs[at] = stored["words"], stored["logs"]
+    attention[rows] = stored["attention"]
+    return {"taught_words": words, "taught_logs": logs, "taught_attention": attention}
