@@ -94,6 +94,15 @@ def test_the_processes_of_a_slurm_step_train_one_twig(tmp_path):
     assert {p.name for p in (tmp_path / "twig").iterdir()} == {"model.safetensors", "twig.json"}
 
 
+def test_what_the_base_teaches_is_written(tmp_path):
+    few = ("--set=steps=1", "--set=data.batch_size=8", "--set=data.row_tokens=212")
+    stage = ("--config", "configs/digits_twigpp_stage1.py", *few)
+    result = launch(*stage, "--write_targets", tmp_path / "targets")
+    assert result.returncode == 0, result.stderr[-2000:]
+    names = {path.name for path in (tmp_path / "targets").iterdir()}
+    assert names == {"000001-0of1.npz", "targets.json"}
+
+
 def test_a_plan_is_printed_and_nothing_trained(tmp_path):
     plan = ("--plan", "--topology", "h100:8", "--plan_json", tmp_path / "plan.json")
     result = launch("--config", "configs/llava15_7b_twig.py", *plan)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import digits_twigpp_stage2, llava15_7b_twigpp_stage2
 from tests.training.worker import config, start
 from twig_jax.models.llava import Llava
 from twig_jax.models.twig import fresh_p_head
@@ -18,6 +19,7 @@ from twig_jax.presets import preset
 from twig_jax.pruning.forward import Prompt, forward
 from twig_jax.pruning.sampling import draw, log_probability
 from twig_jax.training.config import OptimConfig, ReinforceConfig, TrainConfig
+from twig_jax.training.flops import step_flops
 from twig_jax.training.loop import fit, stage_loss
 from twig_jax.training.optim import optimizer
 from twig_jax.training.preemption import Preempted
@@ -232,6 +234,14 @@ def test_a_run_goes_on_where_it_stopped(tmp_path):
     assert {line["budget"] for line in steps} <= {74.0, 78.0}
     assert {"reward", "reward_spread", "useless_groups", "entropy", "churn"} <= steps[-1].keys()
     assert any("validation/loss" in line for line in lines)
+
+
+@pytest.mark.parametrize("module", [digits_twigpp_stage2, llava15_7b_twigpp_stage2])
+def test_every_budget_of_the_configurations_has_a_step(module):
+    run = dataclasses.replace(module.get_config(), base=None)
+    for budget in run.reinforce.budgets:
+        stage_loss(run, budget)
+    assert step_flops(run) > 10 * step_flops(dataclasses.replace(run, reinforce=ReinforceConfig()))
 
 
 @pytest.mark.parametrize(
