@@ -30,8 +30,11 @@ _TEXT = flags.DEFINE_integer("text_tokens", 24, "text tokens of a random prompt"
 _NEW = flags.DEFINE_list("max_new_tokens", ["40"], "tokens of each answer, one or several lengths")
 _BATCH = flags.DEFINE_list("batch", ["1"], "rows, one or several sizes")
 _REPEATS = flags.DEFINE_integer("repeats", 7, "interleaved measurements of each", lower_bound=1)
-_GAMMA = flags.DEFINE_integer("gamma", 6, "most drafts an iteration", lower_bound=1)
+_GAMMA = flags.DEFINE_integer("gamma", 6, "tokens ahead that are drafted at most", lower_bound=1)
 _THETA = flags.DEFINE_float("theta", 0.3, "drafting stops after a token less probable than this")
+_CHILDREN = flags.DEFINE_integer("children", 1, "drafts tried after each; 1 is a chain")
+_EXPANDED = flags.DEFINE_integer("expanded", 1, "drafts of a level that have children")
+_NODES = flags.DEFINE_integer("nodes", 0, "most drafts an iteration; 0 for all of the tree")
 _DTYPE = flags.DEFINE_string("dtype", "float32", "of weights and computation")
 _PLOT = flags.DEFINE_string("plot", None, "draw speeds relative to plain here, as PNG")
 _JSON = flags.DEFINE_string("json", None, "write results here; - is standard output")
@@ -120,6 +123,9 @@ def measure(batches: list[int], lengths: list[int]) -> dict:
                 min_new_tokens=new,
                 gamma=_GAMMA.value,
                 theta=_THETA.value,
+                children=_CHILDREN.value,
+                expanded=_EXPANDED.value,
+                nodes=_NODES.value,
             )
             for mode in _MODES.value
         }
@@ -147,6 +153,9 @@ def measure(batches: list[int], lengths: list[int]) -> dict:
             "repeats": _REPEATS.value,
             "gamma": _GAMMA.value,
             "theta": _THETA.value,
+            "children": _CHILDREN.value,
+            "expanded": _EXPANDED.value,
+            "nodes": _NODES.value,
         },
         "bandwidth_gb_per_s": rate / 1e9,
         "results": [dataclasses.asdict(one) for one in speeds],

@@ -39,8 +39,11 @@ _RETAINED = flags.DEFINE_list(
     "avg_retained", [], "visual tokens a layer sees; default a third, two ninths and one ninth"
 )
 _MAX_NEW = flags.DEFINE_integer("max_new_tokens", None, "default the benchmark's own")
-_GAMMA = flags.DEFINE_integer("gamma", 5, "most drafts an iteration")
+_GAMMA = flags.DEFINE_integer("gamma", 5, "tokens ahead that are drafted at most")
 _THETA = flags.DEFINE_float("theta", 0.6, "drafting stops after a token less probable than this")
+_CHILDREN = flags.DEFINE_integer("children", 1, "drafts tried after each; 1 is a chain")
+_EXPANDED = flags.DEFINE_integer("expanded", 1, "drafts of a level that have children")
+_NODES = flags.DEFINE_integer("nodes", 0, "most drafts an iteration; 0 for all of the tree")
 _TIMED = flags.DEFINE_integer(
     "timed_samples", 12, "questions for speed, one at a time; 0 measures none", lower_bound=0
 )
@@ -103,6 +106,9 @@ def evaluate() -> None:
             max_new_tokens=_MAX_NEW.value or benchmark.max_new_tokens,
             gamma=_GAMMA.value,
             theta=_THETA.value,
+            children=_CHILDREN.value,
+            expanded=_EXPANDED.value,
+            nodes=_NODES.value,
         ),
         batch=_BATCH.value,
         model_id=Path(_CHECKPOINT.value).name,
@@ -188,7 +194,8 @@ def _speeds(judge: Any, ways: list) -> dict:
 
 def _settings() -> dict[str, Any]:
     """What answers depend on besides the run; but for rounding, not on the batch."""
-    flags = (_CHECKPOINT, _TWIG, _DTYPE, _TEMPLATE, _MAX_NEW, _GAMMA, _THETA, _SEED)
+    drafting = (_GAMMA, _THETA, _CHILDREN, _EXPANDED, _NODES)
+    flags = (_CHECKPOINT, _TWIG, _DTYPE, _TEMPLATE, _MAX_NEW, *drafting, _SEED)
     return {flag.name: flag.value for flag in flags}
 
 

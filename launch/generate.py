@@ -8,7 +8,7 @@ python -m launch.generate --batch_file questions.jsonl --json answers.jsonl
 question: --image --prompt, or --raw_prompt; --batch_file --image_folder for many
 model:    --checkpoint --twig --dtype --template --allow_base_mismatch
 decoding: --mode --avg_retained --max_new_tokens --min_new_tokens --stop --batch
-drafting: --gamma --theta --adaptive
+drafting: --gamma --theta --adaptive --children --expanded --nodes
 sampling: --temperature --top_k --top_p --min_p --repetition_penalty --seed
 output:   --json
 """
@@ -49,8 +49,11 @@ _MODE = flags.DEFINE_enum("mode", None, MODES, "default ttp_ssd with a twig, els
 _RETAINED = flags.DEFINE_float("avg_retained", None, "visual tokens a layer sees, on average")
 _MAX_NEW = flags.DEFINE_integer("max_new_tokens", None, "most tokens of an answer (128)")
 _MIN_NEW = flags.DEFINE_integer("min_new_tokens", None, "fewest tokens of an answer (0)")
-_GAMMA = flags.DEFINE_integer("gamma", None, "most drafts an iteration (5)")
+_GAMMA = flags.DEFINE_integer("gamma", None, "tokens ahead that are drafted at most (5)")
 _THETA = flags.DEFINE_float("theta", None, "drafting stops after a token less probable (0.6)")
+_CHILDREN = flags.DEFINE_integer("children", None, "drafts tried after each (1, a chain)")
+_EXPANDED = flags.DEFINE_integer("expanded", None, "drafts of a level that have children (1)")
+_NODES = flags.DEFINE_integer("nodes", None, "most drafts an iteration (0, all of the tree)")
 _ADAPTIVE = flags.DEFINE_bool("adaptive", None, "stop drafting while drafts are in vain")
 _TEMPERATURE = flags.DEFINE_float("temperature", None, "0, the default, takes the likeliest token")
 _TOP_K = flags.DEFINE_integer("top_k", None, "draw from so many likeliest tokens")
@@ -62,8 +65,8 @@ _STOP = flags.DEFINE_multi_string("stop", [], "text that ends an answer; repeata
 _DECODING = {
     flag.name: flag
     for flag in (
-        _MODE, _RETAINED, _MAX_NEW, _MIN_NEW, _GAMMA, _THETA, _ADAPTIVE,
-        _TEMPERATURE, _TOP_K, _TOP_P, _MIN_P, _PENALTY, _SEED,
+        _MODE, _RETAINED, _MAX_NEW, _MIN_NEW, _GAMMA, _THETA, _CHILDREN, _EXPANDED, _NODES,
+        _ADAPTIVE, _TEMPERATURE, _TOP_K, _TOP_P, _MIN_P, _PENALTY, _SEED,
     )
 }  # fmt: skip
 

@@ -11,7 +11,7 @@ from tests.decoding.models import CONFIG, change, forced, generator, request, ru
 from twig_jax.decoding import accept as accept_module
 from twig_jax.decoding import draft as draft_module
 from twig_jax.decoding import loop, network, prefill
-from twig_jax.decoding.sampling import choose
+from twig_jax.decoding.sampling import choose, scores
 from twig_jax.decoding.settings import Result, Settings, controls
 
 # Text alone, so that little is compiled anew; two greedy rows, two sampled ones.
@@ -124,11 +124,11 @@ def test_the_twig_with_noise_of_another_position(answers, monkeypatch) -> None:
     """No answer is wrong, but drafts agree by chance only."""
 
     def shifted(controls, logits, n, positions, *seen):
-        return choose(controls, logits, n, positions + 1, *seen)
+        return scores(controls, logits, n, positions + 1, *seen)
 
     right = answers("ssd", temperature=2.0)
     jax.clear_caches()
-    monkeypatch.setattr(draft_module, "choose", shifted)
+    monkeypatch.setattr(draft_module, "scores", shifted)
     fast = answers("ssd", temperature=2.0)
     assert tokens(fast) == tokens(right)
     assert share(fast) < share(right) / 2

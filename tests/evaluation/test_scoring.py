@@ -16,6 +16,7 @@ RESULT = Result(
     stopped_by="eos",
     accepted=np.zeros(7, bool),
     drafts=[np.array([0, 1, 9]), np.array([3, 4, 5])],
+    parents=[np.array([0, 1, 2])] * 2,
     probs=[],
     matched=np.array([2, 3]),
     kept=np.zeros(0),
@@ -34,11 +35,28 @@ def test_acceptance_by_kind_of_word():
     assert a.tokar == 5 / 6
     assert a.content == 3 / 4  # places 0, 2, 4, 5, of which 2 was rejected
     assert a.wording == 2 / 2
-    assert (a.drafted, a.accepted) == (3.0, 2.5)
+    assert (a.drafted, a.levels, a.accepted) == (3.0, 3.0, 2.5)
+
+
+def test_acceptance_of_trees():
+    # Two drafts for place 0, three for place 1 and one for place 2, two accepted; then one of two.
+    tree = dataclasses.replace(
+        RESULT,
+        drafts=[np.array([8, 0, 9, 1, 7, 2]), np.array([3, 4])],
+        parents=[np.array([0, 0, 2, 2, 1, 4]), np.array([0, 0])],
+        matched=np.array([2, 1]),
+    )
+    a = acceptance([tree], [[True, False, True, False, False]])
+    assert (a.drafted, a.levels, a.accepted) == (8 / 2, (3 + 1) / 2, 3 / 2)
+    assert a.tokar == 3 / 8
+    assert a.content == 1 / 3  # two drafts for place 0, one accepted, and one for place 2
+    assert a.wording == 2 / 5
 
 
 def test_acceptance_without_drafts_is_not_a_number():
-    nothing = dataclasses.replace(RESULT, drafts=[np.array([], int)], matched=np.array([0]))
+    nothing = dataclasses.replace(
+        RESULT, drafts=[np.array([], int)], parents=[np.array([], int)], matched=np.array([0])
+    )
     assert math.isnan(acceptance([nothing], [[True]]).tokar)
 
 

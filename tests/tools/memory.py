@@ -58,7 +58,7 @@ def shapes(program: Program, rows: int, dtype: Any) -> tuple[Weights, Any]:
         retained=np.ones((rows, len(p.segments)), np.int32),
         scores=np.zeros((rows, P), np.float32),
     )
-    cost = np.zeros(p.width, np.float32)
+    cost = np.zeros(p.tree.depth + 1, np.float32)
     state, _ = jax.eval_shape(
         partial(prefill, p), weights, inputs, controls([Settings()] * rows, 2), cost
     )
@@ -107,7 +107,7 @@ def nbytes(tree: Any) -> int:
 def measure(program: Program, rows: int, dtype: Any, mesh: Mesh) -> dict[str, Any]:
     """Compiles an iteration and the loop, and reads off what they move."""
     weights, state = placed(*shapes(program, rows, dtype), mesh)
-    cost, stop = np.zeros(program.width, np.float32), np.zeros(rows, bool)
+    cost, stop = np.zeros(program.tree.depth + 1, np.float32), np.zeros(rows, bool)
     with jax.set_mesh(mesh):
         once = jax.jit(partial(iterate, program), donate_argnums=1)
         one = once.lower(weights, state, cost).compile()

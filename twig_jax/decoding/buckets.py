@@ -9,6 +9,7 @@ import numpy as np
 from twig_jax.config import LlavaConfig, TwigConfig
 from twig_jax.decoding.network import Program, Segment
 from twig_jax.decoding.settings import Settings
+from twig_jax.decoding.tree import Tree
 from twig_jax.pruning.schedule import Schedule, by_twig
 
 TEXT_STEP = 32  # undeclared shapes are rounded up to multiples of these
@@ -78,6 +79,7 @@ def program_for(
         if settings.avg_retained is not None:
             budgets.append(schedule.budget(settings.avg_retained, L, M, bucket.images))
         layers, slots = schedule.layers, tuple(map(max, zip(*budgets, strict=True)))
+    children = min(settings.children, config.text.vocab_size)
     segments = zip(layers, (*layers[1:], L), slots, strict=True)
     return Program(
         base=config,
@@ -90,7 +92,9 @@ def program_for(
         images=bucket.images,
         segments=tuple(Segment(*segment) for segment in segments if segment[0] < L),
         rank=schedule.rank if settings.prune and schedule else None,
-        width=settings.gamma + 1 if settings.draft else 1,
+        tree=Tree.of(settings.gamma, children, settings.expanded, settings.nodes)
+        if settings.draft
+        else Tree.of(0),
         max_new=bucket.new,
     )
 
@@ -109,7 +113,7 @@ def state_bytes(program: Program, rows: int, itemsize: int) -> int:
     width = max(p.prompt_slots, p.text_slots + p.segments[0].slots + p.width)
     layer = width * (4 * text.hidden_size + 2 * text.intermediate_size) * itemsize
     attention = text.num_heads * width * width * 2 * 4
-    logits = p.width * text.vocab_size * 4 * 3
+    logits = max(p.width, p.tree.expanded) * text.vocab_size * 4 * 3
     return rows * (caches + layer + attention + logits)
 
 

@@ -54,6 +54,7 @@ class Trace(NamedTuple):
     """What happened, for reports; iteration i of row b is at [b, i], -1 where nothing was."""
 
     drafts: jax.Array  # int32 [B, max_new, W - 1], drafted tokens
+    parents: jax.Array  # int32 [B, max_new, W - 1], the nodes they follow
     probs: jax.Array  # float32 [B, max_new, W - 1], their probability under the twig
     matched: jax.Array  # int32 [B, max_new], accepted drafts
     accepted: jax.Array  # bool [B, max_new], whether emitted token i was an accepted draft

@@ -77,7 +77,7 @@ class Generator:
     of its own. mesh: what to spread over, with the axes of sharding/mesh.py; all processes of
     several hosts make the same calls. detokenize: tokens -> text, for texts in results and stops.
     remembered_images: how many images' embeddings are kept, by content. draft_cost: how many plain
-    steps each draft adds to an iteration, for adaptive drafting; None to measure it.
+    steps each level of drafts adds to an iteration, for adaptive drafting; None to measure it.
     """
 
     def __init__(
@@ -273,10 +273,10 @@ class Generator:
         own = [r.settings or settings for r in requests]
         needs = [self._needs(i, r, s) for i, (r, s) in enumerate(zip(requests, own, strict=True))]
         for i, s in enumerate(own):
-            if s.mode != settings.mode or s.adaptive != settings.adaptive:
+            if s.shape != settings.shape:
                 raise ValueError(
-                    f"request {i}: one batch has one mode and one way of drafting, "
-                    f"{settings.mode} here, not {s.mode}"
+                    f"request {i}: one batch has one mode and one way of drafting: mode, adaptive, "
+                    f"children, expanded and nodes {settings.shape} here, not {s.shape}"
                 )
         images, texts, news = (max(column) for column in zip(*needs, strict=True))
         need = Bucket(len(requests), texts, images, news)
@@ -417,32 +417,32 @@ class Generator:
             _log.info("compiling for %s", bucket)
 
     def _cost(self, prepared: Prepared) -> np.ndarray:
-        """What drafting 0 .. W-1 tokens adds to an iteration, in plain steps; see adaptive.py.
+        """What drafting 0 .. D levels adds to an iteration, in plain steps; see adaptive.py.
 
         Zeros where drafting is not adaptive; otherwise what `draft_cost` says, or measured once a
-        program, by drafting none, one and all tokens in a few iterations each.
+        program, by drafting none, one and all levels in a few iterations each.
         """
         program, rows = prepared.program, prepared.bucket.rows
         key = (program, rows)
         if key in self._costs:
             return self._costs[key]
-        cost = np.zeros(program.width, np.float32)
+        cost = np.zeros(program.tree.depth + 1, np.float32)
         self._costs[key] = cost
         if program.adaptive and self.draft_cost is not None:
-            cost += np.arange(program.width) * self.draft_cost
+            cost += np.arange(len(cost)) * self.draft_cost
         elif program.adaptive:
             cost = self._costs[key] = self._measured(prepared)
             _log.info("an iteration that drafts costs %s plain steps", np.round(cost + 1, 2))
         return cost
 
     def _measured(self, prepared: Prepared) -> np.ndarray:
-        program, W = prepared.program, prepared.program.width
-        rows = prepared.bucket.rows
+        program, rows = prepared.program, prepared.bucket.rows
+        deepest = program.tree.depth
         one: Any = np.ones(rows, np.int32)
         blank = jax.tree.map(np.zeros_like, prepared.inputs)._replace(lengths=one)
         times = {}
-        for drafts in sorted({0, 1, W - 1}):
-            forced = Settings(max_new_tokens=program.max_new, gamma=drafts, theta=0.0)
+        for levels in sorted({0, 1, deepest}):
+            forced = Settings(max_new_tokens=program.max_new, gamma=levels, theta=0.0)
             every = controls([forced] * rows, eos=-1)
             quickest = np.inf
             for _ in range(4):  # the first compiles
@@ -452,8 +452,8 @@ class Generator:
                 state = self.decode(program, state, np.zeros(rows, bool), _MEASURED)
                 steps = int((gather(state.iterations) - before).max())
                 quickest = min(quickest, (time.perf_counter() - began) / max(steps, 1))
-            times[drafts] = quickest
-        cost = np.interp(np.arange(W), list(times), list(times.values())) / times[0] - 1
+            times[levels] = quickest
+        cost = np.interp(np.arange(deepest + 1), list(times), list(times.values())) / times[0] - 1
         cost = np.maximum.accumulate(np.maximum(cost, 0)).astype(np.float32)
         if jax.process_count() > 1:
             cost = multihost_utils.broadcast_one_to_all(cost)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from twig_jax.decoding.accept import accept
 from twig_jax.decoding.adaptive import drafting
 from twig_jax.decoding.cache import Cache, State, grow, sees, slots_of, spread_rows
-from twig_jax.decoding.draft import Committed, Drafts, catch_up, draft, scratch, trunk_step
+from twig_jax.decoding.draft import Committed, catch_up, draft, scratch, trunk_step, undrafted
 from twig_jax.decoding.network import Program, Weights
 from twig_jax.decoding.sampling import choose, seen_before
 from twig_jax.pruning.select import take
@@ -24,7 +24,7 @@ def decode(
 ) -> State:
     """Iterates until every row is done, or `most` times (a chunk).
 
-    stop bool [B]: rows to end before that. cost float32 [W]: see adaptive.py.
+    stop bool [B]: rows to end before that. cost float32 [D + 1]: see adaptive.py.
     """
     state = spread_rows(state._replace(done=state.done | stop))
 
@@ -40,7 +40,7 @@ def decode(
 def iterate(program: Program, weights: Weights, state: State, cost: jax.Array) -> State:
     """One iteration of every row: node 0 is its pending token, nodes 1 .. its drafts."""
     p, prompt = program, state.prompt
-    B, W = state.n.shape[0], p.width
+    B, W, t = state.n.shape[0], p.width, p.tree
     positions = prompt.lengths + state.n - 1
     draws = drafting(state, cost)
     if p.adaptive:
@@ -48,15 +48,6 @@ def iterate(program: Program, weights: Weights, state: State, cost: jax.Array) -
             state = catch_up(p, weights, state, jnp.where(draws, state.n - 2, 0))
     caches = state.caches
     cached = state.n - 1  # tokens after the prompt in the base's caches
-    dtype = state.states.dtype
-    drafts = Drafts(
-        tokens=jnp.zeros((B, W), jnp.int32).at[:, 0].set(state.pending),
-        probs=jnp.zeros((B, W - 1), jnp.float32),
-        drafted=jnp.zeros((B,), jnp.int32),
-        states=jnp.zeros((B, W, state.states.shape[-1]), dtype),
-        trunk=scratch(p, p.K, B, W, dtype),
-        twig=scratch(p, p.twig.T if p.keeps_twig else 0, B, W + 1, dtype),
-    )
 
     def mask(cache: Cache, valid: jax.Array, generated: jax.Array, width: int = 1) -> jax.Array:
         if not cache:
@@ -72,7 +63,17 @@ def iterate(program: Program, weights: Weights, state: State, cost: jax.Array) -
     V = p.base.text.vocab_size
     seen = seen_before(state.controls, state.context, state.tokens, state.n, V)
     with jax.named_scope("trunk"):
-        drafts = trunk_step(p, weights, drafts, committed, positions, 0)
+        x, trunk = trunk_step(
+            p,
+            weights,
+            state.pending[:, None],
+            positions[:, None],
+            jnp.broadcast_to(jnp.arange(t.size) == 0, (B, 1, t.size)),
+            committed,
+            scratch(p, p.K, B, t.size, state.states.dtype),
+            0,
+        )
+        drafts = undrafted(p, state.pending, x, trunk)
     if p.draft:
         with jax.named_scope("draft"):
             limit = jnp.minimum(state.controls.gamma, state.controls.max_new - state.n - 1)
@@ -92,8 +93,8 @@ def iterate(program: Program, weights: Weights, state: State, cost: jax.Array) -
 
     def verify(width: int) -> Verified:
         """The deep layers over nodes 0 .. width-1; results as wide as W."""
-        x, node = drafts.states[:, :width], jnp.arange(width)
-        chain = jnp.broadcast_to(node <= node[:, None], (B, width, width))
+        x, among = drafts.states[:, :width], drafts.sees[:, :width, :width]
+        at = positions[:, None] + drafts.depth[:, :width]
         new = []
         for segment, cache, valid in zip(p.segments, caches.deep, prompt.deep, strict=True):
             x, kv = p.layers(
@@ -101,19 +102,19 @@ def iterate(program: Program, weights: Weights, state: State, cost: jax.Array) -
                 segment.first,
                 segment.last,
                 x,
-                positions[:, None] + node,
-                chain,
+                at,
+                among,
                 cached=cache,
                 cached_mask=mask(cache, valid, cached, width),
             )
             new.append(grow(kv, W - width))
         # The drafts on the way to each node; node 0 is among the tokens already.
-        path = jnp.where((node > 0) & chain, drafts.tokens[:, None, :width], -1)
+        path = jnp.where(among, drafts.tokens[:, None, :width], -1).at[:, :, 0].set(-1)
         choice = choose(
             state.controls,
             p.base_apply(weights, "logits", x),
-            state.n[:, None] + node,
-            positions[:, None] + node + 1,
+            state.n[:, None] + drafts.depth[:, :width],
+            at + 1,
             seen,
             path,
         )

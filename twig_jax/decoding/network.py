@@ -7,6 +7,7 @@ import jax
 
 from twig_jax.config import LlavaConfig, TwigConfig
 from twig_jax.decoding.cache import Cache
+from twig_jax.decoding.tree import Tree
 from twig_jax.models.llava import Llava, Params
 from twig_jax.models.twig import twig_decoder
 from twig_jax.pruning.schedule import Rank
@@ -34,7 +35,7 @@ class Program:
     prune, draft: the two halves of the mode. adaptive: drafting may be switched off for a while.
     resumes: another turn may follow, so the twig's cache is kept though nothing is drafted.
     text_slots N, images I: the bucket. segments: all layers after the trunk. rank: see `Schedule`.
-    width W = γ_max + 1 nodes an iteration. max_new: the most new tokens of any row.
+    tree: what is drafted an iteration. max_new: the most new tokens of any row.
     """
 
     base: LlavaConfig
@@ -47,13 +48,18 @@ class Program:
     images: int
     segments: tuple[Segment, ...]
     rank: Rank | None
-    width: int
+    tree: Tree
     max_new: int
 
     @property
     def K(self) -> int:
         """Layers of the trunk."""
         return self.segments[0].first
+
+    @property
+    def width(self) -> int:
+        """W, nodes of an iteration: the pending token and its drafts."""
+        return 1 + self.tree.kept
 
     @property
     def prompt_slots(self) -> int:

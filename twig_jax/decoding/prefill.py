@@ -23,12 +23,12 @@ from twig_jax.decoding.cache import (
     slots_of,
     spread_rows,
 )
-from twig_jax.decoding.draft import Committed, Drafts, draft, scratch
+from twig_jax.decoding.draft import Committed, draft, undrafted
 from twig_jax.decoding.network import Program, Segment, Weights
 from twig_jax.decoding.sampling import choose, seen_before
 from twig_jax.decoding.settings import Controls
 from twig_jax.pruning.schedule import View
-from twig_jax.pruning.select import select, take, text_indices
+from twig_jax.pruning.select import first_of, select, take
 from twig_jax.sharding.placement import spread
 
 
@@ -78,7 +78,7 @@ def prefill(
     cost: jax.Array,
     past: Past | None = None,
 ) -> tuple[State, Signals]:
-    """Runs prompt and first drafts. cost float32 [W]: see adaptive.py.
+    """Runs prompt and first drafts. cost float32 [D + 1]: see adaptive.py.
 
     The first verification and the prompt share one pass through the deep layers. Its node 0 is the
     prompt's last token, so that this iteration is like all others.
@@ -165,15 +165,8 @@ def prefill(
         dtype = x.dtype
         first = take(states, end[:, None])  # [B, 1, d]
         W = p.width
-        drafts = Drafts(
-            tokens=jnp.zeros((B, W), jnp.int32),
-            probs=jnp.zeros((B, W - 1), jnp.float32),
-            drafted=jnp.zeros((B,), jnp.int32),
-            states=jnp.pad(first, ((0, 0), (0, W - 1), (0, 0))),
-            trunk=grow(pick(trunk, end[:, None]), W - 1),
-            twig=scratch(p, p.twig.T if p.keeps_twig else 0, B, W + 1, dtype),
-        )
         n = jnp.zeros((B,), jnp.int32)
+        drafts = undrafted(p, n, first, grow(pick(trunk, end[:, None]), p.tree.size - 1))
         seen = seen_before(controls, context, jnp.zeros((B, 0), jnp.int32), n, V)
         if p.draft:
             earlier = slots < end[:, None]  # the last token is node 0
@@ -202,8 +195,8 @@ def prefill(
         """
         valid = place < P
         size = jnp.arange(slots_of(cache) if cache else place.shape[1])
-        positions = jnp.concatenate([place, end[:, None] + jnp.arange(W)], axis=1)
-        mask = _prompt_and_nodes(place, valid, end, W)
+        positions = jnp.concatenate([place, end[:, None] + drafts.depth], axis=1)
+        mask = _prompt_and_nodes(place, valid, end, drafts.sees)
         seen = sees(size < used[:, None], n, len(size), y.shape[1]) if cache else None
         kvs: Cache = ()
         for first, last in ((segment.first, segment.last - 1), (segment.last - 1, segment.last)):
@@ -229,7 +222,7 @@ def prefill(
         with jax.named_scope("select"):
             R = inputs.retained[:, i]
             if p.rank is not None:
-                text = text_indices(take(is_visual, place) | (place == P), p.text_slots)
+                text = first_of(~take(is_visual, place) & (place < P), p.text_slots)
                 attention = _attention(p, weights, segment.first - 1, read, place, cache[-1].k)
                 scores, replaced = p.rank(View(y, place, is_visual, embedded, R, text, attention))
                 y = y if replaced is None else replaced
@@ -257,10 +250,9 @@ def prefill(
             new_deep.append(new_nodes)
     with jax.named_scope("verify"):
         logits = p.base_apply(weights, "logits", nodes)  # [B, W, V]
-        node = jnp.arange(W)
-        path = jnp.where((node > 0) & (node <= node[:, None]), drafts.tokens[:, None], -1)
-        places = end[:, None] + node + 1
-        choice = choose(controls, logits, jnp.broadcast_to(node, (B, W)), places, seen, path)
+        path = jnp.where(drafts.sees, drafts.tokens[:, None], -1).at[:, :, 0].set(-1)
+        places = end[:, None] + drafts.depth + 1
+        choice = choose(controls, logits, drafts.depth, places, seen, path)
 
     G = p.generated_slots
     state = State(
@@ -287,25 +279,24 @@ def prefill(
 
 
 def _prompt_and_nodes(
-    positions: jax.Array, valid: jax.Array, end: jax.Array, width: int
+    positions: jax.Array, valid: jax.Array, end: jax.Array, nodes: jax.Array
 ) -> jax.Array:
     """Mask bool [B, S + W, S + W] over prompt slots and the nodes that follow.
 
     keys:    prompt             node 0 .. W-1
     prompt   causal             -
-    nodes    before the last    causal          (the last prompt token is node 0)
+    nodes    before the last    nodes [B, W, W]     (the last prompt token is node 0)
     """
-    B, S = positions.shape
+    (B, S), width = positions.shape, nodes.shape[1]
     among = (positions[:, None, :] <= positions[:, :, None]) & valid[:, None]
     before = valid & (positions < end[:, None])
-    nodes = jnp.tril(jnp.ones((width, width), bool))
     return jnp.concatenate(
         [
             jnp.concatenate([among, jnp.zeros((B, S, width), bool)], axis=2),
             jnp.concatenate(
                 [
                     jnp.broadcast_to(before[:, None], (B, width, S)),
-                    jnp.broadcast_to(nodes, (B, width, width)),
+                    nodes,
                 ],
                 axis=2,
             ),

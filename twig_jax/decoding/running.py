@@ -110,6 +110,7 @@ class Running:
                     stopped_by=row.stopped_by or "",
                     accepted=trace.accepted[b, :size],
                     drafts=_ragged(trace, trace.drafts, b, rounds),
+                    parents=_ragged(trace, trace.parents, b, rounds),
                     probs=_ragged(trace, trace.probs, b, rounds),
                     matched=trace.matched[b, :rounds],
                     kept=kept[is_visual[kept]],

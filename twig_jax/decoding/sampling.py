@@ -21,11 +21,23 @@ def choose(
     seen: jax.Array,
     path: jax.Array,
 ) -> jax.Array:
-    """Tokens int32 [B, Q] for logits [B, Q, V].
+    """Tokens int32 [B, Q] for logits [B, Q, V]; arguments as in `scores`."""
+    return scores(controls, logits, n, positions, seen, path).argmax(-1).astype(jnp.int32)
 
-    n int32 [B, Q]: tokens emitted before the one to choose; positions int32 [B, Q]: its place. For
-    the repetition penalty, bool [B, V] `seen` has the tokens before, and int32 [B, Q, E] `path`
-    further ones of each query, -1 for none.
+
+def scores(
+    controls: Controls,
+    logits: jax.Array,
+    n: jax.Array,
+    positions: jax.Array,
+    seen: jax.Array,
+    path: jax.Array,
+) -> jax.Array:
+    """What tokens are chosen by, float32 [B, Q, V], for logits [B, Q, V].
+
+    n int32 [B, Q]: tokens emitted before the one to choose; positions int32 [B, Q]: its place. They
+    are [B, 1] where all queries share them. For the repetition penalty, bool [B, V] `seen` has the
+    tokens before, and int32 [B, Q, E] `path` further ones of each query, -1 for none.
     """
     logits = adjusted(controls, logits, n, seen, path)
 
@@ -34,14 +46,13 @@ def choose(
         noise = gumbel(controls.seed, positions, logits.shape[-1])
         return jnp.where(warm, filtered(controls, logits) + noise, logits)
 
-    logits = jax.lax.cond((controls.temperature > 0).any(), drawn, lambda x: x, logits)
-    return logits.argmax(-1).astype(jnp.int32)
+    return jax.lax.cond((controls.temperature > 0).any(), drawn, lambda x: x, logits)
 
 
 def adjusted(
     controls: Controls, logits: jax.Array, n: jax.Array, seen: jax.Array, path: jax.Array
 ) -> jax.Array:
-    """Logits [B, Q, V] after repetition penalty and min_new_tokens; arguments as in `choose`."""
+    """Logits [B, Q, V] after repetition penalty and min_new_tokens; arguments as in `scores`."""
     penalty = controls.penalty[:, None, None]
 
     def shaped(logits: jax.Array) -> jax.Array:

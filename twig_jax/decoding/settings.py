@@ -22,8 +22,11 @@ class Settings:
     twig's P-Head, or without one its attention; its attention anyhow; that of the trunk's last
     layer; or the requests' own scores.
 
-    gamma: the most drafts an iteration; theta: drafting stops after a token less probable than
-    this under the twig. adaptive: a row that drafts in vain stops, and tries again now and then.
+    gamma: how many tokens ahead an iteration drafts at most; theta: drafting stops where no token
+    is as probable as this under the twig. children, expanded, nodes: drafts are a tree, in which
+    the best `expanded` nodes of each level get `children` each, and the best `nodes` of all (0 for
+    all) are verified, by the probability of their paths; with one child it is a chain. adaptive: a
+    row that drafts in vain stops, and tries again now and then.
 
     temperature 0 takes the likeliest token. Above it, what is drawn depends on `seed` and a token's
     position alone. Before the draw, in this order: repetition_penalty, division by the temperature,
@@ -40,6 +43,9 @@ class Settings:
     min_new_tokens: int = 0
     gamma: int = 5
     theta: float = 0.6
+    children: int = 1
+    expanded: int = 1
+    nodes: int = 0
     adaptive: bool = False
     temperature: float = 0.0
     top_k: int = 0
@@ -59,6 +65,11 @@ class Settings:
         """Whether the mode speculates."""
         return self.mode in ("ssd", "ttp_ssd") and self.gamma > 0
 
+    @property
+    def shape(self) -> tuple[Any, ...]:
+        """What all rows of a batch have in common: the mode and the way of drafting."""
+        return self.mode, self.adaptive, self.children, self.expanded, self.nodes
+
     def check(self) -> None:
         """Raises ValueError for a setting that means nothing."""
         if self.mode not in MODES:
@@ -69,6 +80,9 @@ class Settings:
             ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
             ("min_new_tokens", self.min_new_tokens >= 0, "at least 0"),
             ("gamma", self.gamma >= 0, "at least 0"),
+            ("children", self.children >= 1, "at least 1"),
+            ("expanded", self.expanded >= 1, "at least 1"),
+            ("nodes", self.nodes >= 0, "at least 0, which is all"),
             ("temperature", 0 <= self.temperature < float("inf"), "0 or more"),
             ("top_k", self.top_k >= 0, "at least 0, which is all"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
@@ -86,9 +100,9 @@ class Request:
     """One prompt.
 
     ids int32 [S] with image slots, is_visual bool [S]; pixels float32 [I, H, W, 3], normalised, or
-    visual [I·M, d], already embedded; neither for text. `settings` replaces the call's, but for the
-    mode; `scores` float32 [S] is what selector "given" ranks. The first `before` tokens, with their
-    images, are of an earlier turn that is kept.
+    visual [I·M, d], already embedded; neither for text. `settings` replaces the call's, but for its
+    `shape`; `scores` float32 [S] is what selector "given" ranks. The first `before` tokens, with
+    their images, are of an earlier turn that is kept.
     """
 
     ids: np.ndarray
@@ -109,6 +123,7 @@ class Result:
     stopped_by: str  # "eos", "length", "stop" or "cancelled"
     accepted: np.ndarray  # bool [n], True where the token was an accepted draft
     drafts: list[np.ndarray]  # tokens drafted in each iteration
+    parents: list[np.ndarray]  # what each follows: 0 the token before, j draft j - 1
     probs: list[np.ndarray]  # their probabilities under the twig
     matched: np.ndarray  # int32 [iterations], accepted drafts
     kept: np.ndarray  # int32, prompt slots of the visual tokens kept
@@ -117,6 +132,22 @@ class Result:
     prefill_s: float  # seconds of the whole batch: images, prompt and first drafts
     decode_s: float  # seconds of the whole batch: the loop
     batch: int
+
+    @property
+    def depths(self) -> list[np.ndarray]:
+        """How many tokens ahead each draft of each iteration is, from 1."""
+        found = []
+        for parents in self.parents:
+            depths = np.zeros(len(parents) + 1, int)
+            for i, parent in enumerate(parents):
+                depths[i + 1] = depths[parent] + 1
+            found.append(depths[1:])
+        return found
+
+    @property
+    def levels(self) -> list[int]:
+        """How many tokens ahead the drafts of each iteration reach."""
+        return [int(depths.max(initial=0)) for depths in self.depths]
 
 
 class Controls(NamedTuple):

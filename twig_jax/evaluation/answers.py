@@ -137,6 +137,7 @@ def _described(request: Request, result: Result, detokenize: Detokenize | None) 
         "pieces": [after[len(before) :] for before, after in pairwise(texts)],
         "stopped_by": result.stopped_by,
         "drafted": [len(drafts) for drafts in result.drafts],
+        "levels": result.levels,
         "matched": result.matched.tolist(),
         "accepted": [int(a) for a in result.accepted],
         "kept": order[result.kept].tolist(),

@@ -209,7 +209,7 @@ def speed_rows(
                 a = acceptance(results, [flags[i] for i in of])
                 row = replace(
                     row,
-                    ceiling=ceiling(twig, layers, a.drafted, a.accepted),
+                    ceiling=ceiling(twig, layers, a.levels, a.accepted),
                     tokar=a.tokar,
                     tokar_content=a.content,
                     tokar_wording=a.wording,

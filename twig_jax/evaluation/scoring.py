@@ -17,6 +17,7 @@ class Acceptance:
     content: float  # the same over words that depend on the page
     wording: float  # and over the others
     drafted: float  # mean tokens drafted an iteration
+    levels: float  # mean levels of drafts an iteration, which are its drafts where they are a chain
     accepted: float  # mean drafts accepted an iteration
 
 
@@ -27,25 +28,27 @@ def _share(part: float, whole: float) -> float:
 def acceptance(results: Sequence[Result], content: Sequence[Sequence[bool]]) -> Acceptance:
     """Counts drafts of all results; content[i] says which tokens of answer i depend on the page.
 
-    A draft counts by its place in the answer; places past the known answer count as wording.
+    A draft counts by its place in the answer; places past the known answer count as wording. Of the
+    drafts for one place at most one is accepted, and one is for every accepted token.
     """
     counts = np.zeros((2, 2), int)  # [content, accepted]
     rounds = 0
     for result, flags in zip(results, content, strict=True):
         place = 0
         rounds += len(result.matched)
-        for tokens, matched in zip(result.drafts, result.matched, strict=True):
-            for j in range(len(tokens)):
-                at = place + j
-                counts[int(at < len(flags) and flags[at]), int(j < matched)] += 1
+        for depths, matched in zip(result.depths, result.matched, strict=True):
+            for j, there in enumerate(np.bincount(depths)[1:]):
+                at, accepted = place + j, int(j < matched)
+                counts[int(at < len(flags) and flags[at])] += there - accepted, accepted
             place += int(matched) + 1
-    drafted, accepted = counts.sum(), counts[:, 1].sum()
+    drafted, matches = counts.sum(), counts[:, 1].sum()
     return Acceptance(
-        tokar=_share(accepted, drafted),
+        tokar=_share(matches, drafted),
         content=_share(counts[1, 1], counts[1].sum()),
         wording=_share(counts[0, 1], counts[0].sum()),
         drafted=_share(drafted, rounds),
-        accepted=_share(accepted, rounds),
+        levels=_share(sum(sum(r.levels) for r in results), rounds),
+        accepted=_share(matches, rounds),
     )
 
 
@@ -74,11 +77,12 @@ def relacc(
     return float(ratio), float(low), float(high)
 
 
-def ceiling(twig: TwigConfig, layers: int, drafted: float, accepted: float) -> float:
+def ceiling(twig: TwigConfig, layers: int, levels: float, accepted: float) -> float:
     """RelSpd of decoding alone if a layer pass cost the same whatever its width.
 
-    Plain decoding pays L layers a token. An iteration pays K layers for each of its drafted + 1
-    nodes, T for each draft, and L - K once for verification; it emits accepted + 1 tokens.
+    Plain decoding pays L layers a token. An iteration pays K layers for the token before its drafts
+    and for each of their levels, T for each level, and L - K once for verification; it emits
+    accepted + 1 tokens.
     """
-    iteration = twig.K * (drafted + 1) + twig.T * drafted + layers - twig.K
+    iteration = twig.K * (levels + 1) + twig.T * levels + layers - twig.K
     return (accepted + 1) * layers / iteration

@@ -89,13 +89,14 @@ def _speed(
     emitted = [len(r.tokens) + (r.stopped_by == "eos") for r in results]
     steps = max(len(r.matched) for r in results) - 1  # the first one belongs to prefill
     drafted = sum(len(d) for r in results for d in r.drafts)
+    levels = sum(sum(r.levels) for r in results)
     matched = sum(int(r.matched.sum()) for r in results)
     rounds = sum(len(r.matched) for r in results)
     first = statistics.median(c.first_s for c in calls)
     total = statistics.median(c.total_s for c in calls)
     decoding = statistics.median(c.results[0].decode_s for c in calls)
     step = decoding / steps if steps else None
-    floor = _step_bytes(generator, caches, drafted / rounds) / bandwidth
+    floor = _step_bytes(generator, caches, levels / rounds) / bandwidth
     twig = generator.twig_config
     return Speed(
         mode=settings.mode,
@@ -116,18 +117,18 @@ def _speed(
         mean_accepted=matched / rounds,
         ceiling=None
         if twig is None
-        else ceiling(twig, generator.config.text.num_layers, drafted / rounds, matched / rounds),
+        else ceiling(twig, generator.config.text.num_layers, levels / rounds, matched / rounds),
         first_call_s=compiled[settings.mode],
     )
 
 
-def _step_bytes(generator: Generator, caches: Mapping[str, int], drafted: float) -> float:
-    """Bytes that one step reads: base and caches once, trunk and twig again for every draft."""
+def _step_bytes(generator: Generator, caches: Mapping[str, int], levels: float) -> float:
+    """Bytes that one step reads: base and caches once, trunk and twig again for every level."""
     text = generator.weights.base["text"]
     sizes = {name: nbytes(tree) for name, tree in text.items() if name != "embed_tokens"}
     twig = generator.twig_config
     base = sum(sizes.values()) + caches["trunk"] + caches["deep"]
-    if twig is None or not drafted:
+    if twig is None or not levels:
         return base
     trunk = sum(sizes[f"layers_{i}"] for i in range(twig.K)) + caches["trunk"]
-    return base + drafted * (trunk + nbytes(generator.weights.twig) + caches["twig"])
+    return base + levels * (trunk + nbytes(generator.weights.twig) + caches["twig"])

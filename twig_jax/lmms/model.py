@@ -22,7 +22,7 @@ from twig_jax.runtime import use_compilation_cache
 # Questions whose images are read, and sorted by length, together: so many batches.
 _WINDOW = 16
 # Fields of `Settings` that are the model's; the others are the task's.
-_OWN = {"mode", "avg_retained", "gamma", "theta", "adaptive", "seed"}
+_OWN = set("mode avg_retained gamma theta children expanded nodes adaptive seed".split())
 # What is made of a task's generation_kwargs.
 _ASKED = set(
     "max_new_tokens until do_sample temperature top_k top_p num_beams repetition_penalty".split()
@@ -33,8 +33,9 @@ class TwigJax(lmms):
     """The model behind `--model twig_jax`; these arguments are what --model_args takes.
 
     checkpoint, twig, dtype, template: as in `twig_jax.load`. settings: mode, avg_retained, gamma,
-    theta, adaptive and seed of `Settings`, by default as in `Model.settings`. selector: what prunes
-    in the twig's place, one of `PRUNERS`. batch_size: questions answered at once (--batch_size).
+    theta, children, expanded, nodes, adaptive and seed of `Settings`, by default as in
+    `Model.settings`. selector: what prunes in the twig's place, one of `PRUNERS`. batch_size:
+    questions answered at once (--batch_size).
 
     Raises what `twig_jax.load` raises, ValueError for settings that the model cannot follow.
     """

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from twig_jax.config import LlavaConfig, TwigConfig
 from twig_jax.models.llava import Llava, Params
 from twig_jax.models.twig import twig_decoder
-from twig_jax.pruning.select import select, take, text_indices
+from twig_jax.pruning.select import first_of, select, take
 
 
 class Prompt(NamedTuple):
@@ -94,7 +94,7 @@ def forward(
     x, _ = model.apply(
         variables, x, at, causal(at, joined(kept < P, everywhere)), K, K_f, method="run"
     )
-    text = text_indices(~take(~prompt.is_visual, kept), text_slots)
+    text = first_of(take(~prompt.is_visual, kept), text_slots)
     at = joined(jnp.where(text < Q, take(kept, text), P), after)
     x = joined(take(x[:, :Q], text), x[:, Q:])
     states_K_f = x[:, :text_slots]

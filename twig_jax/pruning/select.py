@@ -21,7 +21,7 @@ def select(
     """
     P = scores.shape[1]
     real = jnp.arange(P) < lengths[:, None]
-    text = text_indices(is_visual | ~real, text_slots)
+    text = first_of(real & ~is_visual, text_slots)
     if retained_slots == 0:
         return text
     ranked = jnp.where(is_visual & real & ~jnp.isnan(scores), scores, -jnp.inf)
@@ -30,13 +30,13 @@ def select(
     return jnp.sort(jnp.concatenate([text, jnp.where(keep, visual, P)], axis=1), axis=1)
 
 
-def text_indices(excluded: jax.Array, slots: int) -> jax.Array:
-    """The first `slots` indices not excluded, ascending, padded with the width.
+def first_of(wanted: jax.Array, slots: int) -> jax.Array:
+    """The first `slots` indices of what is wanted, ascending, padded with the width.
 
     bool [B, S] -> int32 [B, slots].
     """
-    S = excluded.shape[1]
-    indices = jnp.sort(jnp.where(excluded, S, jnp.arange(S, dtype=jnp.int32)), axis=1)
+    S = wanted.shape[1]
+    indices = jnp.sort(jnp.where(wanted, jnp.arange(S, dtype=jnp.int32), S), axis=1)
     return indices[:, :slots]
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from twig_jax.config import LlavaConfig, TwigConfig
 from twig_jax.models.llava import Llava, Params
-from twig_jax.pruning.select import take, text_indices
+from twig_jax.pruning.select import first_of, take
 from twig_jax.training.config import DistillConfig
 from twig_jax.training.losses import (
     Batch,
@@ -191,7 +191,7 @@ def queries(batch: Batch, which: str, most: int) -> jax.Array:
         chosen = ~answers & ~batch["is_visual"] & (batch["segments"] > 0)
     else:
         raise ValueError(f"no distill.queries {which!r}; there are: answer, text")
-    return text_indices(~chosen, min(most, chosen.shape[1]))
+    return first_of(chosen, min(most, chosen.shape[1]))
 
 
 def divergence(target: jax.Array, s: jax.Array, counts: jax.Array) -> jax.Array:

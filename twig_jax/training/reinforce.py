@@ -23,7 +23,7 @@ from twig_jax.data.packing import SHARED
 from twig_jax.models.llava import Llava, Params
 from twig_jax.pruning.budget import retained
 from twig_jax.pruning.sampling import draw, log_probability
-from twig_jax.pruning.select import take, text_indices
+from twig_jax.pruning.select import first_of, take
 from twig_jax.training.config import ReinforceConfig
 from twig_jax.training.losses import Batch, Loss, Metrics, TwigPart, in_chunks, trunk
 
@@ -185,12 +185,12 @@ def _looking(
         starts = answers & ~jnp.pad(answers, ((0, 0), (1, 0)))[:, :-1]
         # A segment may hold a conversation: its first question chooses for all of it.
         starts &= (where[1] & starts[:, None]).sum(-1) == 1
-        slots = text_indices(~starts, min(reinforce.questions, S))  # [B, A]
+        slots = first_of(starts, min(reinforce.questions, S))  # [B, A]
         segment = take(segments, slots)[..., None]
         visible = take(where[1], slots) & batch["is_visual"][:, None]
         text = (segments[:, None] == segment) | (segments[:, None] == SHARED)
         text &= (segment > 0) & ~batch["is_visual"][:, None]
-        text = jax.vmap(lambda x: text_indices(~x, min(reinforce.text_tokens, S)))(text)
+        text = jax.vmap(lambda x: first_of(x, min(reinforce.text_tokens, S)))(text)
 
         images = -(-visible.sum(-1) // config.vision.num_tokens)
         table = jnp.array(budgets, jnp.int32)

@@ -13,7 +13,7 @@ from twig_jax.config import LlavaConfig, TwigConfig
 from twig_jax.models.attention import KV
 from twig_jax.models.llava import Llava, Params
 from twig_jax.pruning.schedule import Ranked, Schedule, by_twig
-from twig_jax.pruning.select import take, text_indices
+from twig_jax.pruning.select import first_of, take
 
 
 @dataclass(frozen=True)
@@ -154,4 +154,4 @@ class Probe:
 
     def of_visual(self, x: jax.Array) -> jax.Array:
         """x [B, P, ...] at the visual tokens, [B, V, ...]."""
-        return take(x, text_indices(~self.is_visual, self.visual.shape[1]))
+        return take(x, first_of(self.is_visual, self.visual.shape[1]))

@@ -85,8 +85,8 @@ def _pooled(task: str, way: Way, evaluations: Sequence[Evaluation]) -> Pooled:
     found = [e.ways[way] for e in evaluations]
     rows = [f.row for f in found]
     tally = reduce(add, (f.tally for f in found))
-    drafted = sum(d * n for (d, _), n in tally.iterations.items())
-    matched = sum(m * n for (_, m), n in tally.iterations.items())
+    drafted = sum(d * n for (d, _, _), n in tally.iterations.items())
+    matched = sum(m * n for (_, _, m), n in tally.iterations.items())
     rounds = tally.iterations.total()
     timings = [timing for row in rows for timing in row.get("timings", ())]
     timed = [row for row in rows if "timings" in row]
@@ -164,12 +164,12 @@ def _means(figures: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def by_position(tally: Tally) -> dict[int, float]:
-    """Position in the draft, from 1 -> share of the drafts there that were accepted."""
-    last = max((drafted for drafted, _ in tally.iterations), default=0)
+    """Level of drafts, from 1 -> share of the iterations with drafts there that accepted one."""
+    last = max((levels for _, levels, _ in tally.iterations), default=0)
     shares = {}
     for j in range(1, last + 1):
-        there = sum(n for (drafted, _), n in tally.iterations.items() if drafted >= j)
-        kept = sum(n for (_, matched), n in tally.iterations.items() if matched >= j)
+        there = sum(n for (_, levels, _), n in tally.iterations.items() if levels >= j)
+        kept = sum(n for (_, _, matched), n in tally.iterations.items() if matched >= j)
         shares[j] = kept / there
     return shares
 

@@ -20,12 +20,12 @@ _TOLD = {"pieces", "accepted", "drafted", "matched", "kept"}
 class Tally:
     """Counts over answers.
 
-    iterations: by (drafted, accepted) tokens. kinds: emitted tokens by (kind of piece, whether it
-    was an accepted draft). kept: questions by the visual tokens they kept. pictured: questions with
-    images.
+    iterations: by (drafts, their levels, accepted drafts). kinds: emitted tokens by (kind of piece,
+    whether it was an accepted draft). kept: questions by the visual tokens they kept. pictured:
+    questions with images.
     """
 
-    iterations: Counter[tuple[int, int]] = field(default_factory=Counter)
+    iterations: Counter[tuple[int, int, int]] = field(default_factory=Counter)
     kinds: Counter[tuple[str, bool]] = field(default_factory=Counter)
     kept: Counter[int] = field(default_factory=Counter)
     pictured: int = 0
@@ -34,7 +34,10 @@ class Tally:
         """Counts one more answer by the metadata of its line."""
         self.pictured += bool(metadata["kept"])
         self.kept.update(metadata["kept"])
-        self.iterations.update(zip(metadata["drafted"], metadata["matched"], strict=True))
+        # Answers that do not tell were drafted as chains, in which each draft is a level.
+        levels = metadata.get("levels", metadata["drafted"])
+        counts = metadata["drafted"], levels, metadata["matched"]
+        self.iterations.update(zip(*counts, strict=True))
         accepted = map(bool, metadata["accepted"])
         self.kinds.update(zip(kinds(metadata["pieces"]), accepted, strict=True))
 
