@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.decoding.models import CALL as PRUNED
 from tests.decoding.models import CONFIG, LARGEST, TWIG, generator, mixed, request, run, tokens
 from tests.decoding.worker import model as spreadable
 from twig_jax.decoding.buckets import Bucket
@@ -26,6 +25,7 @@ TREES = [(4, 3, 2, 0), (4, 3, 2, 5), (3, 4, 4, 7), (3, 2, 8, 0), (4, 10, 10, 60)
 EOS = 21  # a word that ends some of the answers, and is often drafted
 CALL = Settings("ssd", max_new_tokens=14, gamma=3, theta=0.0)
 TREE = {"gamma": 4, "children": 3, "expanded": 2, "nodes": 5}
+BUCKET = Bucket(rows=2, text=64, images=0, new=32)
 
 
 def row(prompt: int, **changes: Any) -> Request:
@@ -180,24 +180,21 @@ def test_a_row_does_not_depend_on_its_batch() -> None:
 
 
 def test_turns_of_a_conversation() -> None:
+    """Each is answered like the whole conversation so far."""
     settings = dataclasses.replace(CALL, **TREE)
-    made: list[list[int]] = []
-    for mode in ("ssd", "plain"):
-        served = generator()
-        served.buckets = (Bucket(rows=1, text=64, images=0, new=32),)
-        session = Session(served, dataclasses.replace(settings, mode=mode))
-        turns = [row(i) for i in range(2)]
-        made.append(
-            [t for one in turns for t in session.ask(one.ids, one.is_visual).tokens.tolist()]
-        )
-    assert made[0] == made[1]
+    served = generator(eos_token_id=EOS, made={"buckets": [dataclasses.replace(BUCKET, rows=1)]})
+    session = Session(served, settings)
+    for i in range(3):
+        turn = row(i)
+        ids = np.concatenate([session.ids, turn.ids])
+        (whole,) = served.generate([Request(ids, np.zeros(len(ids), bool))], settings)
+        assert session.ask(turn.ids, turn.is_visual).tokens.tolist() == whole.tokens.tolist()
 
 
 def test_questions_that_arrive_later() -> None:
     settings = dataclasses.replace(CALL, **TREE)
-    waiting = told(ROWS[:5], **TREE)
-    scheduler = Scheduler(model(), settings, Bucket(rows=2, text=32, images=0, new=32), chunk=1)
-    tickets = [scheduler.submit(one) for one in waiting]
+    scheduler = Scheduler(model(), settings, BUCKET, chunk=1)
+    tickets = [scheduler.submit(one) for one in told(ROWS[:5], **TREE)]
     scheduler.run()
     assert [t.result.tokens.tolist() for t in tickets] == tokens(answers(None))[:5]
     with pytest.raises(ValueError, match="one way of drafting"):
@@ -205,11 +202,10 @@ def test_questions_that_arrive_later() -> None:
 
 
 def test_a_mesh_changes_no_token() -> None:
-    call = dataclasses.replace(PRUNED, **TREE)
-    rows = [dataclasses.replace(r, settings=None) for r in mixed()]
+    rows, call = told(ROWS[:4], **TREE), dataclasses.replace(CALL, **TREE)
+    alone = told(rows, mode="plain"), dataclasses.replace(call, mode="plain")
     spread = spreadable(make_mesh(2, 2, 2)).generate(rows, call)
-    plain = spreadable().generate(rows, dataclasses.replace(call, mode="ttp"))
-    assert tokens(spread) == tokens(plain)
+    assert tokens(spread) == tokens(spreadable().generate(*alone))
 
 
 @pytest.mark.parametrize("changes", [{"children": 0}, {"expanded": 0}, {"nodes": -1}])
