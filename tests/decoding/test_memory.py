@@ -25,7 +25,14 @@ def measured(**changes) -> dict:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"mode": "plain"}, {"mode": "ttp"}, {"mode": "ssd"}, {"adaptive": True}]
+    "changes",
+    [
+        {"mode": "plain"},
+        {"mode": "ttp"},
+        {"mode": "ssd"},
+        {"adaptive": True},
+        {"children": 3, "expanded": 2, "nodes": 5},
+    ],
 )
 def test_no_cache_is_copied_in_the_loop(changes) -> None:
     found = measured(**changes)

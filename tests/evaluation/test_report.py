@@ -83,6 +83,10 @@ def test_acceptance_by_position_and_kind():
     # Drafts of 3 and 2 tokens, of which 2 and 1 were accepted, and an iteration without any.
     assert by_position(tally) == {1: 1, 2: 1 / 2, 3: 0}
     assert by_kind(tally) == {"word": 1 / 3, "rest of a word": 1, "number": 1, "punctuation": 0}
+    # The same as trees, twice as wide.
+    wide = Tally()
+    wide.add(METADATA | {"kept": [], "drafted": [6, 4, 0], "levels": METADATA["drafted"]})
+    assert by_position(wide) == by_position(tally)
     none = Tally()
     none.add(METADATA | DRAFTLESS | {"kept": []})
     assert by_position(none) == {} and none.pictured == 0
