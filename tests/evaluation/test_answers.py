@@ -33,6 +33,7 @@ class Model:
                 tokens=np.arange(3),
                 stopped_by="eos",
                 drafts=[np.arange(2)],
+                levels=[2],
                 matched=np.asarray([1]),
                 accepted=np.asarray([True, False, False]),
                 kept=np.asarray([4]),
