@@ -20,7 +20,7 @@ def get_config() -> TrainConfig:
         twig_init="runs/digits_twigpp/twig",
         p_head=True,
         steps=200,
-        optim=OptimConfig(lr=3e-3, warmup=0.02, clip=1.0),
+        optim=OptimConfig(lr=1e-3, warmup=0.02, clip=1.0),
         reinforce=ReinforceConfig(
             actions=8,
             at_a_time=8,
