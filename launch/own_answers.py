@@ -7,7 +7,7 @@
 
 Every question is asked again after the base's own answers to the ones before it, and answered
 greedily; with --twig faster, by the same words. What is in the file already is not asked again.
-Images that are no files are written beside it, to OUT's folder of images.
+Images that are no files are written beside it, to OUT's folder of images; paths are absolute.
 """
 
 import json

@@ -1,6 +1,6 @@
 """Measures a conversion at full size on random weights: peak memory and time, beside a plain copy.
 
-python -m tests.tools.conversion --preset llava-1.5-7b --folder /tmp/conversion
+python -m tests.tools.conversion --preset llava-1.5-7b --folder runs/conversion
 
 Makes a random bfloat16 checkpoint in Hugging Face's layout (once), copies its files from a cold
 cache with sync, converts it to orbax from a cold cache with sync, and prints one JSON line. Needs

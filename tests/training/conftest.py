@@ -10,7 +10,7 @@ from twig_jax.data.digits import ASSETS
 from twig_jax.data.pipeline import DigitsBatches
 from twig_jax.data.tokens import load_tokenizer
 from twig_jax.models.llava import init_base
-from twig_jax.models.twig import init_twig
+from twig_jax.models.twig import fresh_p_head, init_twig
 
 TINY = (
     LlavaConfig(
@@ -70,6 +70,13 @@ def twig(base, draw):
     """A twig on it, with weights of its own."""
     config, twig = TINY
     return draw(jax.eval_shape(lambda params: init_twig(params, config.text, twig), base), seed=1)
+
+
+@pytest.fixture(scope="session")
+def ours(twig, draw):
+    """The tiny twig with a P-Head that has been trained somewhat."""
+    head = draw(jax.eval_shape(lambda: fresh_p_head(TINY[0].text)), seed=5)
+    return {**twig, "p_head": jax.tree.map(lambda x: 0.1 * x, head)}
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from twig_jax.models.llava import Llava
-from twig_jax.models.twig import fresh_p_head, init_twig, twig_decoder
+from twig_jax.models.twig import init_twig, twig_decoder
 from twig_jax.presets import preset
 from twig_jax.training.config import DistillConfig, TrainConfig
 from twig_jax.training.distill import divergence, queries
@@ -25,14 +25,6 @@ def run_of(**changes):
 @pytest.fixture(scope="module")
 def row(batch):
     return {name: x[:1] for name, x in batch.items()}
-
-
-@pytest.fixture(scope="module")
-def ours(twig, draw):
-    """The tiny twig with a P-Head that has been trained somewhat."""
-    text = preset("tiny")[0].text
-    head = draw(jax.eval_shape(lambda: fresh_p_head(text)), seed=5)
-    return {**twig, "p_head": jax.tree.map(lambda x: 0.1 * x, head)}
 
 
 @pytest.fixture(scope="module")

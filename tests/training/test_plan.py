@@ -14,7 +14,7 @@ from tests.training.worker import start
 from twig_jax.hardware import CHIPS, chip
 from twig_jax.sharding.mesh import make_mesh
 from twig_jax.sharding.placement import distribute
-from twig_jax.training.config import DataConfig, TrainConfig
+from twig_jax.training.config import DataConfig, DistillConfig, ReinforceConfig, TrainConfig
 from twig_jax.training.flops import step_flops
 from twig_jax.training.loop import stage_loss
 from twig_jax.training.optim import optimizer
@@ -143,6 +143,18 @@ def test_only_the_layers_below_take_memory_if_told():
     whole, below = (plan(seven_b(whole_base=w), "h100:1").memory for w in (True, False))
     assert whole["frozen base"] > 13 * 2**30
     assert below["frozen base"] < 2 * 2**30
+
+
+def test_batches_hold_what_was_taught_and_only_a_p_head_has_moments():
+    distill = DistillConfig(prediction=0.1, attention=1.0, layer=1, targets="there", words=32)
+    taught = plan(tiny(p_head=True, whole_base=False, distill=distill), "h100:8").memory
+    plain = plan(tiny(p_head=True, whole_base=False), "h100:8").memory
+    # Words and logarithms at 276 tokens, and attention of 64 queries, in a row.
+    assert taught["batch"] - plain["batch"] == 276 * (32 * 8 + 64 * 4)
+    reinforce = ReinforceConfig(actions=4, at_a_time=2, budgets=(74.0,))
+    tried = plan(tiny(p_head=True, reinforce=reinforce), "h100:8").memory
+    assert tried["optimizer state"] < plain["optimizer state"] / 5
+    assert tried["batch"] - plain["batch"] == 4  # the number that prunings are drawn with
 
 
 def test_a_plan_says_what_it_is():

@@ -23,7 +23,7 @@ from twig_jax.training.flops import step_flops
 from twig_jax.training.loop import fit, stage_loss
 from twig_jax.training.optim import optimizer
 from twig_jax.training.preemption import Preempted
-from twig_jax.training.reinforce import budget_at, policy_loss, pruned_loss
+from twig_jax.training.reinforce import Reinforcement, budget_at, policy_loss
 from twig_jax.training.step import init_state, make_step
 
 # Of 144 visual tokens, layer 1 of two sees 4 and 12.
@@ -33,14 +33,6 @@ REINFORCE = ReinforceConfig(actions=4, at_a_time=2, budgets=(74.0, 78.0), questi
 def run_of(**changes):
     changed = {"p_head": True, "reinforce": REINFORCE, **changes}
     return TrainConfig("twig", "", 10, preset="tiny", **changed)
-
-
-@pytest.fixture(scope="module")
-def ours(twig, draw):
-    """The tiny twig with a P-Head that has been trained somewhat."""
-    text = preset("tiny")[0].text
-    head = draw(jax.eval_shape(lambda: fresh_p_head(text)), seed=5)
-    return {**twig, "p_head": jax.tree.map(lambda x: 0.1 * x, head)}
 
 
 @pytest.fixture(scope="module")
@@ -63,8 +55,8 @@ def test_rewards_are_those_of_the_pruned_model(ours, base, frozen, batch):
     """Each question of a packed row alone, as decoding prunes it, answer and EOS given."""
     config, twig = run_of().model()
     row = {name: x[:1] for name, x in batch.items()}
-    loss = pruned_loss(config, twig, REINFORCE, 74.0, 16)
-    value, metrics = jax.jit(loss)(ours, frozen, row)
+    best = Reinforcement(config, twig, REINFORCE, 74.0, 16).best
+    value, metrics = jax.jit(best)(ours, frozen, row)
     visual = Llava(config).apply({"params": base}, row["pixels"], method="encode")
     tokens, segments, targets = (np.asarray(row[n][0]) for n in ("tokens", "segments", "targets"))
     rewards = []

@@ -87,6 +87,14 @@ def test_a_run_learns_from_what_was_written(tmp_path):
             fit(run, twig, feeding(base, 1), progress=False)
 
     refused("written for another batch", "seed=1")
+    # What was written for less would silently teach nothing.
+    less = tmp_path / "less"
+    write_targets(
+        dataclasses.replace(run, steps=1, distill=DistillConfig(attention=1.0, layer=1)),
+        base,
+        str(less),
+    )
+    refused("of other settings: words None, not 512", f"distill.targets={less}")
     refused("of other settings: queries answer, not text", "distill.queries=text")
     refused("there is no 000005-0of1.npz", "steps=6", f"out={tmp_path / 'longer'}")
     refused("no targets in nowhere: write them", "distill.targets=nowhere")

@@ -30,7 +30,7 @@ from twig_jax.training.log import Log
 from twig_jax.training.losses import Loss, base_loss, twig_agreement, twig_loss, vision_loss
 from twig_jax.training.optim import optimizer, schedule
 from twig_jax.training.preemption import Preempted, preemption
-from twig_jax.training.reinforce import budget_at, pruned_loss, reinforce_loss
+from twig_jax.training.reinforce import Reinforcement, budget_at
 from twig_jax.training.step import TrainState, init_state, make_step, of_a_part
 from twig_jax.training.targets import TaughtBatches
 from twig_jax.training.validation import validation_loss
@@ -58,7 +58,7 @@ def stage_loss(config: TrainConfig, budget: float | None = None) -> Loss:
         case "base":
             return base_loss(base, config.head_chunk, config.content_weight, config.naming_weight)
         case "twig" if config.reinforce.actions:
-            return reinforce_loss(*_reinforced(config, budget))
+            return _reinforcement(config, budget).loss
         case "twig":
             if config.distill.prediction or config.distill.attention:
                 if not (config.whole_base or config.distill.targets):
@@ -71,19 +71,19 @@ def stage_loss(config: TrainConfig, budget: float | None = None) -> Loss:
     raise ValueError(f"no training stage {config.stage!r}; there are: vision, base, twig")
 
 
-def _reinforced(config: TrainConfig, budget: float | None = None) -> Any:
-    """The arguments of the losses of reinforce.py."""
+def _reinforcement(config: TrainConfig, budget: float | None = None) -> Reinforcement:
+    """The losses at a budget, None for the largest."""
     part = config.reinforce
     if not config.whole_base or not part.budgets:
         raise ValueError("reinforcing needs whole_base=True, and average budgets")
     average = max(part.budgets) if budget is None else budget
-    return *config.model(), part, average, config.head_chunk
+    return Reinforcement(*config.model(), part, average, config.head_chunk)
 
 
 def _held_out_loss(config: TrainConfig) -> Loss:
     """The loss that says how good a run's model is, on batches without randomness."""
     if config.reinforce.actions:
-        return pruned_loss(*_reinforced(config, min(config.reinforce.budgets)))
+        return _reinforcement(config, min(config.reinforce.budgets)).best
     if config.distill.targets:
         return twig_loss(*config.model(), config.head_chunk)  # what is held out has no targets
     return stage_loss(config)
@@ -139,7 +139,7 @@ def fit(
         batches = open_batches(config, base, shard)
         if config.distill.targets and grown_on:
             batches = TaughtBatches(
-                batches, config.distill.targets, config.distill, grown_on, shard
+                batches, config.distill.targets, config.distill, base, grown_on, shard
             )
         stack.callback(batches.close)
         start = manager.latest() or 0

@@ -21,6 +21,7 @@ from twig_jax.sharding.mesh import AXES, mesh_sizes
 from twig_jax.sharding.rules import shardings
 from twig_jax.training.config import TrainConfig
 from twig_jax.training.data import open_batches
+from twig_jax.training.distill import teaching
 from twig_jax.training.flops import step_flops
 from twig_jax.training.loop import stage_loss
 from twig_jax.training.optim import optimizer
@@ -128,7 +129,7 @@ def _held(config: TrainConfig, mesh: Mesh | AbstractMesh) -> tuple[TrainState, A
     """(state, frozen, batch) by shape and sharding."""
     base_config, twig_config = config.model()
     base = jax.eval_shape(lambda key: init_base(base_config, key), jax.random.key(0))
-    trained, frozen = base, {}
+    trained, frozen, whole = base, {}, base
     if config.stage == "twig":
         trained = jax.eval_shape(lambda p: init_twig(p, base_config.text, twig_config), base)
         if not config.whole_base:
@@ -147,6 +148,9 @@ def _held(config: TrainConfig, mesh: Mesh | AbstractMesh) -> tuple[TrainState, A
             data.batch_size, data.row_tokens, data.row_images, base_config.vision.image_size
         )
         batch = fill([], shape, 0, base_config.vision.image_mean, base_config.vision.image_std)
+    if config.distill.targets:
+        teach = teaching(base_config, twig_config, config.distill, config.head_chunk)
+        batch = {**batch, **jax.eval_shape(teach, whole, batch)}
     if config.reinforce.actions:
         batch = {**batch, "draws": np.zeros(data.batch_size, np.uint32)}
     rows = NamedSharding(mesh, P(("data", "fsdp")))

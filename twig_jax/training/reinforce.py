@@ -11,7 +11,8 @@ There is one step on each draw, so nothing has to be clipped. Trunk and twig run
 the deep layers run once a pruning, on the text and the tokens kept alone.
 """
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,7 @@ from twig_jax.pruning.budget import retained
 from twig_jax.pruning.sampling import draw, log_probability
 from twig_jax.pruning.select import first_of, take
 from twig_jax.training.config import ReinforceConfig
-from twig_jax.training.losses import Batch, Loss, Metrics, TwigPart, in_chunks, trunk
+from twig_jax.training.losses import Batch, Metrics, TwigPart, in_chunks, trunk
 
 _LEAST = 1e-20  # scores below it count as it
 
@@ -38,6 +39,7 @@ class _Asked(NamedTuple):
     began: jax.Array  # float32 [B, A, S], those it began with
     visible: jax.Array  # bool [B, A, S], the visual tokens that a question sees
     text: jax.Array  # int32 [B, A, N], slots of the text it sees, and of its own
+    targets: jax.Array  # int32 [B, A, N], the next token where it is an answer's, else -1
     counts: jax.Array  # int32 [B, A], R; 0 where there is no question, image or answer
 
 
@@ -63,33 +65,41 @@ def policy_loss(
     return -(advantage * pi).mean(-2), useful[..., 0, :]
 
 
-def reinforce_loss(
-    config: LlavaConfig,
-    twig: TwigConfig,
-    reinforce: ReinforceConfig,
-    average: float,
-    chunk: int,
-) -> Loss:
-    """The loss above at a budget of R̄ = average; only the P-Head trains.
+@dataclass(frozen=True)
+class Reinforcement:
+    """The losses at a budget of R̄ = average; only the P-Head trains.
 
-    A batch has, beside what others have, `draws`: uint32 [B], another
-    number for every row of the run. frozen has, beside the base, the P-Head that the run began
-    with, `p_head`. Raises ValueError where the budget has no solution, where there is no P-Head,
-    and where the actions do not split into equal parts.
+    frozen has, beside the base, the P-Head that the run began with, `p_head`. chunk: tokens whose
+    logits are there at one time. Raises ValueError where the budget has no solution, where there is
+    no P-Head, and where the actions do not split into equal parts.
     """
-    G, part = reinforce.actions, reinforce.at_a_time
-    if G < 2 or G % part:
-        raise ValueError(
-            f"{G} actions of a question (reinforce.actions) do not split into several of "
-            f"{part} at a time (reinforce.at_a_time)"
-        )
-    look = _looking(config, twig, reinforce, average)
-    reward = _rewarding(config, twig, chunk)
 
-    def loss(params: Params, frozen: Params, batch: Batch) -> tuple[jax.Array, Metrics]:
-        asked = look(params, frozen, batch)
+    config: LlavaConfig
+    twig: TwigConfig
+    reinforce: ReinforceConfig
+    average: float
+    chunk: int
+
+    def __post_init__(self) -> None:
+        G, part = self.reinforce.actions, self.reinforce.at_a_time
+        if not self.twig.p_head:
+            raise ValueError("what is reinforced is a P-Head: set p_head")
+        if G < 2 or G % part:
+            raise ValueError(
+                f"{G} actions of a question (reinforce.actions) do not split into several of "
+                f"{part} at a time (reinforce.at_a_time)"
+            )
+        self._budget(self.reinforce.images)
+
+    def loss(self, params: Params, frozen: Params, batch: Batch) -> tuple[jax.Array, Metrics]:
+        """The loss above; see `losses.Loss`.
+
+        The batch has, beside what others have, `draws`: uint32 [B], another number for every row of
+        the run.
+        """
+        G, R = self.reinforce.actions, self._budget(self.reinforce.images)
+        asked = self._look(params, frozen, batch)
         logs = jnp.log(jnp.maximum(asked.s, _LEAST))
-        R = _most(config, twig, average, reinforce.images)
         tokens = jax.vmap(
             lambda seed, logs, visible: draw(
                 jax.random.key(seed, impl="threefry2x32"),
@@ -99,13 +109,13 @@ def reinforce_loss(
             )
         )(batch["draws"], jax.lax.stop_gradient(logs), asked.visible)  # [B, G, A, R]
 
-        parts = rearrange(tokens, "B (n g) A R -> n B A g R", g=part)
-        r = jax.lax.map(lambda kept: reward(frozen, batch, asked, kept), parts)
+        parts = rearrange(tokens, "B (n g) A R -> n B A g R", g=self.reinforce.at_a_time)
+        r = jax.lax.map(lambda kept: self._reward(frozen, batch, asked, kept), parts)
         r = rearrange(r, "n B A g -> B (n g) A")
         pi = log_probability(
             logs[:, None], asked.visible[:, None], tokens, asked.counts[:, None]
         )  # [B, G, A]
-        losses, useful = policy_loss(pi, r, reinforce.least_spread)
+        losses, useful = policy_loss(pi, r, self.reinforce.least_spread)
         asks = asked.counts > 0
         number = asks.sum()
 
@@ -113,88 +123,62 @@ def reinforce_loss(
             """(sum, count) over the questions of x [B, A]."""
             return jnp.stack([jnp.where(asks, x, 0).sum(), number])
 
-        best, first = (_best(x, asked, R) for x in (asked.s, asked.began))  # bool [B, A, S]
-        changed = 1 - (best & first).sum(-1) / jnp.maximum(asked.counts, 1)
+        def kept(s: jax.Array) -> jax.Array:
+            """Which visual tokens s [B, A, S] keeps, bool [B, A, S]."""
+            counted = jnp.arange(R) < asked.counts[..., None]
+            nothing = jnp.zeros(s.shape, bool)
+            return jnp.put_along_axis(nothing, _best(s, asked, R), counted, axis=-1, inplace=False)
+
+        same = (kept(asked.s) & kept(asked.began)).sum(-1)
         return over(losses)[0] / jnp.maximum(number, 1), {
             "weight": number.astype(jnp.float32),
             "reward": over(r.mean(1)),
             "reward_spread": over(r.std(1)),
             "useless_groups": over(jnp.where(useful, 0.0, 1.0)),
             "entropy": over(-(asked.s * logs).sum(-1)),
-            "churn": over(changed),
+            "churn": over(1 - same / jnp.maximum(asked.counts, 1)),
         }
 
-    return loss
-
-
-def pruned_loss(
-    config: LlavaConfig,
-    twig: TwigConfig,
-    reinforce: ReinforceConfig,
-    average: float,
-    chunk: int,
-) -> Loss:
-    """What `reinforce_loss` is to bring down: the negative reward of the best tokens by s."""
-    look = _looking(config, twig, reinforce, average)
-    reward = _rewarding(config, twig, chunk)
-
-    def loss(params: Params, frozen: Params, batch: Batch) -> tuple[jax.Array, Metrics]:
-        asked = look(params, frozen, batch)
-        R = _most(config, twig, average, reinforce.images)
-        _, kept = jax.lax.top_k(jnp.where(asked.visible, asked.s, -1), R)
-        r = reward(frozen, batch, asked, kept[:, :, None])[..., 0]
+    def best(self, params: Params, frozen: Params, batch: Batch) -> tuple[jax.Array, Metrics]:
+        """What `loss` is to bring down: the negative reward of the best tokens by s."""
+        asked = self._look(params, frozen, batch)
+        kept = _best(asked.s, asked, self._budget(self.reinforce.images))
+        r = self._reward(frozen, batch, asked, kept[:, :, None])[..., 0]
         asks = asked.counts > 0
         number = asks.sum().astype(jnp.float32)
         return -jnp.where(asks, r, 0).sum() / jnp.maximum(number, 1), {"weight": number}
 
-    return loss
+    def _budget(self, images: int) -> int:
+        L, M = self.config.text.num_layers, self.config.vision.num_tokens
+        return retained(self.average, self.twig, L, M, images)
 
+    def _look(self, params: Params, frozen: Params, batch: Batch) -> _Asked:
+        """What is asked, and how the P-Head ranks what is seen."""
+        K, T, most = self.twig.K, self.twig.T, self.reinforce
+        part, fixed = TwigPart(self.config, self.twig), jax.lax.stop_gradient(params)
+        x, where = trunk(Llava(self.config), frozen, batch, K)
+        z, _ = part.run(fixed, x, where, 0, T - 1)
+        _, (own,) = part.run(fixed, z, where, T - 1)
 
-def _most(config: LlavaConfig, twig: TwigConfig, average: float, images: int) -> int:
-    return retained(average, twig, config.text.num_layers, config.vision.num_tokens, images)
-
-
-def _best(s: jax.Array, asked: _Asked, most: int) -> jax.Array:
-    """Which visual tokens s [B, A, S] keeps, bool [B, A, S]."""
-    _, at = jax.lax.top_k(jnp.where(asked.visible, s, -1), most)
-    kept = jnp.arange(most) < asked.counts[..., None]
-    return jnp.put_along_axis(jnp.zeros(s.shape, bool), at, kept, axis=-1, inplace=False)
-
-
-def _looking(
-    config: LlavaConfig,
-    twig: TwigConfig,
-    reinforce: ReinforceConfig,
-    average: float,
-) -> Any:
-    """A function of twig, frozen parameters and batch that gives what is asked, and s."""
-    if not twig.p_head:
-        raise ValueError("what is reinforced is a P-Head: set p_head")
-    model, part = Llava(config), TwigPart(config, twig)
-    budgets = [_most(config, twig, average, images) for images in range(reinforce.images + 1)]
-
-    def look(params: Params, frozen: Params, batch: Batch) -> _Asked:
-        fixed = jax.lax.stop_gradient(params)
-        x, where = trunk(model, frozen, batch, twig.K)
-        z, _ = part.run(fixed, x, where, 0, twig.T - 1)
-        _, (own,) = part.run(fixed, z, where, twig.T - 1)
-
-        S = x.shape[1]
+        B, S = batch["tokens"].shape
         segments = batch["segments"]
         answers = batch["targets"] >= 0
         starts = answers & ~jnp.pad(answers, ((0, 0), (1, 0)))[:, :-1]
         # A segment may hold a conversation: its first question chooses for all of it.
         starts &= (where[1] & starts[:, None]).sum(-1) == 1
-        slots = first_of(starts, min(reinforce.questions, S))  # [B, A]
+        slots = first_of(starts, min(most.questions, S))  # [B, A]
         segment = take(segments, slots)[..., None]
         visible = take(where[1], slots) & batch["is_visual"][:, None]
         text = (segments[:, None] == segment) | (segments[:, None] == SHARED)
         text &= (segment > 0) & ~batch["is_visual"][:, None]
-        text = jax.vmap(lambda x: first_of(x, min(reinforce.text_tokens, S)))(text)
+        text = jax.vmap(lambda x: first_of(x, min(most.text_tokens, S)))(text)
+        targets = take(batch["targets"], text.reshape(B, -1)).reshape(text.shape)
+        targets = jnp.where(text < S, targets, -1)
 
-        images = -(-visible.sum(-1) // config.vision.num_tokens)
-        table = jnp.array(budgets, jnp.int32)
-        counts = jnp.where(images < len(budgets), table[jnp.minimum(images, len(budgets) - 1)], 0)
+        images = -(-visible.sum(-1) // self.config.vision.num_tokens)
+        budgets = jnp.array([self._budget(i) for i in range(most.images + 1)], jnp.int32)
+        counts = budgets[jnp.minimum(images, most.images)]
+        counts = jnp.where((images <= most.images) & (targets >= 0).any(-1), counts, 0)
 
         def scores(head: Params) -> jax.Array:
             ours = {**fixed, "p_head": head}
@@ -203,20 +187,14 @@ def _looking(
             return part.apply(ours, "visual_scores", take(z, slots), at, own.k, gates, visible)
 
         began = scores(frozen["p_head"])
-        return _Asked(x, scores(params["p_head"]), began, visible, text, counts)
+        return _Asked(x, scores(params["p_head"]), began, visible, text, targets, counts)
 
-    return look
+    def _reward(self, frozen: Params, batch: Batch, asked: _Asked, kept: jax.Array) -> jax.Array:
+        """The mean log-probability of answers under the base pruned to slots kept, [B, A, g, R].
 
-
-def _rewarding(config: LlavaConfig, twig: TwigConfig, chunk: int) -> Any:
-    """A function of frozen parameters, batch, what is asked and slots kept int32 [B, A, g, R].
-
-    It gives the mean log-probability of the answers' tokens under the base pruned so, float32
-    [B, A, g]; zero where there is none. What is longer than an `_Asked`'s text is left out.
-    """
-    model = Llava(config)
-
-    def reward(frozen: Params, batch: Batch, asked: _Asked, kept: jax.Array) -> jax.Array:
+        float32 [B, A, g]; what is longer than the text of `_Asked` is left out.
+        """
+        model, base, (K, K_f) = Llava(self.config), {"params": frozen}, (self.twig.K, self.twig.K_f)
         B, A, g, R = kept.shape
         S, N = asked.states.shape[1], asked.text.shape[-1]
         kept = jnp.where(jnp.arange(R) < asked.counts[..., None, None], kept, S)
@@ -230,23 +208,24 @@ def _rewarding(config: LlavaConfig, twig: TwigConfig, chunk: int) -> Any:
         at = slots.reshape(-1, N + R)
         mask = (at[:, None, :] <= at[:, :, None]) & (at < S)[:, None, :]
         positions = rows(batch["positions"])
-        base = {"params": frozen}
-        x, _ = model.apply(
-            base, rows(asked.states), positions, mask, first=twig.K, last=twig.K_f, method="run"
-        )
+        lower = rows(asked.states), positions, mask
+        x, _ = model.apply(base, *lower, first=K, last=K_f, method="run")
         # FinalWipe: the text comes first.
-        upper = positions[:, :N], mask[:, :N, :N]
-        x, _ = model.apply(base, x[:, :N], *upper, first=twig.K_f, method="run")
+        upper = x[:, :N], positions[:, :N], mask[:, :N, :N]
+        x, _ = model.apply(base, *upper, first=K_f, method="run")
 
         def score(x: jax.Array, targets: jax.Array) -> tuple[jax.Array, ...]:
             logits = model.apply(base, x, method="logits")
             own = jnp.take_along_axis(logits, jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]
             return (own - jax.nn.logsumexp(logits, axis=-1),)
 
-        targets = jnp.where(at < S, rows(batch["targets"]), -1)[:, :N]
-        (logs,) = in_chunks(score, (x, targets), chunk)
+        targets = jnp.broadcast_to(asked.targets[:, :, None], text.shape).reshape(-1, N)
+        (logs,) = in_chunks(score, (x, targets), self.chunk)
         valid = targets >= 0
         mean = (logs * valid).sum(-1) / jnp.maximum(valid.sum(-1), 1)
         return jax.lax.stop_gradient(mean.reshape(B, A, g))
 
-    return reward
+
+def _best(s: jax.Array, asked: _Asked, most: int) -> jax.Array:
+    """Slots of the best visual tokens by s [B, A, S], int32 [B, A, most]."""
+    return jax.lax.top_k(jnp.where(asked.visible, s, -1), most)[1]

@@ -5,7 +5,7 @@ one: the n likeliest words and their log-probabilities at every target, the atte
 and a checksum of the batch that both belong to.
 """
 
-import dataclasses
+import contextlib
 import json
 import os
 import zlib
@@ -19,6 +19,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import PartitionSpec as P
 
 from twig_jax.checkpoints.twig import fingerprint
+from twig_jax.config import LlavaConfig
 from twig_jax.data.packing import Batch
 from twig_jax.models.llava import Params
 from twig_jax.sharding.mesh import make_mesh
@@ -42,6 +43,7 @@ class TaughtBatches:
         batches: Batches,
         folder: str,
         distill: DistillConfig,
+        base: LlavaConfig,
         grown_on: str,
         shard: tuple[int, int],
     ) -> None:
@@ -49,7 +51,7 @@ class TaughtBatches:
         path = self._folder / "targets.json"
         if not path.is_file():
             raise FileNotFoundError(f"no targets in {folder}: write them with --write_targets")
-        there, asked = json.loads(path.read_text()), _asked(distill, grown_on)
+        there, asked = json.loads(path.read_text()), _asked(distill, base, grown_on)
         other = [f"{k} {there.get(k)}, not {asked[k]}" for k in asked if there.get(k) != asked[k]]
         if other:
             raise ValueError(f"the targets in {folder} are of other settings: {'; '.join(other)}")
@@ -111,30 +113,33 @@ def write_targets(
     out.mkdir(parents=True, exist_ok=True)
     with jax.set_mesh(mesh):
         base = distribute(base, mesh)
-        asked = _asked(config.distill, fingerprint(base_config, base, twig.K))
+        asked = _asked(config.distill, base_config, fingerprint(base_config, base, twig.K))
         notes = out / "targets.json"
         if notes.is_file() and json.loads(notes.read_text()) != asked:
             raise ValueError(f"{folder} has targets of other settings; name another folder")
         if not jax.process_index():
             notes.write_text(json.dumps(asked))
-        batches = open_batches(config, base_config, shard)
-        for step in range(1, config.steps + 1):
-            local = next(batches)
-            path = _file(out, step, shard)
-            if not path.is_file():
-                found = teach(base, on_mesh(local, mesh))
-                rows = P(("data", "fsdp"))
-                mine = multihost_utils.global_array_to_host_local_array(found, mesh, rows)
-                _write(path, local, {name: np.asarray(x) for name, x in mine.items()})
-            told(step)
-        batches.close()
+        with contextlib.closing(open_batches(config, base_config, shard)) as batches:
+            for step in range(1, config.steps + 1):
+                local = next(batches)
+                path = _file(out, step, shard)
+                if not path.is_file():
+                    found = teach(base, on_mesh(local, mesh))
+                    rows = P(("data", "fsdp"))
+                    mine = multihost_utils.global_array_to_host_local_array(found, mesh, rows)
+                    _write(path, local, {name: np.asarray(x) for name, x in mine.items()})
+                told(step)
 
 
-def _asked(distill: DistillConfig, grown_on: str) -> dict[str, Any]:
-    asked = dataclasses.asdict(distill)
-    return {"base": grown_on} | {
-        name: asked[name] for name in ("layer", "queries", "most_queries", "words")
-    }
+def _asked(distill: DistillConfig, base: LlavaConfig, grown_on: str) -> dict[str, Any]:
+    """What a run needs of its targets; those that were written for more will do."""
+    asked: dict[str, Any] = {"base": grown_on}
+    if distill.attention:
+        asked["layer"] = distill.layer_of(base.text.num_layers)
+        asked |= {"queries": distill.queries, "most_queries": distill.most_queries}
+    if distill.prediction:
+        asked["words"] = distill.words
+    return asked
 
 
 def _file(folder: Path, step: int, shard: tuple[int, int]) -> Path:
