@@ -20,21 +20,20 @@ def own_answers(*arguments):
 
 def test_the_base_s_own_words_in_every_turn(tmp_path):
     """A run that was killed while it wrote goes on; drafting changes no answer."""
-    out, plain = tmp_path / "fast" / "own.jsonl", tmp_path / "plain.jsonl"
-    done = own_answers("--out", out, "--limit", 2)
+    fast, out = tmp_path / "fast.jsonl", tmp_path / "plain" / "own.jsonl"
+    done = own_answers("--out", fast, "--limit", 2)
     assert done.returncode == 0, done.stderr
     assert "2 conversations answered, 0 bad ones left out" in done.stdout
-    out.write_bytes(out.read_bytes()[:-20])
-    done = own_answers("--out", out, "--limit", 3)
+    out.parent.mkdir()
+    out.write_bytes(fast.read_bytes()[:-20])
+    base = ("--checkpoint", "twig_jax/assets/digits/base")  # without a twig
+    done = own_answers(*base, "--out", out, "--limit", 3)
     assert done.returncode == 0 and "2 conversations answered" in done.stdout, done.stderr
-    base = "twig_jax/assets/digits/base"
-    done = own_answers("--checkpoint", base, "--out", plain, "--limit", 3)
-    assert done.returncode == 0, done.stderr
     said = [
         [json.loads(line)["conversations"] for line in path.read_text().splitlines()]
-        for path in (out, plain)
+        for path in (fast, out)
     ]
-    assert said[0] == said[1]
+    assert said[0] == said[1][:2]
 
     source, asked = open_source(out), DigitsSource()
     assert len(source) == 3
