@@ -8,7 +8,7 @@ python -m launch.generate --batch_file questions.jsonl --json answers.jsonl
 question: --image --prompt, or --raw_prompt; --batch_file --image_folder for many
 model:    --checkpoint --twig --dtype --template --allow_base_mismatch
 decoding: --mode --avg_retained --max_new_tokens --min_new_tokens --stop --batch
-drafting: --gamma --theta --adaptive --children --expanded --nodes
+drafting: --gamma --theta --adaptive --children --expanded --nodes, or --fit_tree
 sampling: --temperature --top_k --top_p --min_p --repetition_penalty --seed
 output:   --json
 """
@@ -54,6 +54,11 @@ _THETA = flags.DEFINE_float("theta", None, "drafting stops after a token less pr
 _CHILDREN = flags.DEFINE_integer("children", None, "drafts tried after each (1, a chain)")
 _EXPANDED = flags.DEFINE_integer("expanded", None, "drafts of a level that have children (1)")
 _NODES = flags.DEFINE_integer("nodes", None, "most drafts an iteration (0, all of the tree)")
+_FIT_TREE = flags.DEFINE_bool(
+    "fit_tree",
+    False,
+    "gamma, children, expanded and nodes that are fastest here; measures at first",
+)
 _ADAPTIVE = flags.DEFINE_bool("adaptive", None, "stop drafting while drafts are in vain")
 _TEMPERATURE = flags.DEFINE_float("temperature", None, "0, the default, takes the likeliest token")
 _TOP_K = flags.DEFINE_integer("top_k", None, "draw from so many likeliest tokens")
@@ -89,7 +94,7 @@ def main(argv: list[str]) -> None:
 def generate() -> None:
     """Loads the model, answers, prints."""
     from twig_jax import api
-    from twig_jax.runtime import use_compilation_cache
+    from twig_jax.runtime import cache_folder, use_compilation_cache
 
     asked = questions()
     use_compilation_cache()
@@ -104,11 +109,25 @@ def generate() -> None:
     )
     changes: dict[str, Any] = {n: f.value for n, f in _DECODING.items() if f.value is not None}
     settings = replace(model.settings, stop=tuple(_STOP.value), **changes)
+    if _FIT_TREE.value:
+        settings = with_fitted_tree(model, settings, asked[: _BATCH.value], cache_folder())
     with lines_to(_JSON.value, many=_BATCH_FILE.value is not None) as out:
         if _BATCH_FILE.value is None:
             answer_one(model, settings, asked[0], out)
         else:
             answer_all(model, settings, asked, out)
+
+
+def with_fitted_tree(model: Any, settings: Any, few: list[dict[str, Any]], folder: Path) -> Any:
+    """The settings with the tree of drafts that answers questions like these fastest here."""
+    from twig_jax.decoding.shape import fitted
+
+    raw = _RAW_PROMPT.value is not None
+    requests = [model.request(q["text"], q["images"], raw=raw) for q in few]
+    found = fitted(model.generator, requests, settings, folder / "costs.json")
+    shape = {n: getattr(found, n) for n in ("gamma", "children", "expanded", "nodes")}
+    print("tree:", " ".join(f"--{n} {value}" for n, value in shape.items()), file=sys.stderr)
+    return found
 
 
 def answer_one(model: Any, settings: Any, question: dict[str, Any], out: TextIO | None) -> None:

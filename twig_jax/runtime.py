@@ -12,14 +12,18 @@ import jax
 import jax.numpy as jnp
 
 
+def cache_folder() -> Path:
+    """Where things are kept between starts: twig_jax in the user's cache folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "twig_jax"
+
+
 def use_compilation_cache() -> None:
     """Keeps compiled programs on disk, so that a second start is faster.
 
-    The folder is $JAX_COMPILATION_CACHE_DIR, else twig_jax in the user's cache folder.
+    The folder is $JAX_COMPILATION_CACHE_DIR, else `cache_folder`.
     """
-    home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(home / "twig_jax"))
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 

@@ -9,9 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from absl.flags import FLAGS
 from PIL import Image
 
 import twig_jax
+from launch.generate import with_fitted_tree
+from twig_jax.decoding import shape
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "page.png"
@@ -76,6 +79,22 @@ def test_the_readme_s_python():
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip()
+
+
+def test_the_tree_that_fits_here(model, monkeypatch, tmp_path, capsys):
+    """Timings are made up: four tokens a level, and no more than seven to verify, cost nothing."""
+    made_up = ({1: 1.0, 4: 1.0, 10: 9.0}, {2: 5.0, 8: 5.0, 60: 99.0})
+    monkeypatch.setattr(shape, "_timed", lambda *_: made_up)
+    FLAGS(["generate", "--prompt", ASK])
+    settings = replace(model.settings, max_new_tokens=16)
+    asked = [{"text": ASK, "images": [PAGE]}]
+    found = with_fitted_tree(model, settings, asked, tmp_path)
+    assert found.gamma > 1 and found.nodes <= 8
+    assert f"tree: --gamma {found.gamma} --children {found.children}" in capsys.readouterr().err
+    assert (tmp_path / "costs.json").is_file()
+    np.testing.assert_array_equal(
+        model.generate(ASK, [PAGE], found).tokens, model.generate(ASK, [PAGE]).tokens
+    )
 
 
 def test_a_file_of_questions(tmp_path):
