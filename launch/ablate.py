@@ -3,6 +3,9 @@
     python -m launch.ablate --config configs/digits_twig.py --set steps=300 --set save_every=300 \\
         --set whole_base=False --task digits --limit 1024 --seeds 0,1,2 --out runs/ablation
 
+    python -m launch.ablate --config configs/digits_twigpp_stage1.py --set twig_init=next \\
+        --reinforced configs/digits_twigpp_stage2.py --ablations stages --limit 1024
+
 Every variant is the configuration's twig but for one thing. Twigs that are there are not trained
 again, and answers that are there are not asked again: a run that was stopped goes on.
 OUT/results.json has the figures, OUT/ablations.png their picture.
@@ -22,6 +25,9 @@ from launch.output import aligned, write_json
 
 _CONFIG = flags.DEFINE_string("config", None, "file with get_config() of a twig, see configs/")
 _SET = flags.DEFINE_multi_string("set", [], "override, as in optim.lr=2e-4; repeatable")
+_REINFORCED = flags.DEFINE_string(
+    "reinforced", None, "file with get_config() of what P-Heads are trained by after that"
+)
 _ABLATIONS = flags.DEFINE_list("ablations", [], "some of them; default all")
 _SEEDS = flags.DEFINE_list("seeds", ["0"], "seeds that every twig is trained with")
 _TASK = flags.DEFINE_string("task", "digits", "the benchmark, as in launch.evaluate")
@@ -68,12 +74,16 @@ def ablate() -> None:
     use_compilation_cache()
     config = override(read_config(_CONFIG.value or ""), _SET.value)
     base_config, twig_config = config.model()
-    known = ablations(twig_config, base_config.text.num_layers)
+    reinforced = None if _REINFORCED.value is None else read_config(_REINFORCED.value)
+    if reinforced is not None and not reinforced.reinforce.actions:
+        raise ValueError(f"--reinforced {_REINFORCED.value} reinforces nothing: it has no actions")
+    budgets = () if reinforced is None else reinforced.reinforce.budgets
+    known = ablations(twig_config, base_config.text.num_layers, config.p_head, budgets)
     for name in _ABLATIONS.value:
         if name not in known:
             raise ValueError(f"no --ablations {name}; there are: {', '.join(known)}")
     variants = [v for name in _ABLATIONS.value or known for v in known[name]]
-    bench = _Bench(config)
+    bench = _Bench(config, reinforced)
     lines = []
     with tqdm(variants, unit="variant", disable=not sys.stderr.isatty()) as bar:
         for variant in bar:
@@ -87,6 +97,7 @@ def ablate() -> None:
         **environment(),
         "settings": {
             "config": dataclasses.asdict(config),
+            "reinforced": None if reinforced is None else dataclasses.asdict(reinforced),
             **{f.name: f.value for f in (_TASK, _LIMIT, _SEEDS, _GAMMA, _THETA, _TIMED)},
         },
         "results": lines,
@@ -100,13 +111,13 @@ def ablate() -> None:
 class _Bench:
     """The benchmark, and the base that all twigs grow on."""
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: Any, reinforced: Any) -> None:
         from twig_jax import api
         from twig_jax.decoding.settings import Settings
         from twig_jax.evaluation.benchmarks import open_benchmark
         from twig_jax.evaluation.judge import Judge, Way
 
-        self.config, self.out = config, Path(_OUT.value)
+        self.config, self.reinforced, self.out = config, reinforced, Path(_OUT.value)
         self.model = api.load(config.base)
         benchmark = open_benchmark(_TASK.value, Path(_DATA.value), _LIMIT.value)
         self.judge = Judge(
@@ -178,13 +189,20 @@ class _Bench:
 
     def _grown(self, variant: Any, seed: int) -> Path:
         """The folder of a variant's twig, which is trained unless it is there."""
+        from twig_jax.training.overrides import override
+
+        twig = self._trained(variant.grown, override(self.config, variant.trained), seed)
+        if variant.reinforced is None:
+            return twig
+        config = dataclasses.replace(self.reinforced, base=self.config.base, twig_init=str(twig))
+        return self._trained(variant.twig, override(config, variant.reinforced), seed)
+
+    def _trained(self, name: str, config: Any, seed: int) -> Path:
         from launch.training import train
 
-        out = self.out / "twigs" / variant.twig / f"seed{seed}"
+        out = self.out / "twigs" / name / f"seed{seed}"
         if not (out / "twig" / "twig.json").is_file():
-            config = dataclasses.replace(
-                self.config, **dict(variant.trained), seed=seed, out=str(out)
-            )
+            config = dataclasses.replace(config, seed=seed, out=str(out))
             print(f"training {out}", file=sys.stderr)
             train(config, export=str(out / "twig"), say=lambda text: print(text, file=sys.stderr))
         return out / "twig"

@@ -29,6 +29,23 @@ def test_a_twig_is_trained_once():
     }  # fmt: skip
 
 
+def test_the_stages_of_a_p_head():
+    """The paper's Table 5; both signals of a twig are read off the same one."""
+    assert "stages" not in KNOWN
+    taught = ablations(TwigConfig(K=2, T=3, K_f=24), 32, True)["stages"]
+    stages = ablations(TwigConfig(K=2, T=3, K_f=24), 32, True, (64.0, 128.0))["stages"]
+    assert stages[: len(taught)] == taught
+    assert [v.twig for v in stages] == [
+        "p_head=False,distill.prediction=0.0,distill.attention=0.0",
+        "distill.prediction=0.0",
+        "configured",
+        "configured",
+        "configured+reinforced+reinforce.budgets=(64.0,)",
+        "configured+reinforced",
+    ]
+    assert {v.grown for v in stages[2:]} == {"configured"}
+
+
 def test_over_seeds(tmp_path):
     variant = KNOWN["T"][0]
     rows = [

@@ -1,6 +1,7 @@
 """The ablation launcher, as a user runs it."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -38,9 +39,29 @@ def test_a_twig_is_trained_answers_and_is_timed(tmp_path):
     assert all(line["relacc"] is None for line in json.loads(done.stdout)["results"])
 
 
+def test_a_reinforced_twig_grows_on_a_taught_one(tmp_path):
+    """Here nothing is trained any more: the twigs of both stages are there."""
+    twigs = ["configured", "configured+reinforced", "distill.prediction=0.0"]
+    twigs += ["configured+reinforced+reinforce.budgets=(16.0,)"]
+    twigs += ["p_head=False,distill.prediction=0.0,distill.attention=0.0"]
+    for name in twigs:
+        shutil.copytree(
+            ROOT / "twig_jax/assets/digits/twig", tmp_path / "twigs" / name / "seed0" / "twig"
+        )
+    done = ablate(
+        "--config", "configs/digits_twigpp_stage1.py", "--ablations", "stages",
+        "--reinforced", "configs/digits_twigpp_stage2.py", "--limit", 4, "--timed_samples", 0,
+        "--batch", 4, "--out", tmp_path, "--json", "-",
+    )  # fmt: skip
+    assert done.returncode == 0 and "training" not in done.stderr, done.stderr
+    lines = json.loads(done.stdout)["results"]
+    assert len(lines) == 6 and len({line["relacc"] for line in lines}) == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (("--reinforced", "configs/digits_twig.py"), "reinforces nothing"),
         (("--ablations", "depth"), "no --ablations depth; there are: attention, init"),
         (("--task", "cats"), "no benchmark cats; there are: gqa"),
         (("--set", "step=3"), "step"),

@@ -13,15 +13,17 @@ from twig_jax.config import TwigConfig
 class Variant:
     """One line of an ablation.
 
-    trained: fields of the training configuration other than its own, none for the twig as it is
-    configured. K_f, gamma, theta: other than the twig's and the call's. once: whether it is the
+    trained: overrides of the training configuration, none for the twig as it is configured.
+    reinforced: those of the configuration that its P-Head is trained by after that, None where it
+    is not. K_f, gamma, theta: other than the twig's and the call's. once: whether it is the
     same for every seed that a twig is trained with. answered: whether its accuracy has to be
     measured; drafting changes none.
     """
 
     ablation: str
     name: str
-    trained: tuple[tuple[str, Any], ...] = ()
+    trained: tuple[str, ...] = ()
+    reinforced: tuple[str, ...] | None = None
     mode: str = "ttp_ssd"
     selector: str = "twig"
     K_f: int | None = None
@@ -31,25 +33,48 @@ class Variant:
     answered: bool = True
 
     @property
+    def grown(self) -> str:
+        """What the folder of its twig is called, before any reinforcement."""
+        return ",".join(self.trained) or "configured"
+
+    @property
     def twig(self) -> str:
-        """What its twig's folder is called."""
-        return ",".join(f"{name}={value}" for name, value in self.trained) or "configured"
+        """What the folder of its twig is called."""
+        if self.reinforced is None:
+            return self.grown
+        return "+".join([self.grown, "reinforced", *self.reinforced])
 
 
-def ablations(twig: TwigConfig, num_layers: int) -> dict[str, list[Variant]]:
+def ablations(
+    twig: TwigConfig, num_layers: int, p_head: bool = False, budgets: Sequence[float] = ()
+) -> dict[str, list[Variant]]:
     """Every ablation, for a base of L layers and the twig as it is configured.
 
-    The layers of FinalWipe are those of the paper's 32, in proportion.
+    p_head: whether it has one; then there are the stages of TwigVLM++ (the paper's Table 5).
+    budgets: those the P-Head is reinforced for; none leaves reinforcement out. The layers of
+    FinalWipe are those of the paper's 32, in proportion.
     """
 
-    def other(**trained: Any) -> tuple[tuple[str, Any], ...]:
+    def other(**trained: Any) -> tuple[str, ...]:
         """Without what is configured anyway, so that its twig is trained once."""
         own = {"twig_init": "next", "T": twig.T, "K": twig.K}
-        return tuple((k, v) for k, v in trained.items() if v != own[k])
+        return tuple(f"{k}={v}" for k, v in trained.items() if v != own[k])
 
     starts = {"next": "layers K .. K+T-1", "last": "the last T layers", "random": "random"}
     wipes = dict.fromkeys(round(num_layers * n / 32) for n in (20, 24, 28, 32))
+    untaught = ("distill.prediction=0.0", "distill.attention=0.0")
+    stages = [
+        Variant("stages", "TwigVLM", ("p_head=False", *untaught)),
+        Variant("stages", "taught attention", untaught[:1]),
+        Variant("stages", "taught attention and words"),
+        Variant("stages", "the same twig's attention", selector="twig_attention"),
+    ]
+    if budgets:
+        one = (f"reinforce.budgets=({min(budgets)},)",)
+        stages.append(Variant("stages", "reinforced, one budget", reinforced=one))
+        stages.append(Variant("stages", "reinforced, all budgets", reinforced=()))
     return {
+        **({"stages": stages} if p_head else {}),
         "attention": [
             Variant("attention", "base, layer K-1", selector="base_K", once=True, mode="ttp"),
             Variant("attention", "base, layer K+T-1", selector="base_K+T", once=True, mode="ttp"),
