@@ -43,6 +43,34 @@ PRESETS: dict[str, tuple[LlavaConfig, TwigConfig]] = {
         ),
         TwigConfig(K=1, T=2, K_f=12),
     ),
+    # As small as it goes, to try what takes long.
+    "toy": (
+        LlavaConfig(
+            vision=VisionConfig(
+                image_size=12,
+                patch_size=4,
+                hidden_size=16,
+                intermediate_size=32,
+                num_layers=2,
+                num_heads=2,
+            ),
+            text=TextConfig(
+                vocab_size=512,
+                hidden_size=64,
+                intermediate_size=96,
+                num_layers=5,
+                num_heads=4,
+                num_kv_heads=2,
+                head_dim=16,
+                max_positions=512,
+            ),
+            image_token_id=3,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=0,
+        ),
+        TwigConfig(K=1, T=2, K_f=4),
+    ),
 }
 
 

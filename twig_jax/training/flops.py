@@ -1,6 +1,7 @@
 """The arithmetic a training step needs, from shapes."""
 
-from twig_jax.config import TextConfig, VisionConfig
+from twig_jax.config import TextConfig
+from twig_jax.models.flops import decoder_layer, head, vision
 from twig_jax.pruning.budget import retained
 from twig_jax.training.config import TrainConfig
 
@@ -17,15 +18,15 @@ def step_flops(config: TrainConfig) -> float:
     base, twig = config.model()
     rows, tokens = config.data.batch_size, config.data.row_tokens
     images = rows * config.data.row_images
-    encoding = images * _vision(base.vision, base.text.hidden_size)
+    encoding = images * vision(base.vision, base.text.hidden_size)
     layer = rows * _layer(base.text, tokens)
-    head = rows * tokens * 2 * base.text.hidden_size * base.text.vocab_size
-    naming = images * base.vision.num_tokens * 2 * base.text.hidden_size * base.text.vocab_size
+    words = head(base.text, rows * tokens)
+    naming = head(base.text, images * base.vision.num_tokens)
     match config.stage:
         case "vision":
             return _TRAINED * (encoding + naming)
         case "base":
-            return _TRAINED * (encoding + naming + base.text.num_layers * layer + head)
+            return _TRAINED * (encoding + naming + base.text.num_layers * layer + words)
         case _ if config.reinforce.actions:
             return encoding + (twig.K + twig.T) * layer + _tried(config)
         case _:
@@ -35,8 +36,8 @@ def step_flops(config: TrainConfig) -> float:
                 # To the base's end where it teaches words, else to the layer that is learned.
                 L = base.text.num_layers
                 last = L if config.distill.prediction else config.distill.layer_of(L) + 1
-                teaching = (last - twig.K) * layer + head * bool(config.distill.prediction)
-            return encoding + twig.K * layer + teaching + _TRAINED * (twig.T * layer + head)
+                teaching = (last - twig.K) * layer + words * bool(config.distill.prediction)
+            return encoding + twig.K * layer + teaching + _TRAINED * (twig.T * layer + words)
 
 
 def _tried(config: TrainConfig) -> float:
@@ -46,23 +47,9 @@ def _tried(config: TrainConfig) -> float:
     M, L, N = base.vision.num_tokens, c.num_layers, part.text_tokens
     R = retained(max(part.budgets), twig, L, M, part.images)
     deep = (twig.K_f - twig.K) * _layer(c, N + R) + (L - twig.K_f) * _layer(c, N)
-    head = N * 2 * c.hidden_size * c.vocab_size
-    return config.data.batch_size * part.questions * part.actions * (deep + head)
+    return config.data.batch_size * part.questions * part.actions * (deep + head(c, N))
 
 
 def _layer(c: TextConfig, tokens: int) -> float:
-    """A decoder layer's forward pass on a row."""
-    attention = c.num_heads * c.head_dim
-    weights = c.hidden_size * (2 * attention + 2 * c.num_kv_heads * c.head_dim)
-    weights += 3 * c.hidden_size * c.intermediate_size
-    # Scores and sums of values: each token sees half of the row on average.
-    return 2 * tokens * weights + 2 * 2 * attention * tokens * tokens / 2
-
-
-def _vision(c: VisionConfig, width: int) -> float:
-    """Vision tower and projector on an image."""
-    tokens, d = c.num_patches + 1, c.hidden_size
-    patches = c.num_patches * 2 * 3 * c.patch_size**2 * d
-    weights = 4 * d * d + 2 * d * c.intermediate_size
-    layer = 2 * tokens * weights + 2 * 2 * d * tokens * tokens
-    return patches + c.layers_used * layer + c.num_tokens * 2 * (d * width + width * width)
+    """A decoder layer's forward pass on a row, of which each token sees half on average."""
+    return decoder_layer(c, tokens, tokens / 2)
