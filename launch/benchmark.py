@@ -1,40 +1,53 @@
-"""Prefill and decoding speed of the four modes, beside this machine's bandwidth floor.
+"""Prefill and decoding speed of the four modes and of trees, beside this machine's floors.
 
     python -m launch.benchmark --checkpoint digits
     python -m launch.benchmark --checkpoint digits --batch 1,4,16,64 --max_new_tokens 10,50,200 \\
         --plot benchmark.png
-    python -m launch.benchmark --preset llava-1.5-7b --dtype bfloat16 --json -
+    python -m launch.benchmark --preset llava-1.5-7b --weights calibrated:0.574 --dtype bfloat16 \\
+        --gamma 5 --theta 0.6 --avg_retained 192,128,64 --modes plain,ttp,ssd,ttp_ssd,tree \\
+        --batch 1,8,32 --max_new_tokens 10,100,500 --repeats 3 --json 7b.json
 
 With `digits` the prompts are questions of its test pages, of the kind with long answers, else
 random words around noise. With --preset the weights are random: speeds of plain and ttp are real,
-those of speculation depend on how often a random twig is right, which is stated beside them. Every
-answer is as long as asked for, whatever the model would have said.
+those of speculation depend on how often a random twig is right, which is stated beside them, or is
+what was asked for with `--weights calibrated:TOKAR` (evaluation/calibration.py). Every answer is as
+long as asked for, whatever the model would have said. `tree` is ttp_ssd with drafts that branch.
 """
 
 import dataclasses
 import itertools
+import os
 import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from absl import app, flags
 
 from launch import run
-from launch.output import aligned, write_json
+from launch.output import speeds, write_json
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "folder with a LLaVA model, or digits")
 _TWIG = flags.DEFINE_string("twig", None, "twig folder")
 _PRESET = flags.DEFINE_string("preset", None, "shapes with random weights, as llava-1.5-7b")
-_MODES = flags.DEFINE_list("modes", ["plain", "ttp", "ssd", "ttp_ssd"], "what to measure")
-_AVG_RETAINED = flags.DEFINE_float("avg_retained", None, "R̄ per image; default 1/9 of M")
-_TEXT = flags.DEFINE_integer("text_tokens", 24, "text tokens of a random prompt", lower_bound=2)
+_WEIGHTS = flags.DEFINE_string(
+    "weights", "random", "of a preset: random, calibrated:TOKAR or calibrated:TOKAR:DRAFTS"
+)
+_MODES = flags.DEFINE_list("modes", ["plain", "ttp", "ssd", "ttp_ssd"], "what to measure, or tree")
+_AVG_RETAINED = flags.DEFINE_list(
+    "avg_retained", None, "R̄ per image, one or several budgets; default 1/9 of M"
+)
+_TEXT = flags.DEFINE_integer("text_tokens", 40, "text tokens of a random prompt", lower_bound=2)
 _NEW = flags.DEFINE_list("max_new_tokens", ["40"], "tokens of each answer, one or several lengths")
 _BATCH = flags.DEFINE_list("batch", ["1"], "rows, one or several sizes")
 _REPEATS = flags.DEFINE_integer("repeats", 7, "interleaved measurements of each", lower_bound=1)
 _GAMMA = flags.DEFINE_integer("gamma", 6, "tokens ahead that are drafted at most", lower_bound=1)
 _THETA = flags.DEFINE_float("theta", 0.3, "drafting stops after a token less probable than this")
-_CHILDREN = flags.DEFINE_integer("children", 1, "drafts tried after each; 1 is a chain")
-_EXPANDED = flags.DEFINE_integer("expanded", 1, "drafts of a level that have children")
-_NODES = flags.DEFINE_integer("nodes", 0, "most drafts an iteration; 0 for all of the tree")
+_TREE = flags.DEFINE_list(
+    "tree",
+    ["4", "10", "10", "60"],
+    "of mode tree: levels, children of a node, nodes of a level that have them, drafts kept",
+)
 _DTYPE = flags.DEFINE_string("dtype", "float32", "of weights and computation")
 _PLOT = flags.DEFINE_string("plot", None, "draw speeds relative to plain here, as PNG")
 _JSON = flags.DEFINE_string("json", None, "write results here; - is standard output")
@@ -47,19 +60,27 @@ def main(argv: list[str]) -> None:
         raise app.UsageError("give either --checkpoint or --preset")
     if _PLOT.value and "plain" not in _MODES.value:
         raise app.UsageError("--plot draws speeds relative to plain; add it to --modes")
+    if _WEIGHTS.value != "random" and _PRESET.value is None:
+        raise app.UsageError("--weights is for a --preset; a checkpoint has its own")
+    batches, lengths = whole("batch", _BATCH.value), whole("max_new_tokens", _NEW.value)
+    if len(whole("tree", _TREE.value)) != 4:
+        raise app.UsageError(f"--tree takes four numbers, not {','.join(_TREE.value)!r}")
     from twig_jax.runtime import use_compilation_cache
 
     use_compilation_cache()
+    # What is measured by and by is written at once: a run that is cut off leaves what it has.
+    file = None if _JSON.value == "-" else _JSON.value
     try:
-        results = measure(whole("batch", _BATCH.value), whole("max_new_tokens", _NEW.value))
+        results = measure(batches, lengths, lambda so_far: write_json(file, so_far))
     except (FileNotFoundError, ValueError, MemoryError) as error:
         sys.exit(f"benchmark: {error}")
-    if _JSON.value != "-":
-        report(results)
-    write_json(_JSON.value, results)
+    if _JSON.value == "-":
+        write_json("-", results)
+    else:
+        print(speeds(results))
 
 
-def whole(flag: str, values: list[str]) -> list[int]:
+def whole(flag: str, values: Sequence[str]) -> list[int]:
     """The numbers of a list flag; UsageError unless all are whole and above 0."""
     try:
         numbers = [int(value) for value in values]
@@ -70,82 +91,106 @@ def whole(flag: str, values: list[str]) -> list[int]:
     return numbers
 
 
-def load_generator() -> tuple[Any, str, Any]:
-    """The model to measure, what its weights are, and its tokenizer where there is one."""
-    import jax
-
+def load(batches: list[int], lengths: list[int]) -> tuple[Any, list, str, Any]:
+    """Generator, prompts for the largest batch, what the weights are, and their calibration."""
     from twig_jax import api
     from twig_jax.decoding.generate import Generator
-    from twig_jax.models.llava import init_base
+    from twig_jax.decoding.settings import Settings
+    from twig_jax.evaluation import calibration
     from twig_jax.models.twig import init_twig
     from twig_jax.presets import preset
 
+    rows = max(batches)
     if _CHECKPOINT.value is not None:
         model = api.load(_CHECKPOINT.value, _TWIG.value, _DTYPE.value)
-        return model.generator, "trained", model.tokenizer
+        if _CHECKPOINT.value != "digits":
+            return model.generator, random_requests(model.config, rows), "trained", None
+        from twig_jax.evaluation import tasks
+
+        samples = tasks.load_samples(model.tokenizer, model.config, rows, task="long")
+        return model.generator, [sample.request for sample in samples], "trained", None
+    kind, _, asked = _WEIGHTS.value.partition(":")
+    if kind not in ("random", "calibrated") or (kind == "random" and asked):
+        raise ValueError(f"--weights is random or calibrated:TOKAR, not {_WEIGHTS.value!r}")
+    target = calibration.target(asked) if kind == "calibrated" else None
     config, twig_config = preset(_PRESET.value or "")
+    requests = random_requests(config, rows)
+    base = calibration.draw_base(config, _DTYPE.value)
+    if target is None:
+        twig = init_twig(base, config.text, twig_config)
+        return Generator(config, base, twig_config, twig), requests, "random", None
+    # The longest answers of the largest batch, unless that is too little to tell a share from.
+    new = max(*lengths, -(-1000 // rows))
+    settings = Settings(
+        mode="ssd",
+        max_new_tokens=new,
+        min_new_tokens=new,
+        gamma=_GAMMA.value,
+        theta=_THETA.value,
+    )
+    found = calibration.calibrate(config, base, twig_config, requests, settings, target)
+    return found[0], requests, "calibrated", dataclasses.asdict(found[1])
 
-    def build():
-        base = init_base(config, jax.random.key(0))
-        base = jax.tree.map(lambda x: x.astype(_DTYPE.value), base)
-        return base, init_twig(base, config.text, twig_config)
 
-    base, twig = jax.jit(build)()
-    return Generator(config, base, twig_config, twig), "random", None
+def ways(budgets: Sequence[float], tokens: int, new: int) -> dict[str, Any]:
+    """Settings of everything that is measured; budgets: R̄, of M = `tokens`."""
+    from twig_jax.decoding.settings import Settings
+
+    depth, children, expanded, nodes = whole("tree", _TREE.value)
+    found = {}
+    for mode in _MODES.value:
+        tree = mode == "tree"
+        one = Settings(
+            mode="ttp_ssd" if tree else mode,
+            max_new_tokens=new,
+            min_new_tokens=new,
+            gamma=depth if tree else _GAMMA.value,
+            theta=_THETA.value,
+            children=children if tree else 1,
+            expanded=expanded if tree else 1,
+            nodes=nodes if tree else 0,
+        )
+        if not one.prune:
+            found[mode] = one
+            continue
+        for average in budgets:
+            name = f"{mode} {1 - average / tokens:.1%}"
+            found[name] = dataclasses.replace(one, avg_retained=average)
+    return found
 
 
-def measure(batches: list[int], lengths: list[int]) -> dict:
-    """All modes at every batch size and answer length."""
+def measure(batches: list[int], lengths: list[int], told: Callable[[dict], Any]) -> dict:
+    """All ways at every batch size and answer length; `told` of the results so far."""
     import jax
     from tqdm import tqdm
 
-    from twig_jax.decoding.settings import Settings
-    from twig_jax.evaluation import plots, speed, tasks
-    from twig_jax.runtime import bandwidth, environment
+    from twig_jax.evaluation import plots, speed
+    from twig_jax.evaluation.cost import Machine
+    from twig_jax.runtime import (
+        bandwidth,
+        cache_folder,
+        environment,
+        memory_used,
+        product_rate,
+    )
 
-    generator, weights, tokenizer = load_generator()
-    config = generator.config
-    M = config.vision.num_tokens
-    average = M / 9 if _AVG_RETAINED.value is None else _AVG_RETAINED.value
-    if _CHECKPOINT.value == "digits":
-        samples = tasks.load_samples(tokenizer, config, max(batches), task="long")
-        requests = [sample.request for sample in samples]
-    else:
-        requests = random_requests(config, max(batches))
-    rate = bandwidth()
-    speeds = []
-    for batch, new in tqdm(list(itertools.product(batches, lengths)), unit="cell"):
-        settings = {
-            mode: Settings(
-                mode=mode,
-                avg_retained=average,
-                max_new_tokens=new,
-                min_new_tokens=new,
-                gamma=_GAMMA.value,
-                theta=_THETA.value,
-                children=_CHILDREN.value,
-                expanded=_EXPANDED.value,
-                nodes=_NODES.value,
-            )
-            for mode in _MODES.value
-        }
-        speeds += speed.measure(generator, requests[:batch], settings, _REPEATS.value, rate)
-        # No other cell uses these programs, and on a CPU dozens of them use up the memory maps
-        # that Linux lets a process have.
-        jax.clear_caches()
+    programs = Path(os.environ.get("JAX_COMPILATION_CACHE_DIR", cache_folder()))
+    cold = next(programs.glob("*-cache"), None) is None
+    generator, requests, weights, calibration = load(batches, lengths)
+    M = generator.config.vision.num_tokens
+    try:
+        budgets = [float(x) for x in _AVG_RETAINED.value or [M / 9]]
+    except ValueError:
+        raise ValueError(f"--avg_retained takes numbers, not {_AVG_RETAINED.value}") from None
+    machine = Machine(bandwidth(), product_rate(_DTYPE.value))
     model = _CHECKPOINT.value or _PRESET.value or ""
-    where = environment()
-    if _PLOT.value:
-        title = f"{model}, {_DTYPE.value}, {where['device']}"
-        plots.relative_speed(_PLOT.value, title, speeds)
-    return {
+    results: dict[str, Any] = {
         "schema": 1,
-        **where,
         "settings": {
             "model": model,
             "weights": weights,
             "dtype": _DTYPE.value,
-            "avg_retained": average,
+            "avg_retained": budgets,
             "text_tokens": max(int((~r.is_visual).sum()) for r in requests),
             "visual_tokens": M,
             "max_new_tokens": lengths,
@@ -153,13 +198,31 @@ def measure(batches: list[int], lengths: list[int]) -> dict:
             "repeats": _REPEATS.value,
             "gamma": _GAMMA.value,
             "theta": _THETA.value,
-            "children": _CHILDREN.value,
-            "expanded": _EXPANDED.value,
-            "nodes": _NODES.value,
+            "tree": whole("tree", _TREE.value),
+            "compiled_cold": cold,
         },
-        "bandwidth_gb_per_s": rate / 1e9,
-        "results": [dataclasses.asdict(one) for one in speeds],
+        "calibration": calibration,
+        "bandwidth_gb_per_s": machine.bandwidth / 1e9,
+        "product_tflops": machine.flops / 1e12,
+        "memory_bytes": 0,
+        "results": [],
     }
+    speeds: list[speed.Speed] = []
+    for batch, new in tqdm(list(itertools.product(batches, lengths)), unit="cell"):
+        # No other cell uses these programs, and on a CPU dozens of them use up the memory maps
+        # that Linux lets a process have.
+        jax.clear_caches()
+        settings = ways(budgets, M, new)
+        speeds += speed.measure(
+            generator, requests[:batch], settings, _REPEATS.value, machine, restart=not speeds
+        )
+        results["results"] = [dataclasses.asdict(one) for one in speeds]
+        results |= {"memory_bytes": memory_used(), **environment()}
+        told(results)
+    if _PLOT.value:
+        title = f"{model}, {_DTYPE.value}, {results['device']}"
+        plots.relative_speed(_PLOT.value, title, speeds)
+    return results
 
 
 def random_requests(config: Any, rows: int) -> list:
@@ -179,42 +242,6 @@ def random_requests(config: Any, rows: int) -> list:
         pixels = rng.normal(size=(1, size, size, 3)).astype(np.float32)
         requests.append(Request(ids, is_visual, pixels=pixels))
     return requests
-
-
-def report(results: dict) -> None:
-    """The results as a table."""
-    s = results["settings"]
-    print(
-        f"{s['model']} ({s['weights']} weights, {s['dtype']}), {s['visual_tokens']} visual + up to "
-        f"{s['text_tokens']} text tokens, {results['device']}, "
-        f"{results['bandwidth_gb_per_s']:.1f} GB/s read"
-    )
-    columns = (
-        ("batch", "batch", "{}"),
-        ("tokens", "max_new_tokens", "{}"),
-        ("mode", "mode", "{}"),
-        ("prefill ms", "prefill_ms", "{:.1f}"),
-        ("first ms", "first_token_ms", "{:.1f}"),
-        ("token ms", "token_ms", "{:.2f}"),
-        ("tokens/s", "tokens_per_s", "{:.0f}"),
-        ("RelSpd", "relspd", "{:.2f}"),
-        ("ceiling", "ceiling", "{:.2f}"),
-        ("step ms", "step_ms", "{:.2f}"),
-        ("floor ms", "floor_step_ms", "{:.2f}"),
-        ("of floor", "floor_share", "{:.0%}"),
-        ("TokAR", "tokar", "{:.2f}"),
-        ("accepted", "mean_accepted", "{:.2f}"),
-        ("first call s", "first_call_s", "{:.1f}"),
-    )
-    lines = [
-        ["" if r[k] is None else f.format(r[k]) for _, k, f in columns] for r in results["results"]
-    ]
-    print(aligned([head for head, _, _ in columns], lines))
-    print(
-        "Medians of interleaved calls. first: until a first token can be read; token: what each\n"
-        "further one adds; floor: weights and caches of a step (accepted + 1 tokens), read once\n"
-        "where they are needed at the measured bandwidth."
-    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What launchers print and write."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,70 @@ def aligned(headers: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return "\n".join(
         "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
         for row in rows
+    )
+
+
+def speeds(results: Mapping[str, Any]) -> str:
+    """What launch.benchmark measured, for a terminal."""
+    s, c, rows = results["settings"], results["calibration"], results["results"]
+    about = [
+        f"{s['model']} ({s['weights']} weights, {s['dtype']}), {s['visual_tokens']} visual + up to "
+        f"{s['text_tokens']} text tokens, {results['device']}, "
+        f"{results['bandwidth_gb_per_s']:.1f} GB/s read, "
+        f"{results['product_tflops']:.2f} TFLOP/s in products"
+    ]
+    if c is not None:
+        about.append(
+            f"calibrated: of random weights, for TokAR {c['asked_tokar']:.3f} and "
+            f"{c['asked_drafted']:.2f} drafts an iteration; reached {c['tokar']:.3f} and "
+            f"{c['mean_drafted']:.2f} over {c['drafts']} drafts"
+        )
+    columns = (
+        ("batch", "batch", "{}"),
+        ("tokens", "max_new_tokens", "{}"),
+        ("way", "way", "{}"),
+        ("prefill ms", "prefill_ms", "{:.1f}"),
+        ("of floor", "prefill_share", "{:.0%}"),
+        ("first ms", "first_token_ms", "{:.1f}"),
+        ("token ms", "token_ms", "{:.2f}"),
+        ("tokens/s", "tokens_per_s", "{:.0f}"),
+        ("RelSpd", "relspd", "{:.2f}"),
+        ("predicted", "predicted_relspd", "{:.2f}"),
+        ("step ms", "step_ms", "{:.2f}"),
+        ("of floor", "floor_share", "{:.0%}"),
+        ("TokAR", "tokar", "{:.2f}"),
+        ("drafted", "mean_drafted", "{:.2f}"),
+        ("accepted", "mean_accepted", "{:.2f}"),
+        ("agree", "agreement", "{:.1%}"),
+        ("GB", "peak_gb", "{:.2f}"),
+        ("compile s", "first_call_s", "{:.1f}"),
+        ("cached s", "cached_call_s", "{:.1f}"),
+    )
+    shown = [{**r, "peak_gb": r["peak_bytes"] / 1e9} for r in rows]
+    lines: list[list[str]] = []
+    for before, r in zip([None, *shown], shown, strict=False):
+        if before and (before["batch"], before["max_new_tokens"]) != (
+            r["batch"],
+            r["max_new_tokens"],
+        ):
+            lines.append([""] * len(columns))
+        lines.append(["" if r[k] is None else f.format(r[k]) for _, k, f in columns])
+    towers = {r["batch"]: f"{r['vision_ms']:.1f} ms ({r['vision_share']:.0%})" for r in rows}
+    towers_of = ", ".join(f"batch {batch} {told}" for batch, told in towers.items())
+    loads = "" if s["compiled_cold"] else ", which may load what earlier runs left on disk"
+    return "\n".join(
+        [
+            *about,
+            aligned([head for head, _, _ in columns], lines),
+            f"Vision tower alone, and of its floor: {towers_of}.",
+            "Medians of interleaved calls. prefill: images, prompt, first drafts; first: until a\n"
+            "first token can be read; token: what each further one adds; step: accepted + 1\n"
+            "tokens. Floors: weights and caches of each pass read once at the measured bandwidth,\n"
+            "or its arithmetic at the measured rate of products, whichever takes longer.\n"
+            "predicted: RelSpd of the floors; agree: tokens equal to those without drafts; GB:\n"
+            f"arrays of the larger program; compile: the first call{loads};\n"
+            "cached: the same with programs from disk.",
+        ]
     )
 
 

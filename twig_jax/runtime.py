@@ -3,8 +3,11 @@
 import os
 import platform
 import resource
+import shutil
+import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +31,9 @@ def use_compilation_cache() -> None:
 
 
 def environment() -> dict[str, Any]:
-    """Device and versions, for result files."""
+    """Device and versions, and clocks where nvidia-smi tells them, for result files."""
     import flax
+    import jaxlib
 
     device = jax.devices()[0]
     cores = f", {os.cpu_count()} cores" if device.platform == "cpu" else ""
@@ -38,9 +42,29 @@ def environment() -> dict[str, Any]:
         "versions": {
             "python": platform.python_version(),
             "jax": jax.__version__,
+            "jaxlib": jaxlib.__version__,
             "flax": flax.__version__,
+            "platform": device.client.platform_version,
         },
+        **({"gpus": gpus} if (gpus := _gpus()) else {}),
     }
+
+
+_ASKED = (
+    "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,"
+    "power.draw,power.limit,temperature.gpu,mig.mode.current"
+)
+
+
+def _gpus() -> list[dict[str, str]]:
+    """What nvidia-smi says of each GPU, units included; nothing without it."""
+    if shutil.which("nvidia-smi") is None:
+        return []
+    command = ["nvidia-smi", f"--query-gpu={_ASKED}", "--format=csv,noheader"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    lines = done.stdout.splitlines() if done.returncode == 0 else []
+    names = _ASKED.split(",")
+    return [dict(zip(names, line.split(", "), strict=False)) for line in lines]
 
 
 def memory_used() -> int:
@@ -55,12 +79,29 @@ def memory_used() -> int:
 
 def bandwidth() -> float:
     """Bytes/s this machine reads in a large reduction, the best of thirty."""
-    x = jnp.ones((1 << 27,), jnp.float32)
+    # So large that starting the program takes no part of the time: 0.5 GiB, 2 on accelerators.
+    x = jnp.ones((1 << (27 if jax.default_backend() == "cpu" else 29),), jnp.float32)
     total = jax.jit(lambda x: x.sum())
-    total(x).block_until_ready()
+    return x.nbytes / _quickest(lambda: total(x))
+
+
+def product_rate(dtype: str) -> float:
+    """Multiplications and additions/s of this machine in a large product, the best of thirty.
+
+    dtype: of the matrices. float32 products have jax's default precision, as the models' do.
+    """
+    n = 1024 if jax.default_backend() == "cpu" else 8192
+    x = jnp.ones((n, n), dtype)
+    product = jax.jit(jnp.matmul)
+    return 2 * n**3 / _quickest(lambda: product(x, x))
+
+
+def _quickest(call: Callable[[], jax.Array]) -> float:
+    """Seconds of the quickest of thirty calls, after one that compiles."""
+    call().block_until_ready()
     times = []
     for _ in range(30):
         began = time.perf_counter()
-        total(x).block_until_ready()
+        call().block_until_ready()
         times.append(time.perf_counter() - began)
-    return x.nbytes / min(times)
+    return min(times)

@@ -121,28 +121,31 @@ def benchmark(environment, *arguments):
 
 
 def test_the_benchmark(environment, tmp_path):
-    few = "--modes=plain,ttp_ssd --batch=1,2 --max_new_tokens=3,4 --repeats=1 --gamma=2".split()
+    few = "--modes=plain,ttp_ssd --batch=2 --max_new_tokens=3,4 --repeats=1 --gamma=2".split()
     picture = tmp_path / "benchmark.png"
     result = benchmark(environment, *few, "--json", "-", "--plot", str(picture))
     assert result.returncode == 0, result.stderr[-2000:]
     rows = json.loads(result.stdout)["results"]
-    cells = [(r["batch"], r["max_new_tokens"], r["mode"]) for r in rows]
-    assert cells == [(b, n, m) for b in (1, 2) for n in (3, 4) for m in ("plain", "ttp_ssd")]
+    cells = [(r["batch"], r["max_new_tokens"], r["way"]) for r in rows]
+    assert cells == [(2, n, w) for n in (3, 4) for w in ("plain", "ttp_ssd 88.9%")]
     for row in rows:
-        assert 0 < row["prefill_ms"] <= row["first_token_ms"]
+        assert 0 < row["vision_ms"] < row["prefill_ms"] <= row["first_token_ms"]
         assert row["relspd"] > 0 and row["tokens_per_s"] > 0
         assert (row["relspd"] == 1) == (row["mode"] == "plain")
         assert (row["tokar"] is None) == (row["mode"] == "plain")
-    # A longer answer reads nothing more a step, a second row reads another cache.
-    floors = [r["floor_step_ms"] for r in rows if r["mode"] == "plain"]
-    assert floors[0] == floors[1] < floors[2]
+        assert (row["cached_call_s"] is None) == (row["max_new_tokens"] == 4)
     with Image.open(picture) as image:
         assert image.size[0] > 300
 
 
 @pytest.mark.parametrize(
     ("flag", "said"),
-    [("--batch=1,x", "--batch takes whole numbers above 0"), ("--modes=ttp", "add it to --modes")],
+    [
+        ("--batch=1,x", "--batch takes whole numbers above 0"),
+        ("--modes=ttp", "add it to --modes"),
+        ("--tree=2,2", "--tree takes four numbers"),
+        ("--weights=calibrated:0.8", "--weights is for a --preset"),
+    ],
 )
 def test_the_benchmark_names_bad_flags(environment, flag, said):
     result = benchmark(environment, flag, "--plot", "picture.png")

@@ -233,6 +233,28 @@ class Generator:
             report.append(Compiled(bucket, compiled_programs() - before, seconds))
         return report
 
+    def peak_memory(self, requests: Sequence[Request], settings: Settings) -> int:
+        """Bytes of the larger of a batch's two programs on one device, as it is compiled.
+
+        These are its weights, caches and intermediate results; what else the process holds is not
+        among them. Raises as `generate` does.
+        """
+        prepared = self.prepare(requests, settings)
+        program, weights, *rest = self._prompt(prepared, requests, None)
+        stop: Any = np.zeros(prepared.bucket.rows, bool)
+        with self.context():
+            first = _prefill.lower(program, weights, *rest)
+            state, _ = first.out_info
+            loop = _decode.lower(program, weights, state, stop, self._cost(prepared), _UNBOUNDED)
+            found: list[Any] = [x.compile().memory_analysis() for x in (first, loop)]
+        return max(
+            m.argument_size_in_bytes
+            + m.output_size_in_bytes
+            + m.temp_size_in_bytes
+            - m.alias_size_in_bytes
+            for m in found
+        )
+
     # What a running batch asks for.
 
     def prefill(
@@ -240,12 +262,9 @@ class Generator:
     ) -> tuple[State, Signals]:
         """Runs the prompts of a batch, and their first drafts."""
         self._announce(prepared.program, prepared.bucket)
-        cost = self._cost(prepared)
+        arguments = self._prompt(prepared, requests, past)
         with self.context():
-            visual = self._embed(requests, prepared)
-            inputs = self._spread(prepared.inputs._replace(visual=visual))
-            rows = self._spread(prepared.controls)
-            return _prefill(prepared.program, self.weights, inputs, rows, cost, past)
+            return _prefill(*arguments)
 
     def decode(self, program: Program, state: State, stop: np.ndarray, most: int) -> State:
         """Runs the loop for `most` iterations. The state's buffers are reused."""
@@ -369,6 +388,15 @@ class Generator:
         assert self.schedule is not None and settings.avg_retained is not None
         L = self.config.text.num_layers
         return self.schedule.budget(settings.avg_retained, L, M, images)
+
+    def _prompt(self, prepared: Prepared, requests: Sequence[Request], past: Past | None) -> Any:
+        """What `prefill` is called with."""
+        cost = self._cost(prepared)
+        with self.context():
+            visual = self._embed(requests, prepared)
+            inputs = self._spread(prepared.inputs._replace(visual=visual))
+            rows = self._spread(prepared.controls)
+        return prepared.program, self.weights, inputs, rows, cost, past
 
     def _embed(self, requests: Sequence[Request], prepared: Prepared) -> Any:
         """Visual embeddings [B, I·M, d]; a row with fewer images is padded at its end."""

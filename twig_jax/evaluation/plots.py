@@ -13,7 +13,9 @@ STYLES = {
     "ttp": ("#d6604d", "s"),
     "ssd": ("#5aae61", "^"),
     "ttp_ssd": ("#2166ac", "D"),
+    "tree": ("#762a83", "v"),
 }
+_DASHES = ("-", "--", ":", "-.")  # of the budgets of one mode
 
 
 def relative_speed(path: str | Path, title: str, speeds: Sequence[Speed]) -> None:
@@ -26,7 +28,9 @@ def relative_speed(path: str | Path, title: str, speeds: Sequence[Speed]) -> Non
 
     batches = sorted({s.batch for s in speeds})
     lengths = sorted({s.max_new_tokens for s in speeds})
-    modes = [mode for mode in STYLES if mode != "plain" and any(s.mode == mode for s in speeds)]
+    ways = list(dict.fromkeys(s.way for s in speeds if s.way != "plain"))
+    # A way is named "MODE BUDGET", or by its mode alone.
+    alike = {way: [w for w in ways if w.split()[0] == way.split()[0]] for way in ways}
     figure, panels = plt.subplots(
         1,
         len(batches),
@@ -37,14 +41,16 @@ def relative_speed(path: str | Path, title: str, speeds: Sequence[Speed]) -> Non
     )
     for batch, axes in zip(batches, panels[0], strict=True):
         axes.axhline(1, color=STYLES["plain"][0], linewidth=1)
-        for mode in modes:
+        for way in ways:
             found = sorted(
                 (s.max_new_tokens, s.relspd)
                 for s in speeds
-                if s.batch == batch and s.mode == mode and s.relspd is not None
+                if s.batch == batch and s.way == way and s.relspd is not None
             )
-            color, marker = STYLES[mode]
-            axes.plot(*zip(*found, strict=True), color=color, marker=marker, label=mode)
+            color, marker = STYLES[way.split()[0]]
+            dashes = _DASHES[alike[way].index(way) % len(_DASHES)]
+            style = {"color": color, "marker": marker, "linestyle": dashes}
+            axes.plot(*zip(*found, strict=True), label=way, **style)
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.xaxis.set_major_locator(FixedLocator(lengths))
@@ -60,7 +66,10 @@ def relative_speed(path: str | Path, title: str, speeds: Sequence[Speed]) -> Non
     panels[0][0].set_ylabel("speed, plain = 1")
     figure.suptitle(title, fontsize=11)
     handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(modes), frameon=False)
+    columns = max(1, min(len(ways), 2 * len(batches)))
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=8
+    )
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

@@ -1,37 +1,52 @@
-"""Speed of several modes side by side: interleaved calls, their medians, and the memory's floor."""
+"""Speed of several ways to answer side by side: interleaved calls, their medians, and floors."""
 
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from twig_jax.decoding.buckets import nbytes
+import jax
+import numpy as np
+
 from twig_jax.decoding.generate import Generator
 from twig_jax.decoding.settings import Request, Result, Settings
-from twig_jax.evaluation.scoring import ceiling
+from twig_jax.evaluation import cost
+from twig_jax.evaluation.cost import Drafting, Machine
+from twig_jax.evaluation.scoring import acceptance
 
 
 @dataclass(frozen=True)
 class Speed:
-    """One mode at one batch and answer length. Times are medians; an iteration is a step."""
+    """One way at one batch and answer length. Times are medians; an iteration is a step.
 
+    Floors are those of cost.py; a share is the floor over the time.
+    """
+
+    way: str
     mode: str
+    pruned: float  # share of an image's tokens that an average layer does not see
     batch: int
     max_new_tokens: int
+    vision_ms: float  # images alone, on the device; the same for all ways
+    vision_share: float
     prefill_ms: float  # images, prompt and the first step, on the device
+    prefill_share: float
     first_token_ms: float  # from the call until first tokens can be read
     token_ms: float  # what each further token of a row adds
     tokens_per_s: float  # of all rows, over the whole call
-    relspd: float | None  # plain's time over this mode's, call by call
+    relspd: float | None  # plain's time over this way's, call by call
+    predicted_relspd: float  # the same of the floors, with the drafts that were accepted
     step_ms: float | None  # None where the first step was all
-    floor_step_ms: float  # its weights and caches, read once where they are needed
+    floor_step_ms: float
     floor_share: float | None
     tokar: float | None
     mean_drafted: float
     mean_accepted: float
-    ceiling: float | None
-    first_call_s: float  # with compilation
+    agreement: float | None  # share of tokens equal to those of the same pruning without drafts
+    peak_bytes: int  # see `Generator.peak_memory`
+    first_call_s: float  # with compilation, or loading what an earlier run left on disk
+    cached_call_s: float | None  # with loading from disk; None where it was not measured
 
 
 class _Call(NamedTuple):
@@ -43,29 +58,114 @@ class _Call(NamedTuple):
 def measure(
     generator: Generator,
     requests: Sequence[Request],
-    settings: Mapping[str, Settings],
+    ways: Mapping[str, Settings],
     repeats: int,
-    bandwidth: float,
+    machine: Machine,
+    *,
+    restart: bool = False,
 ) -> list[Speed]:
-    """Runs every mode in turn, `repeats` times, after one call each that compiles.
+    """Runs every way in turn, `repeats` times, after one call each that compiles.
 
-    settings: of each mode, all with one max_new_tokens. bandwidth: in bytes/s, for the floor.
+    ways: all with one max_new_tokens, which every answer reaches. restart: drops all compiled
+    programs after the first calls, to measure how long calls take that load them.
     """
-    compiled, caches = {}, {}
-    for mode, one in settings.items():
-        began = time.perf_counter()
-        running = generator.start(requests, one)
-        caches[mode] = {k: nbytes(v) for k, v in running.state.caches._asdict().items()}
-        generator.finish(running)
-        compiled[mode] = time.perf_counter() - began
-    calls: dict[str, list[_Call]] = {mode: [] for mode in settings}
+    compiled = {way: _timed(generator, requests, one).total_s for way, one in ways.items()}
+    loaded: dict[str, float] = {}
+    if restart:
+        jax.clear_caches()
+        loaded = {way: _timed(generator, requests, one).total_s for way, one in ways.items()}
+    vision = _vision(generator, requests, repeats)
+    calls: dict[str, list[_Call]] = {way: [] for way in ways}
     for _ in range(repeats):
-        for mode, one in settings.items():
-            calls[mode].append(_timed(generator, requests, one))
+        for way, one in ways.items():
+            calls[way].append(_timed(generator, requests, one))
     return [
-        _speed(generator, one, calls[mode], calls.get("plain"), caches[mode], bandwidth, compiled)
-        for mode, one in settings.items()
+        _speed(
+            generator,
+            requests,
+            ways,
+            way,
+            calls,
+            machine,
+            vision_ms=1e3 * vision,
+            first_call_s=compiled[way],
+            cached_call_s=loaded.get(way),
+        )
+        for way in ways
     ]
+
+
+def _speed(
+    generator: Generator,
+    requests: Sequence[Request],
+    ways: Mapping[str, Settings],
+    way: str,
+    calls: Mapping[str, Sequence[_Call]],
+    machine: Machine,
+    *,
+    vision_ms: float,
+    first_call_s: float,
+    cached_call_s: float | None,
+) -> Speed:
+    settings, mine, rows = ways[way], calls[way], len(requests)
+    results = mine[0].results  # greedy: all calls have the same
+    told, levels = acceptance(results, [()] * rows), _deepest(results)
+    emitted = [len(r.tokens) + (r.stopped_by == "eos") for r in results]
+    steps = max(len(r.matched) for r in results) - 1  # the first one belongs to prefill
+    first = statistics.median(c.first_s for c in mine)
+    total = statistics.median(c.total_s for c in mine)
+    prefill_ms = 1e3 * statistics.median(c.results[0].prefill_s for c in mine)
+    decode_ms = 1e3 * statistics.median(c.results[0].decode_s for c in mine)
+    step_ms = decode_ms / steps if steps else None
+
+    shape = (rows, generator.weights.base["text"]["embed_tokens"]["embedding"].dtype.itemsize)
+    program = generator.prepare(requests, settings).program
+    plain = generator.prepare(requests, replace(settings, mode="plain")).program
+    vision_floor = 1e3 * cost.seconds(cost.encoding(program, *shape), machine)
+    prompt_floor = 1e3 * cost.seconds(cost.prompt(program, *shape, levels), machine)
+    step_floor = 1e3 * cost.seconds(cost.step(program, *shape, levels), machine)
+    new = settings.max_new_tokens
+    drafting = Drafting(cost.deepest(told.levels, settings.gamma, rows), told.accepted)
+    slow = cost.answer(plain, *shape, machine, new, Drafting())
+    fast = cost.answer(program, *shape, machine, new, drafting)
+
+    return Speed(
+        way=way,
+        mode=settings.mode,
+        pruned=_pruned(generator, settings),
+        batch=rows,
+        max_new_tokens=new,
+        vision_ms=vision_ms,
+        vision_share=vision_floor / vision_ms,
+        prefill_ms=prefill_ms,
+        prefill_share=(vision_floor + prompt_floor) / prefill_ms,
+        first_token_ms=1e3 * first,
+        token_ms=1e3 * (total - first) / max(max(emitted) - 1, 1),
+        tokens_per_s=sum(emitted) / total,
+        relspd=None
+        if "plain" not in calls
+        else statistics.median(
+            p.total_s / c.total_s for p, c in zip(calls["plain"], mine, strict=True)
+        ),
+        predicted_relspd=slow / fast,
+        step_ms=step_ms,
+        floor_step_ms=step_floor,
+        floor_share=None if step_ms is None else step_floor / step_ms,
+        tokar=told.tokar if told.drafted else None,
+        mean_drafted=told.drafted,
+        mean_accepted=told.accepted,
+        agreement=next(
+            (
+                _agreement(results, calls[other][0].results)
+                for other, one in ways.items()
+                if settings.draft and not one.draft and _pruning(one) == _pruning(settings)
+            ),
+            None,
+        ),
+        peak_bytes=generator.peak_memory(requests, settings),
+        first_call_s=first_call_s,
+        cached_call_s=cached_call_s,
+    )
 
 
 def _timed(generator: Generator, requests: Sequence[Request], settings: Settings) -> _Call:
@@ -76,59 +176,36 @@ def _timed(generator: Generator, requests: Sequence[Request], settings: Settings
     return _Call(results, first, time.perf_counter() - began)
 
 
-def _speed(
-    generator: Generator,
-    settings: Settings,
-    calls: Sequence[_Call],
-    plain: Sequence[_Call] | None,
-    caches: Mapping[str, int],
-    bandwidth: float,
-    compiled: Mapping[str, float],
-) -> Speed:
-    results = calls[0].results  # greedy: all calls have the same
-    emitted = [len(r.tokens) + (r.stopped_by == "eos") for r in results]
-    steps = max(len(r.matched) for r in results) - 1  # the first one belongs to prefill
-    drafted = sum(len(d) for r in results for d in r.drafts)
-    levels = sum(sum(r.levels) for r in results)
-    matched = sum(int(r.matched.sum()) for r in results)
-    rounds = sum(len(r.matched) for r in results)
-    first = statistics.median(c.first_s for c in calls)
-    total = statistics.median(c.total_s for c in calls)
-    decoding = statistics.median(c.results[0].decode_s for c in calls)
-    step = decoding / steps if steps else None
-    floor = _step_bytes(generator, caches, levels / rounds) / bandwidth
-    twig = generator.twig_config
-    return Speed(
-        mode=settings.mode,
-        batch=len(results),
-        max_new_tokens=settings.max_new_tokens,
-        prefill_ms=1e3 * statistics.median(c.results[0].prefill_s for c in calls),
-        first_token_ms=1e3 * first,
-        token_ms=1e3 * (total - first) / max(max(emitted) - 1, 1),
-        tokens_per_s=sum(emitted) / total,
-        relspd=None
-        if plain is None
-        else statistics.median(p.total_s / c.total_s for p, c in zip(plain, calls, strict=True)),
-        step_ms=None if step is None else 1e3 * step,
-        floor_step_ms=1e3 * floor,
-        floor_share=None if step is None else floor / step,
-        tokar=matched / drafted if drafted else None,
-        mean_drafted=drafted / rounds,
-        mean_accepted=matched / rounds,
-        ceiling=None
-        if twig is None
-        else ceiling(twig, generator.config.text.num_layers, levels / rounds, matched / rounds),
-        first_call_s=compiled[settings.mode],
-    )
+def _vision(generator: Generator, requests: Sequence[Request], repeats: int) -> float:
+    """Seconds of the vision tower on all images, after a call that compiles."""
+    pixels = [x for r in requests if r.pixels is not None for x in r.pixels]
+    base = generator.weights.base
+    dtype = base["text"]["embed_tokens"]["embedding"].dtype
+    times = []
+    for _ in range(repeats + 1):
+        began = time.perf_counter()
+        jax.block_until_ready(generator.images(base, pixels, dtype))
+        times.append(time.perf_counter() - began)
+    return statistics.median(times[1:])
 
 
-def _step_bytes(generator: Generator, caches: Mapping[str, int], levels: float) -> float:
-    """Bytes that one step reads: base and caches once, trunk and twig again for every level."""
-    text = generator.weights.base["text"]
-    sizes = {name: nbytes(tree) for name, tree in text.items() if name != "embed_tokens"}
-    twig = generator.twig_config
-    base = sum(sizes.values()) + caches["trunk"] + caches["deep"]
-    if twig is None or not levels:
-        return base
-    trunk = sum(sizes[f"layers_{i}"] for i in range(twig.K)) + caches["trunk"]
-    return base + levels * (trunk + nbytes(generator.weights.twig) + caches["twig"])
+def _pruning(settings: Settings) -> float | None:
+    return settings.avg_retained if settings.prune else None
+
+
+def _pruned(generator: Generator, settings: Settings) -> float:
+    average, M = _pruning(settings), generator.config.vision.num_tokens
+    return 0.0 if average is None else 1 - average / M
+
+
+def _deepest(results: Sequence[Result]) -> float:
+    """Levels that iterations drafted on average: a batch drafts until its last row stops."""
+    each = [r.levels for r in results]
+    most = max(map(len, each))
+    return float(np.mean([max(row[i] for row in each if i < len(row)) for i in range(most)]))
+
+
+def _agreement(results: Sequence[Result], others: Sequence[Result]) -> float:
+    """Share of tokens that two sets of answers have in common, place by place."""
+    same = [r.tokens == o.tokens for r, o in zip(results, others, strict=True)]
+    return float(np.concatenate(same).mean())
