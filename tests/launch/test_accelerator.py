@@ -1,0 +1,109 @@
+"""The accelerator's suite, as small as it goes, and what becomes of parts that fail."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from launch.parts import Part, run_parts
+
+ROOT = Path(__file__).resolve().parents[2]
+FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+
+
+def launch(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "launch.accelerator", *map(str, arguments)],
+        cwd=ROOT,
+        env={**os.environ, "XLA_FLAGS": FLAGS},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """The suite's folder after a run of its benchmark, and what was printed."""
+    out = tmp_path_factory.mktemp("accelerator")
+    done = launch("--tiny", "--parts", "benchmark", "--out", out)
+    log = out / "benchmark.log"
+    assert done.returncode == 0, log.read_text() if log.is_file() else done.stderr
+    return out, done.stdout
+
+
+def test_the_summary_holds_everything(tiny):
+    out, printed = tiny
+    text = (out / "README.md").read_text()
+    assert text.strip() == printed.strip()
+    assert text.count("| passed |") == 1 and '"jaxlib"' in text
+    for part in ("calibrated: of random weights, for TokAR 0.574", "predicted", "Vision tower"):
+        assert part in text
+
+
+def test_a_calibrated_benchmark(tiny):
+    content = json.loads((tiny[0] / "benchmark.json").read_text())
+    reached = content["calibration"]
+    assert abs(reached["tokar"] - 0.574) <= 0.01 and abs(reached["mean_drafted"] - 1.4) <= 0.05
+    assert content["settings"]["weights"] == "calibrated" and content["settings"]["compiled_cold"]
+    assert content["memory_bytes"] > 0 < content["product_tflops"]
+    plain, ssd = content["results"]
+    assert (plain["way"], ssd["way"]) == ("plain", "ssd")
+    # The calibrating batch itself.
+    assert (ssd["tokar"], ssd["mean_drafted"]) == (reached["tokar"], reached["mean_drafted"])
+    assert ssd["agreement"] == 1 and plain["agreement"] is None
+    for row in (plain, ssd):
+        assert row["predicted_relspd"] > 0 and row["cached_call_s"] > 0
+        assert min(row["floor_share"], row["prefill_share"], row["vision_share"]) > 0
+    assert plain["predicted_relspd"] == 1
+    assert ssd["peak_bytes"] > plain["peak_bytes"] > 0
+
+
+def test_what_it_runs_is_there():
+    named = re.findall(r"tests/[\w/]+\.py", (ROOT / "launch" / "accelerator.py").read_text())
+    assert named and all((ROOT / path).is_file() for path in named)
+
+
+def test_an_unknown_part_is_named():
+    done = launch("--parts", "parity,speed")
+    assert done.returncode == 1
+    assert "no part 'speed'; there are: parity, equality, benchmark, matrix" in done.stderr
+
+
+def test_full_sizes_are_not_for_cpus(tmp_path):
+    done = launch("--out", tmp_path / "out")
+    assert done.returncode == 1 and "--tiny tries this on one" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_part_that_fails_or_hangs_does_not_stop_the_others(tmp_path):
+    """And a hanging part's own processes end with it."""
+    late = tmp_path / "late"
+    child = f"import time, pathlib; time.sleep(1.5); pathlib.Path({str(late)!r}).touch()"
+    hang = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    code = {
+        "good": "print('well')",
+        "bad": "import sys; print('ill'); sys.exit(3)",
+        "hanging": hang,
+        "last": "import os; print(os.environ['GIVEN'])",
+    }
+    # The hanging part gets a hundredth of the time, less than its child sleeps.
+    share = {"good": 1, "bad": 1, "hanging": 0.5, "last": 49.5}
+    given = {"last": {"GIVEN": "a variable"}}
+    parts = [
+        Part(name, [sys.executable, "-c", text], share[name], given.get(name, {}))
+        for name, text in code.items()
+    ]
+    began = time.monotonic()
+    outcomes = run_parts(parts, 60, tmp_path, tmp_path)
+    assert time.monotonic() - began < 30
+    assert [o.outcome for o in outcomes] == ["passed", "failed", "out of time", "passed"]
+    logs = [o.log.read_text().strip() for o in outcomes]
+    assert (logs[0], logs[1], logs[3]) == ("well", "ill", "a variable")
+    time.sleep(1.5)
+    assert not late.exists()
