@@ -6,7 +6,7 @@ python -m launch.generate --checkpoint llava-hf/llava-1.5-7b-hf --twig models/tw
 python -m launch.generate --batch_file questions.jsonl --json answers.jsonl
 
 question: --image --prompt, or --raw_prompt; --batch_file --image_folder for many
-model:    --checkpoint --twig --dtype --template --allow_base_mismatch
+model:    --checkpoint --twig --dtype --int8 --template --allow_base_mismatch
 decoding: --mode --avg_retained --max_new_tokens --min_new_tokens --stop --batch
 drafting: --gamma --theta --adaptive --children --expanded --nodes, or --fit_tree
 sampling: --temperature --top_k --top_p --min_p --repetition_penalty --seed
@@ -24,7 +24,7 @@ from typing import Any, TextIO
 from absl import app, flags
 
 from launch import run
-from twig_jax.config import MODES
+from twig_jax.config import INT8, MODES
 
 # The question.
 _IMAGE = flags.DEFINE_multi_string("image", [], "image file; repeatable, in the prompt's order")
@@ -40,6 +40,9 @@ _CHECKPOINT = flags.DEFINE_string("checkpoint", "digits", "folder or hub id of a
 _TWIG = flags.DEFINE_string("twig", None, "folder or hub id of its twig")
 _DTYPE = flags.DEFINE_enum(
     "dtype", None, ["float32", "bfloat16", "float16"], "default float32 on CPUs, bfloat16 elsewhere"
+)
+_INT8 = flags.DEFINE_enum(
+    "int8", None, INT8, "twig: draft in int8, answers stay; all: the base too, which is lossy"
 )
 _TEMPLATE = flags.DEFINE_string("template", None, "conversation template other than the base's own")
 _MISMATCH = flags.DEFINE_bool("allow_base_mismatch", False, "use a twig grown on another base")
@@ -104,6 +107,7 @@ def generate() -> None:
         _DTYPE.value,
         allow_base_mismatch=_MISMATCH.value,
         template=_TEMPLATE.value,
+        int8=_INT8.value,
         # Files often ask several questions about an image.
         remembered_images=0 if _BATCH_FILE.value is None else 4 * _BATCH.value,
     )

@@ -10,14 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from twig_jax.config import LlavaConfig
+from twig_jax.config import INT8, LlavaConfig
 from twig_jax.data.tokens import Conventions
 from twig_jax.decoding.buckets import Bucket
 from twig_jax.decoding.generate import Generator
 from twig_jax.decoding.running import Running
 from twig_jax.decoding.session import Session
 from twig_jax.decoding.settings import Request, Result, Settings
-from twig_jax.sharding.rules import shardings
+from twig_jax.models.int8 import is_kernel, quantise
+from twig_jax.sharding.placement import distribute
 
 DIGITS = Path(__file__).parent / "assets" / "digits"
 
@@ -169,18 +170,21 @@ def load(
     mesh: Mesh | None = None,
     buckets: Sequence[Bucket] = (),
     remembered_images: int = 0,
+    int8: str | None = None,
 ) -> Model:
     """A base and its twig.
 
     checkpoint: a folder or hub id, in Hugging Face's, the original LLaVA's or our orbax format;
     "digits" is the embedded pair. twig: a twig folder. dtype: to compute in; None is float32 on
     CPUs, bfloat16 elsewhere. template: a conversation template other than the checkpoint's own.
-    mesh, buckets, remembered_images: see `Generator`. Tensors are put on the device one by one,
-    into their shardings where there is a mesh. Raises FileNotFoundError for what is not there,
-    ValueError for a twig of another base (unless allowed) and for what is not supported.
+    mesh, buckets, remembered_images: see `Generator`. int8: "twig" drafts in int8, with the same
+    answers; "all" has the base's decoder in int8 as well, which is another, coarser model. Tensors
+    are put on the device one by one, into their shardings where there is a mesh. Raises
+    FileNotFoundError for what is not there, ValueError for a twig of another base (unless allowed)
+    and for what is not supported.
     """
-    from twig_jax.checkpoints.llava import local_folder, read_llava
-    from twig_jax.checkpoints.twig import read_twig
+    from twig_jax.checkpoints.llava import local_folder, open_llava
+    from twig_jax.checkpoints.twig import feeds_twig, read_notes, read_twig
     from twig_jax.data import conversation
     from twig_jax.data.tokens import conventions, load_tokenizer
 
@@ -191,20 +195,28 @@ def load(
     if template is not None:
         conversation.template(template)
         found = replace(found, template=template)
+    if int8 not in (None, *INT8):
+        raise ValueError(f"no int8 {int8!r}; there are: {', '.join(INT8)}")
+    if int8 == "twig" and twig is None:
+        raise ValueError('int8="twig" needs a twig: give one, or leave int8 out')
     if dtype is None:
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
-    def place(path: str, x: np.ndarray) -> jax.Array:
-        if mesh is None:
-            return jnp.asarray(x)
-        return jax.device_put(x, shardings({path: x}, mesh)[path])
+    def place(path: str, x: Any) -> Any:
+        return jax.tree.map(jnp.asarray, x) if mesh is None else distribute({path: x}, mesh)[path]
 
-    config, base = read_llava(folder, dtype, place)
+    def place_in_int8(path: str, x: np.ndarray) -> Any:
+        return place(path, quantise(x) if is_kernel(path) else x)
+
     twig_config = twig_params = None
-    if twig is not None:
-        twig_config, twig_params = read_twig(
-            local_folder(twig), base, config, dtype, place, allow_base_mismatch
-        )
+    with open_llava(folder) as (config, source):
+        if twig is not None:
+            grown = local_folder(twig)
+            trunk = source.tree(among=feeds_twig(read_notes(grown)[0].K))
+            twig_config, twig_params = read_twig(
+                grown, trunk, config, dtype, place, allow_base_mismatch
+            )
+        base = source.cast(dtype).tree(place_in_int8 if int8 == "all" else place)
     tokenizer = load_tokenizer(folder)
     generator = Generator(
         config,
@@ -215,5 +227,6 @@ def load(
         mesh=mesh,
         detokenize=lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True),
         remembered_images=remembered_images,
+        int8_drafts=int8 is not None and twig is not None,
     )
     return Model(generator, tokenizer, found)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 MODES = ("plain", "ttp", "ssd", "ttp_ssd")
+INT8 = ("twig", "all")  # what may be in int8: the twig as it drafts, the base's decoder too
 
 
 @dataclass(frozen=True)

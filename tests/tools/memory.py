@@ -21,12 +21,13 @@ import numpy as np
 from absl import app, flags
 from jax.sharding import AxisType, Mesh, NamedSharding
 
-from twig_jax.config import MODES
+from twig_jax.config import INT8, MODES
 from twig_jax.decoding.buckets import Bucket, program_for
 from twig_jax.decoding.loop import decode, iterate
-from twig_jax.decoding.network import Program, Weights
+from twig_jax.decoding.network import Program, Weights, drafting_in_int8
 from twig_jax.decoding.prefill import Inputs, prefill
 from twig_jax.decoding.settings import Settings, controls
+from twig_jax.models.int8 import quantised
 from twig_jax.models.llava import Llava
 from twig_jax.models.twig import init_twig
 from twig_jax.presets import preset
@@ -37,7 +38,7 @@ from twig_jax.sharding.rules import shardings
 COLLECTIVES = "all-reduce all-gather all-to-all reduce-scatter collective-permute".split()
 
 
-def shapes(program: Program, rows: int, dtype: Any) -> tuple[Weights, Any]:
+def shapes(program: Program, rows: int, dtype: Any, int8: str | None = None) -> tuple[Weights, Any]:
     """Shapes of the weights and of a state after prefill; nothing is computed."""
     config, p = program.base, program
     size = config.vision.image_size
@@ -46,7 +47,9 @@ def shapes(program: Program, rows: int, dtype: Any) -> tuple[Weights, Any]:
         pixels = jnp.zeros((1, 1, size, size, 3))
         base = Llava(config).init(jax.random.key(0), pixels)["params"]
         base = jax.tree.map(lambda x: x.astype(dtype), base)
-        return Weights(base, init_twig(base, config.text, p.twig))
+        twig = init_twig(base, config.text, p.twig)
+        base = quantised(base) if int8 == "all" else base
+        return Weights(base, twig) if int8 is None else drafting_in_int8(base, twig)
 
     weights = jax.eval_shape(build)
     P, d = p.prompt_slots, config.text.hidden_size
@@ -90,6 +93,17 @@ def cache_copies(text: str, caches: Any) -> list[str]:
     return [shape for shape in found if shape in wanted]
 
 
+def float_copies(text: str, weights: Any) -> list[str]:
+    """Results of a compiled program, outside of fusions, that are int8 kernels made floats."""
+    kernels = [x for x in jax.tree.leaves(weights) if x.dtype == jnp.int8]
+    sizes = {",".join(map(str, x.sharding.shard_shape(x.shape))) for x in kernels}
+    computations = [c for c in text.split("\n\n") if "fus" not in c.split("(")[0]]
+    found = re.findall(
+        r"= (?:f32|bf16|f16)\[([\d,]+)\]\S* (?:convert|fusion|multiply)\(", "\n".join(computations)
+    )
+    return [size for size in found if size in sizes]
+
+
 def bodies(text: str) -> str:
     """What a compiled program's loops run: no entry, and no fusions, whose copies stay on chip."""
     computations = text.split("\nENTRY ")[0].split("\n\n")
@@ -104,9 +118,11 @@ def nbytes(tree: Any) -> int:
     )
 
 
-def measure(program: Program, rows: int, dtype: Any, mesh: Mesh) -> dict[str, Any]:
+def measure(
+    program: Program, rows: int, dtype: Any, mesh: Mesh, int8: str | None = None
+) -> dict[str, Any]:
     """Compiles an iteration and the loop, and reads off what they move."""
-    weights, state = placed(*shapes(program, rows, dtype), mesh)
+    weights, state = placed(*shapes(program, rows, dtype, int8), mesh)
     cost, stop = np.zeros(program.tree.depth + 1, np.float32), np.zeros(rows, bool)
     with jax.set_mesh(mesh):
         once = jax.jit(partial(iterate, program), donate_argnums=1)
@@ -123,7 +139,7 @@ def measure(program: Program, rows: int, dtype: Any, mesh: Mesh) -> dict[str, An
     decoder = {k: v for k, v in weights.base["text"].items() if k != "embed_tokens"}
     used = nbytes(decoder) + nbytes(state.caches)
     if program.draft:
-        used += nbytes(weights.twig)
+        used += nbytes(weights.drafter)
     return {
         "weights_and_caches_mb": used / 1e6,
         "step_accessed_mb": cost_of["bytes accessed"] / 1e6,
@@ -131,6 +147,7 @@ def measure(program: Program, rows: int, dtype: Any, mesh: Mesh) -> dict[str, An
         "caches_mb": nbytes(state.caches) / 1e6,
         "reused_mb": memory.alias_size_in_bytes / 1e6,
         "temporary_mb": memory.temp_size_in_bytes / 1e6,
+        "float_copies": len(float_copies(text, weights)),
         "cache_copies": len(cache_copies(bodies(text), state.caches)),
         "collectives": dict(
             collections.Counter(re.findall(rf" ({'|'.join(COLLECTIVES)})(?:-start)?\(", text))
@@ -155,9 +172,10 @@ def main(argv: list[str]) -> None:
         settings = Settings(mode=mode, avg_retained=M / 3, adaptive=_ADAPTIVE.value)
         bucket = Bucket(_ROWS.value, _TEXT.value, 1, _NEW.value)
         program = program_for(bucket, settings, config, twig)
-        line = measure(program, _ROWS.value, jnp.dtype(_DTYPE.value), mesh)
+        line = measure(program, _ROWS.value, jnp.dtype(_DTYPE.value), mesh, _INT8.value)
         copies += line["cache_copies"]
         shape = {"preset": _PRESET.value, "mesh": list(grid.shape), "rows": _ROWS.value}
+        shape["int8"] = _INT8.value
         print(json.dumps({"mode": mode, **shape, **line}), flush=True)
     if copies:
         sys.exit(f"memory: {copies} copies of whole caches inside loops")
@@ -170,6 +188,7 @@ if __name__ == "__main__":
     _TEXT = flags.DEFINE_integer("text", 64, "text slots")
     _NEW = flags.DEFINE_integer("new", 128, "new tokens")
     _MODES = flags.DEFINE_list("modes", list(MODES), "modes to compile")
+    _INT8 = flags.DEFINE_enum("int8", None, INT8, "what is in int8")
     _ADAPTIVE = flags.DEFINE_bool("adaptive", False, "with adaptive drafting")
     _TOPOLOGY = flags.DEFINE_string("topology", None, "TPU topology, as in v5e:2x4")
     _TENSOR = flags.DEFINE_integer("tensor", 1, "devices that split heads")

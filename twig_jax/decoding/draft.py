@@ -152,7 +152,7 @@ def draft(
     ) -> tuple[jax.Array, Cache]:
         """States [B, Q, d] at positions [B, Q] through the twig, as `trunk_step`."""
         mask = committed.twig_mask[:, None]
-        return program.twig_apply(
+        return program.draft_apply(
             weights,
             "run",
             x,
@@ -172,7 +172,7 @@ def draft(
         paths [B, Q] as in `Candidates`; above bool [B, Q, X]: a node and its ancestors, without the
         root; tokens as in `Growth`. Nodes of one level share their position, and so its noise.
         """
-        logits = program.twig_apply(weights, "logits", x)  # [B, Q, V]
+        logits = program.draft_apply(weights, "logits", x)  # [B, Q, V]
         there = (n + level)[:, None], (positions + level + 1)[:, None]
         path = jnp.where(above, tokens[:, None], -1)
         rated = scores(controls, logits, *there, seen, path)
@@ -342,7 +342,7 @@ def catch_up(program: Program, weights: Weights, state: State, upto: jax.Array) 
         cache = state.caches.twig
         token = state.in_twig[:, None] + jnp.arange(_SPAN)
         missing = token < upto[:, None]
-        x, new = program.twig_apply(
+        x, new = program.draft_apply(
             weights,
             "run",
             take(state.states, jnp.where(missing, token, G)),

@@ -25,7 +25,7 @@ from twig_jax.decoding.buckets import (
 from twig_jax.decoding.cache import State, idle, insert
 from twig_jax.decoding.images import AT_ONCE, ImageEncoder, encode, place, upload
 from twig_jax.decoding.loop import decode
-from twig_jax.decoding.network import Program, Weights
+from twig_jax.decoding.network import Program, Weights, drafting_in_int8
 from twig_jax.decoding.prefill import Inputs, Past, Signals, prefill
 from twig_jax.decoding.running import Row, Running
 from twig_jax.decoding.settings import OF_TWIG, Controls, Request, Result, Settings, controls
@@ -78,6 +78,8 @@ class Generator:
     several hosts make the same calls. detokenize: tokens -> text, for texts in results and stops.
     remembered_images: how many images' embeddings are kept, by content. draft_cost: how many plain
     steps each level of drafts adds to an iteration, for adaptive drafting; None to measure it.
+    int8_drafts: the twig drafts in int8, which changes no answer; see models/int8.py, also for a
+    base in int8.
     """
 
     def __init__(
@@ -93,6 +95,7 @@ class Generator:
         detokenize: Detokenize | None = None,
         remembered_images: int = 0,
         draft_cost: float | None = None,
+        int8_drafts: bool = False,
     ) -> None:
         if twig_config is not None and twig is None:
             twig_config = replace(twig_config, T=0)
@@ -104,7 +107,9 @@ class Generator:
         self.config = config
         self.twig_config = twig_config
         self.schedule = schedule or (None if twig_config is None else by_twig(twig_config))
-        weights = Weights(base, twig)
+        if int8_drafts and twig is None:
+            raise ValueError("there is no twig to draft in int8: give one, or leave int8 out")
+        weights = drafting_in_int8(base, twig) if int8_drafts else Weights(base, twig)
         if mesh is not None:
             weights = distribute(weights, mesh)
         self.weights = weights

@@ -8,6 +8,7 @@ import jax
 from twig_jax.config import LlavaConfig, TwigConfig
 from twig_jax.decoding.cache import Cache
 from twig_jax.decoding.tree import Tree
+from twig_jax.models.int8 import quantised
 from twig_jax.models.llava import Llava, Params
 from twig_jax.models.twig import twig_decoder
 from twig_jax.pruning.schedule import Rank
@@ -22,10 +23,27 @@ class Segment(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """Parameters of the base and of the twig (None where no mode needs it)."""
+    """Parameters of the base and of the twig (None where no mode needs it).
+
+    int8: the twig that drafts, where it is in int8; the other reads prompts, so that what is kept
+    does not depend on it, and has no head.
+    """
 
     base: Params
     twig: Params
+    int8: Params = None
+
+    @property
+    def drafter(self) -> Params:
+        """The twig that drafts."""
+        return self.twig if self.int8 is None else self.int8
+
+
+def drafting_in_int8(base: Params, twig: Params) -> Weights:
+    """Weights whose twig reads prompts as it is and drafts in int8."""
+    reads = {name: part for name, part in twig.items() if name != "lm_head"}
+    drafts = {name: part for name, part in twig.items() if name != "p_head"}
+    return Weights(base, reads, quantised(drafts))
 
 
 @dataclass(frozen=True)
@@ -92,6 +110,10 @@ class Program:
         return self.base_apply(weights, "run", *args, first=first, last=last, **kwargs)
 
     def twig_apply(self, weights: Weights, method: str, *args: Any, **kwargs: Any) -> Any:
-        """A method of the twig."""
+        """A method of the twig that reads prompts."""
         decoder = twig_decoder(self.base.text, self.twig)
         return decoder.apply({"params": weights.twig}, *args, method=method, **kwargs)
+
+    def draft_apply(self, weights: Weights, method: str, *args: Any, **kwargs: Any) -> Any:
+        """A method of the twig that drafts."""
+        return self.twig_apply(weights._replace(twig=weights.drafter), method, *args, **kwargs)

@@ -122,7 +122,10 @@ def repack(
     asked = state.prompt.lengths
     answered = lengths - asked
     if old.keeps_twig:
-        state = catch_up(old, weights, state, answered)
+        if weights.int8 is not None:
+            # What is kept next must not depend on it: the answer runs through the exact twig.
+            state = state._replace(in_twig=jnp.zeros_like(state.in_twig))
+        state = catch_up(old, weights._replace(int8=None), state, answered)
 
     def joined(slots: int, first: jax.Array, generated: int, size: int) -> jax.Array:
         """Where in (slots, generated slots) the tokens are, int32 [B, size]; past it for none."""

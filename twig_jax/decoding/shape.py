@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from twig_jax.decoding.buckets import nbytes
 from twig_jax.decoding.generate import Generator
 from twig_jax.decoding.settings import Request, Result, Settings
 from twig_jax.decoding.tree import Tree
@@ -132,6 +133,7 @@ def measure(
             "base": program.base.text,
             "twig": program.twig,
             "dtype": jax.tree.leaves(generator.weights.base)[0].dtype,
+            "bytes": [nbytes(part) for part in generator.weights],
             "segments": program.segments,
             "slots": (len(requests), program.prompt_slots, program.max_new),
         }

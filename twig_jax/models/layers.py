@@ -4,6 +4,19 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from twig_jax.models.int8 import Int8
+
+
+class Dense(nn.Dense):
+    """A linear layer without bias, whose kernel may be `Int8`."""
+
+    use_bias: bool = False
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., in] -> [..., out]."""
+        kernel = self.get_variable("params", "kernel")
+        return kernel.after(x) if isinstance(kernel, Int8) else super().__call__(x)
+
 
 class RMSNorm(nn.Module):
     """Root-mean-square normalisation over the last axis, computed in float32."""

@@ -9,7 +9,7 @@ from flax import linen as nn
 
 from twig_jax.config import TextConfig
 from twig_jax.models.attention import KV, Context, apply_rope, attend, attention_rows, rope_angles
-from twig_jax.models.layers import RMSNorm
+from twig_jax.models.layers import Dense, RMSNorm
 
 Rope = tuple[jax.Array, jax.Array]
 
@@ -22,8 +22,8 @@ class DecoderLayer(nn.Module):
     def setup(self) -> None:
         c = self.config
 
-        def dense(features: int) -> nn.Dense:
-            return nn.Dense(features, use_bias=False, kernel_init=nn.initializers.normal(0.02))
+        def dense(features: int) -> Dense:
+            return Dense(features, kernel_init=nn.initializers.normal(0.02))
 
         self.input_layernorm = RMSNorm(c.rms_norm_eps)
         self.q_proj = dense(c.num_heads * c.head_dim)
@@ -97,9 +97,7 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(c.rms_norm_eps)
         self.tied = c.tied_head and self.embeds
         if not self.tied:
-            self.lm_head = nn.Dense(
-                c.vocab_size, use_bias=False, kernel_init=nn.initializers.normal(0.02)
-            )
+            self.lm_head = Dense(c.vocab_size, kernel_init=nn.initializers.normal(0.02))
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """int32 [B, S] -> [B, S, d]."""

@@ -12,8 +12,10 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 RULES: tuple[tuple[str, P], ...] = (
-    (r"(q|k|v|gate|up)_proj/kernel", P("fsdp", "tensor")),
-    (r"(o|down|out)_proj/kernel", P("tensor", "fsdp")),
+    (r"(q|k|v|gate|up)_proj/kernel(/values)?", P("fsdp", "tensor")),
+    (r"(q|k|v|gate|up)_proj/kernel/scale", P("tensor")),
+    (r"(o|down|out)_proj/kernel(/values)?", P("tensor", "fsdp")),
+    (r"(o|down)_proj/kernel/scale", P("fsdp")),
     (r"(q|k|v)_proj/bias", P("tensor")),
     (r"(q|k)_gate/kernel", P("fsdp", "tensor")),
     (r"(q|k)_gate/bias", P("tensor")),
@@ -22,7 +24,8 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"fc2/kernel", P("tensor", "fsdp")),
     (r"(fc2|out_proj)/bias", P()),
     (r"embed_tokens/embedding", P("tensor", "fsdp")),
-    (r"lm_head/kernel", P("fsdp", "tensor")),
+    (r"lm_head/kernel(/values)?", P("fsdp", "tensor")),
+    (r"lm_head/kernel/scale", P("tensor")),
     (r"linear_1/kernel", P("fsdp", "tensor")),
     (r"linear_1/bias", P("tensor")),
     (r"linear_2/kernel", P("tensor", "fsdp")),

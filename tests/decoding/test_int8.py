@@ -1,0 +1,125 @@
+"""Decoding in int8: a twig that drafts in it changes no answer, a base in it is another model."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+
+from tests.decoding.models import CALL, CONFIG, TWIG, mixed, request, run, tokens, weights
+from tests.models.test_int8 import floats
+from tests.tools.memory import shapes
+from twig_jax.decoding.buckets import Bucket, nbytes, program_for
+from twig_jax.decoding.generate import Generator
+from twig_jax.decoding.loop import iterate
+from twig_jax.decoding.session import Session
+from twig_jax.models.int8 import Int8, quantised
+from twig_jax.models.twig import fresh_p_head, init_twig
+from twig_jax.sharding.mesh import make_mesh
+
+TREE = {"gamma": 4, "children": 3, "expanded": 2, "nodes": 5}
+RANKS = dataclasses.replace(TWIG, p_head=True)
+
+
+def model(*, base=None, p_head=False, int8=True, **made):
+    """The usual base and twig, with a P-Head drawn at random."""
+    twig = init_twig(weights(), CONFIG.text, TWIG)
+    if p_head:
+        rng = np.random.default_rng(0)
+        draw = lambda x: np.asarray(rng.normal(size=x.shape), np.float32)  # noqa: E731
+        twig["p_head"] = jax.tree.map(draw, fresh_p_head(CONFIG.text))
+    config = RANKS if p_head else TWIG
+    return Generator(CONFIG, base or weights(), config, twig, int8_drafts=int8, **made)
+
+
+def test_drafts_in_int8_change_no_answer():
+    """Of greedy and sampled rows; the drafts themselves are of other probability."""
+    found = run(mixed(), model=model(), **TREE)
+    exact = run(mixed(), model=model(int8=False), mode="ttp")
+    assert tokens(found) == tokens(exact)
+    for a, b in zip(found, exact, strict=True):
+        assert a.kept.tolist() == b.kept.tolist()
+        np.testing.assert_allclose(a.scores, b.scores, atol=1e-6)
+
+
+def test_no_turn_s_choice_depends_on_int8():
+    """Nor does a P-Head's: an answer that was drafted in int8 runs through the exact twig."""
+    found = []
+    for int8 in (True, False):
+        ours = model(p_head=True, int8=int8, buckets=(Bucket(1, text=64, images=2, new=32),))
+        session = Session(ours, dataclasses.replace(CALL, max_new_tokens=9))
+        for turn in (request(1, 1, 3, 4), request(2, 0, 2, 3)):
+            found.append(session.ask(turn.ids, turn.is_visual, turn.pixels))
+    for small, exact in zip(found[:2], found[2:], strict=True):
+        assert small.tokens.tolist() == exact.tokens.tolist()
+        np.testing.assert_allclose(small.scores, exact.scores, atol=1e-6)
+        # Both draft the same first token, not equally sure.
+        assert 1e-5 < abs(small.probs[0][0] - exact.probs[0][0]) < 0.05
+
+
+@pytest.fixture(scope="module")
+def coarse():
+    """A base in int8, with a twig that drafts in it."""
+    return model(base=quantised(weights()))
+
+
+def test_a_base_in_int8_is_the_model_of_its_rounded_weights(coarse):
+    """On any mesh, and drafting changes nothing."""
+    plain = run(mixed(), model=coarse, mode="ttp")
+    rounded = model(base=floats(coarse.weights.base), int8=False)
+    assert tokens(plain) == tokens(run(mixed(), model=rounded, mode="ttp"))
+    exact = run(mixed(), model=model(int8=False), mode="ttp")
+    off = np.abs(exact[0].logits - plain[0].logits).max() / np.abs(exact[0].logits).max()
+    assert 1e-3 < off < 0.1
+    spread = model(base=coarse.weights.base, mesh=make_mesh(2, 2, 2))
+    assert tokens(run(mixed(), model=spread)) == tokens(plain)
+
+
+def test_footprint(coarse):
+    """A byte a weight and four a column; the twig that reads prompts has no head of its own."""
+    exact = model(int8=False).weights
+
+    def smaller(tree):
+        found = jax.tree.leaves(quantised(tree), is_leaf=lambda x: isinstance(x, Int8))
+        saved = sum(3 * x.values.size - 4 * x.scale.size for x in found if isinstance(x, Int8))
+        return nbytes(tree) - saved
+
+    assert nbytes(coarse.weights.base) == smaller(exact.base)
+    assert nbytes(coarse.weights.drafter) == smaller(exact.twig)
+    assert nbytes(coarse.weights.twig) == nbytes(exact.twig) - nbytes(exact.twig["lm_head"])
+
+
+def test_kernels_become_floats_only_where_a_product_reads_them():
+    """In an iteration as it is traced; what compilers make of it, tests.tools.memory reads off."""
+    program = program_for(Bucket(2, text=64, images=1, new=32), CALL, CONFIG, TWIG)
+    read = *shapes(program, 2, np.dtype("float32"), "all"), np.zeros(program.tree.depth + 1)
+    seen = 0
+
+    def walk(jaxpr):
+        nonlocal seen
+        for equation in jaxpr.eqns:
+            parts = jax.tree.leaves(list(equation.params.values()), is_leaf=is_program)
+            inside = [part for part in parts if is_program(part)]
+            for part in inside:
+                walk(part.jaxpr)
+            if not inside and any(is_kernel(x) for x in equation.invars):
+                seen += 1
+                assert equation.primitive.name == "convert_element_type"
+                [made] = equation.outvars
+                readers = [e.primitive.name for e in jaxpr.eqns if made in e.invars]
+                assert readers == ["dot_general"]
+
+    def is_program(part):
+        return hasattr(part, "jaxpr")
+
+    def is_kernel(x):
+        return x.aval.dtype == np.int8 and x.aval.ndim == 2
+
+    walk(jax.make_jaxpr(partial(iterate, program))(*read).jaxpr)
+    assert seen > 7 * (CONFIG.text.num_layers + TWIG.T)
+
+
+def test_there_must_be_a_twig():
+    with pytest.raises(ValueError, match="no twig to draft in int8"):
+        Generator(CONFIG, weights(), int8_drafts=True)

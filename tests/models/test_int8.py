@@ -1,0 +1,75 @@
+"""Int8 kernels: how far they are off, and what becomes one."""
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.decoding.models import CONFIG, TWIG, weights
+from twig_jax.models.int8 import Int8, quantise, quantised
+from twig_jax.models.twig import fresh_p_head, init_twig, twig_decoder
+from twig_jax.sharding.rules import path_string
+
+
+def floats(tree):
+    """The float kernels that int8 ones stand for."""
+    return jax.tree.map(
+        lambda x: x.values.astype(np.float32) * x.scale if isinstance(x, Int8) else x,
+        tree,
+        is_leaf=lambda x: isinstance(x, Int8),
+    )
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.integers(0, 1000),
+    st.lists(st.sampled_from([0.0, 1e-30, 1e-3, 1.0, 1e4]), min_size=5, max_size=5),
+    st.sampled_from(["float32", "bfloat16", "float16"]),
+)
+def test_no_entry_is_off_by_more_than_half_a_step(seed, sizes, dtype):
+    """A step is 1/127 of the column's largest entry, whatever the other columns are."""
+    w = np.random.default_rng(seed).normal(size=(7, 5)) * sizes
+    w = jax.numpy.asarray(w, dtype)
+    values, scale = quantise(w)
+    w = np.asarray(w, np.float64)
+    assert values.dtype == np.int8 and scale.dtype == np.float32
+    step = np.abs(w).max(0) / 127
+    off = np.abs(np.asarray(values, np.float64) * np.asarray(scale) - w)
+    assert (off <= 0.5001 * step).all()
+    assert (np.abs(np.asarray(values)).max(0) == np.where(step > 0, 127, 0)).all()
+
+
+@pytest.fixture(scope="module")
+def twig():
+    base = weights()
+    return {**init_twig(base, CONFIG.text, TWIG), "p_head": fresh_p_head(CONFIG.text)}
+
+
+def test_a_decoder_s_kernels_and_nothing_else(twig):
+    """Not the tower's, the projector's, the word embeddings, norms or a P-Head's gates."""
+    for tree, layers, before in ((weights(), CONFIG.text.num_layers, "text/"), (twig, TWIG.T, "")):
+        found = jax.tree_util.tree_leaves_with_path(
+            quantised(tree), is_leaf=lambda x: isinstance(x, Int8)
+        )
+        paths = {path_string(path) for path, x in found if isinstance(x, Int8)}
+        names = [f"{n}_proj" for n in ("q", "k", "v", "o", "gate", "up", "down")]
+        assert paths == {f"{before}lm_head/kernel"} | {
+            f"{before}layers_{i}/{name}/kernel" for i in range(layers) for name in names
+        }
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_decoder_computes_with_what_the_kernels_stand_for(twig, dtype):
+    twig = {name: part for name, part in twig.items() if name != "p_head"}
+    small = quantised(jax.tree.map(lambda x: x.astype(dtype), twig))
+    x = jax.random.normal(jax.random.key(0), (2, 3, CONFIG.text.hidden_size), dtype)
+    decoder = twig_decoder(CONFIG.text, TWIG)
+    with jax.default_matmul_precision("highest"):
+        found = decoder.apply({"params": small}, x)
+        meant = jax.tree.map(lambda x: x.astype(np.float32), floats(small))
+        wide = decoder.apply({"params": meant}, x.astype(np.float32))
+        exact = decoder.apply({"params": twig}, x.astype(np.float32))
+    size = np.abs(exact).max()
+    assert np.abs(found - wide).max() < (1e-5 if dtype == "float32" else 0.03) * size
+    assert 1e-3 * size < np.abs(wide - exact).max() < 0.05 * size
