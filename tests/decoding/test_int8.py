@@ -7,9 +7,10 @@ import jax
 import numpy as np
 import pytest
 
-from tests.decoding.models import CALL, CONFIG, TWIG, mixed, request, run, tokens, weights
+from tests.decoding.models import CALL, CONFIG, mixed, request, run, tokens, weights
 from tests.models.test_int8 import floats
 from tests.tools.memory import shapes
+from twig_jax.config import TwigConfig
 from twig_jax.decoding.buckets import Bucket, nbytes, program_for
 from twig_jax.decoding.generate import Generator
 from twig_jax.decoding.loop import iterate
@@ -18,54 +19,46 @@ from twig_jax.models.int8 import Int8, quantised
 from twig_jax.models.twig import fresh_p_head, init_twig
 from twig_jax.sharding.mesh import make_mesh
 
-TREE = {"gamma": 4, "children": 3, "expanded": 2, "nodes": 5}
-RANKS = dataclasses.replace(TWIG, p_head=True)
+TREE = {"gamma": 3, "children": 3, "expanded": 2, "nodes": 5}
+# Few layers, as compiling is what takes time.
+SMALL = dataclasses.replace(CONFIG, text=dataclasses.replace(CONFIG.text, num_layers=3))
+TWIG = TwigConfig(K=1, T=1, K_f=2)
+BASE = weights(config=SMALL)
 
 
-def model(*, base=None, p_head=False, int8=True, **made):
-    """The usual base and twig, with a P-Head drawn at random."""
-    twig = init_twig(weights(), CONFIG.text, TWIG)
+def model(*, base=BASE, p_head=False, int8=True, **made):
+    """A base and its twig, with a P-Head drawn at random."""
+    twig = init_twig(BASE, SMALL.text, TWIG)
     if p_head:
         rng = np.random.default_rng(0)
         draw = lambda x: np.asarray(rng.normal(size=x.shape), np.float32)  # noqa: E731
-        twig["p_head"] = jax.tree.map(draw, fresh_p_head(CONFIG.text))
-    config = RANKS if p_head else TWIG
-    return Generator(CONFIG, base or weights(), config, twig, int8_drafts=int8, **made)
+        twig["p_head"] = jax.tree.map(draw, fresh_p_head(SMALL.text))
+    config = dataclasses.replace(TWIG, p_head=p_head)
+    return Generator(SMALL, base, config, twig, int8_drafts=int8, **made)
 
 
 def test_drafts_in_int8_change_no_answer():
-    """Of greedy and sampled rows; the drafts themselves are of other probability."""
-    found = run(mixed(), model=model(), **TREE)
-    exact = run(mixed(), model=model(int8=False), mode="ttp")
-    assert tokens(found) == tokens(exact)
-    for a, b in zip(found, exact, strict=True):
-        assert a.kept.tolist() == b.kept.tolist()
-        np.testing.assert_allclose(a.scores, b.scores, atol=1e-6)
-
-
-def test_no_turn_s_choice_depends_on_int8():
-    """Nor does a P-Head's: an answer that was drafted in int8 runs through the exact twig."""
-    found = []
-    for int8 in (True, False):
+    """And nothing that is kept, by a P-Head, in this turn or the next."""
+    answers = []
+    for mode, int8 in (("ttp_ssd", True), ("ttp", False)):
         ours = model(p_head=True, int8=int8, buckets=(Bucket(1, text=64, images=2, new=32),))
-        session = Session(ours, dataclasses.replace(CALL, max_new_tokens=9))
+        session = Session(ours, dataclasses.replace(CALL, mode=mode, max_new_tokens=9))
         for turn in (request(1, 1, 3, 4), request(2, 0, 2, 3)):
-            found.append(session.ask(turn.ids, turn.is_visual, turn.pixels))
-    for small, exact in zip(found[:2], found[2:], strict=True):
+            answers.append(session.ask(turn.ids, turn.is_visual, turn.pixels))
+    for small, exact in zip(answers[:2], answers[2:], strict=True):
+        assert small.matched.any()
         assert small.tokens.tolist() == exact.tokens.tolist()
         np.testing.assert_allclose(small.scores, exact.scores, atol=1e-6)
-        # Both draft the same first token, not equally sure.
-        assert 1e-5 < abs(small.probs[0][0] - exact.probs[0][0]) < 0.05
 
 
 @pytest.fixture(scope="module")
 def coarse():
     """A base in int8, with a twig that drafts in it."""
-    return model(base=quantised(weights()))
+    return model(base=quantised(BASE))
 
 
 def test_a_base_in_int8_is_the_model_of_its_rounded_weights(coarse):
-    """On any mesh, and drafting changes nothing."""
+    """Whose drafts, here a tree's, change nothing either; nor does a mesh."""
     plain = run(mixed(), model=coarse, mode="ttp")
     rounded = model(base=floats(coarse.weights.base), int8=False)
     assert tokens(plain) == tokens(run(mixed(), model=rounded, mode="ttp"))
@@ -73,7 +66,7 @@ def test_a_base_in_int8_is_the_model_of_its_rounded_weights(coarse):
     off = np.abs(exact[0].logits - plain[0].logits).max() / np.abs(exact[0].logits).max()
     assert 1e-3 < off < 0.1
     spread = model(base=coarse.weights.base, mesh=make_mesh(2, 2, 2))
-    assert tokens(run(mixed(), model=spread)) == tokens(plain)
+    assert tokens(run(mixed(), model=spread, **TREE)) == tokens(plain)
 
 
 def test_footprint(coarse):
@@ -90,10 +83,14 @@ def test_footprint(coarse):
     assert nbytes(coarse.weights.twig) == nbytes(exact.twig) - nbytes(exact.twig["lm_head"])
 
 
-def test_kernels_become_floats_only_where_a_product_reads_them():
+@pytest.mark.parametrize(
+    ("int8", "kernels"),
+    [("twig", 7 * TWIG.T + 1), ("all", 7 * (SMALL.text.num_layers + TWIG.T) + 2)],
+)
+def test_kernels_become_floats_only_where_a_product_reads_them(int8, kernels):
     """In an iteration as it is traced; what compilers make of it, tests.tools.memory reads off."""
-    program = program_for(Bucket(2, text=64, images=1, new=32), CALL, CONFIG, TWIG)
-    read = *shapes(program, 2, np.dtype("float32"), "all"), np.zeros(program.tree.depth + 1)
+    program = program_for(Bucket(2, text=64, images=1, new=32), CALL, SMALL, TWIG)
+    read = *shapes(program, 2, np.dtype("float32"), int8), np.zeros(program.tree.depth + 1)
     seen = 0
 
     def walk(jaxpr):
@@ -117,9 +114,9 @@ def test_kernels_become_floats_only_where_a_product_reads_them():
         return x.aval.dtype == np.int8 and x.aval.ndim == 2
 
     walk(jax.make_jaxpr(partial(iterate, program))(*read).jaxpr)
-    assert seen > 7 * (CONFIG.text.num_layers + TWIG.T)
+    assert seen >= kernels
 
 
 def test_there_must_be_a_twig():
     with pytest.raises(ValueError, match="no twig to draft in int8"):
-        Generator(CONFIG, weights(), int8_drafts=True)
+        Generator(SMALL, BASE, int8_drafts=True)
