@@ -1,8 +1,20 @@
 """The short way in."""
 
+import dataclasses
+import json
+import shutil
+
+import jax
+import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from twig_jax import api
+from twig_jax.checkpoints.twig import write_twig
+from twig_jax.config import INT8
+from twig_jax.models.int8 import quantised
+from twig_jax.models.twig import fresh_p_head
+from twig_jax.sharding.mesh import make_mesh
 
 
 def test_a_missing_checkpoint_is_named(tmp_path):
@@ -13,3 +25,61 @@ def test_a_missing_checkpoint_is_named(tmp_path):
 def test_a_folder_without_a_model_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"config\.json"):
         api.load(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return api.load().generator
+
+
+def equal(found, expected):
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)
+
+
+def without(tree, name):
+    return {other: part for other, part in tree.items() if other != name}
+
+
+@pytest.mark.parametrize("p_head", [False, True])
+def test_loading_in_int8(tmp_path, digits, p_head):
+    """Prompts are read by the exact twig, which needs no head; drafting needs no P-Head."""
+    base, twig, grown = digits.weights.base, digits.weights.twig, digits.twig_config
+    if p_head:
+        twig = {**twig, "p_head": fresh_p_head(digits.config.text)}
+        grown = dataclasses.replace(grown, p_head=True)
+    write_twig(tmp_path, twig, grown, base, digits.config, "float32")
+    found = {how: api.load("digits", tmp_path, int8=how).generator.weights for how in INT8}
+    for weights in found.values():
+        equal(weights.twig, without(twig, "lm_head"))
+        equal(weights.int8, quantised(without(twig, "p_head")))
+    equal(found["twig"].base, base)
+    equal(found["all"].base, quantised(base))
+
+
+def test_a_base_in_int8_needs_no_twig(digits):
+    """And is put into its shardings as any other."""
+    weights = api.load(api.DIGITS / "base", int8="all", mesh=make_mesh(2, 2, 2)).generator.weights
+    equal(weights.base, quantised(digits.weights.base))
+    values, scale = weights.base["text"]["lm_head"]["kernel"]
+    assert values.sharding.spec == P("fsdp", "tensor") and scale.sharding.spec == P("tensor")
+    assert weights.drafter is None
+
+
+def test_int8_of_what_is_not_there():
+    with pytest.raises(ValueError, match="no int8 'base'; there are: twig, all"):
+        api.load(int8="base")
+    with pytest.raises(ValueError, match="needs a twig"):
+        api.load(api.DIGITS / "base", int8="twig")
+
+
+@pytest.mark.parametrize("int8", [None, "all"])
+def test_a_twig_of_another_base_is_refused(tmp_path, int8):
+    """Whatever becomes of the base's weights."""
+    shutil.copytree(api.DIGITS / "twig", tmp_path / "twig")
+    notes = tmp_path / "twig" / "twig.json"
+    notes.write_text(json.dumps(json.loads(notes.read_text()) | {"base_fingerprint": "other"}))
+    with pytest.raises(ValueError, match="grew on another base"):
+        api.load("digits", tmp_path / "twig", int8=int8)

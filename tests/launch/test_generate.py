@@ -65,7 +65,7 @@ def test_images_of_any_kind(model):
 
 
 def test_one_question():
-    done = launcher("--image", PAGE, "--prompt", ASK)
+    done = launcher("--image", PAGE, "--prompt", ASK, "--int8", "twig")
     assert done.returncode == 0, done.stderr
     text = done.stdout.strip()
     done = launcher("--image", PAGE, "--prompt", ASK, "--mode", "ttp", "--json", "-")

@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.decoding.models import CONFIG, TWIG, weights
+from tests.decoding.models import CONFIG, TWIG
 from twig_jax.models.int8 import Int8, quantise, quantised
+from twig_jax.models.llava import init_base
 from twig_jax.models.twig import fresh_p_head, init_twig, twig_decoder
 from twig_jax.sharding.rules import path_string
 
@@ -41,14 +42,19 @@ def test_no_entry_is_off_by_more_than_half_a_step(seed, sizes, dtype):
 
 
 @pytest.fixture(scope="module")
-def twig():
-    base = weights()
-    return {**init_twig(base, CONFIG.text, TWIG), "p_head": fresh_p_head(CONFIG.text)}
+def base(draw):
+    return draw(jax.eval_shape(lambda key: init_base(CONFIG, key), jax.random.key(0)))
 
 
-def test_a_decoder_s_kernels_and_nothing_else(twig):
+@pytest.fixture(scope="module")
+def twig(base):
+    return init_twig(base, CONFIG.text, TWIG)
+
+
+def test_a_decoder_s_kernels_and_nothing_else(base, twig):
     """Not the tower's, the projector's, the word embeddings, norms or a P-Head's gates."""
-    for tree, layers, before in ((weights(), CONFIG.text.num_layers, "text/"), (twig, TWIG.T, "")):
+    twig = {**twig, "p_head": fresh_p_head(CONFIG.text)}
+    for tree, layers, before in ((base, CONFIG.text.num_layers, "text/"), (twig, TWIG.T, "")):
         found = jax.tree_util.tree_leaves_with_path(
             quantised(tree), is_leaf=lambda x: isinstance(x, Int8)
         )
@@ -61,15 +67,13 @@ def test_a_decoder_s_kernels_and_nothing_else(twig):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_decoder_computes_with_what_the_kernels_stand_for(twig, dtype):
-    twig = {name: part for name, part in twig.items() if name != "p_head"}
     small = quantised(jax.tree.map(lambda x: x.astype(dtype), twig))
+    meant = jax.tree.map(lambda x: x.astype(np.float32), floats(small))
     x = jax.random.normal(jax.random.key(0), (2, 3, CONFIG.text.hidden_size), dtype)
-    decoder = twig_decoder(CONFIG.text, TWIG)
+    logits = jax.jit(twig_decoder(CONFIG.text, TWIG).apply)
     with jax.default_matmul_precision("highest"):
-        found = decoder.apply({"params": small}, x)
-        meant = jax.tree.map(lambda x: x.astype(np.float32), floats(small))
-        wide = decoder.apply({"params": meant}, x.astype(np.float32))
-        exact = decoder.apply({"params": twig}, x.astype(np.float32))
+        found = logits({"params": small}, x)
+        wide, exact = (logits({"params": p}, x.astype(np.float32)) for p in (meant, twig))
     size = np.abs(exact).max()
     assert np.abs(found - wide).max() < (1e-5 if dtype == "float32" else 0.03) * size
     assert 1e-3 * size < np.abs(wide - exact).max() < 0.05 * size

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from twig_jax.models.int8 import quantised
 from twig_jax.models.llava import init_base
 from twig_jax.models.twig import init_twig
 from twig_jax.presets import PRESETS, preset
@@ -25,7 +26,7 @@ def shapes(name):
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_exactly_one_rule_for_every_parameter(name):
-    for tree in shapes(name):
+    for tree in (*shapes(name), *(jax.eval_shape(quantised, tree) for tree in shapes(name))):
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
             assert len(spec(path_string(path))) <= leaf.ndim
 
@@ -58,6 +59,17 @@ def test_a_7b_base_is_spread_evenly(sizes):
     one = jax.tree.map(lambda x, s: math.prod(s.shard_shape(x.shape)), base, placed)
     total = sum(math.prod(x.shape) for x in jax.tree.leaves(base))
     assert sum(jax.tree.leaves(one)) == pytest.approx(total / (fsdp * tensor), rel=2e-3)
+
+
+def test_scales_lie_beside_their_columns():
+    kernels = {"q_proj": {"kernel": jnp.zeros((8, 12))}, "o_proj": {"kernel": jnp.zeros((12, 8))}}
+    tree = quantised({"layers_0": kernels, "lm_head": {"kernel": jnp.zeros((8, 6))}})
+    for mesh in (make_mesh(1, 4, 2), make_mesh(2, 2, 2)):
+        placed = shardings(tree, mesh)
+        for part in (*placed["layers_0"].values(), placed["lm_head"]):
+            values, scale = part["kernel"]
+            assert tuple(scale.spec) == tuple(values.spec)[1:]
+            assert None not in values.spec
 
 
 def test_an_axis_that_does_not_divide_is_left_out():
