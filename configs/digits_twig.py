@@ -1,6 +1,6 @@
 """Digits, stage 4 of 4: the twig grows on the frozen base.
 
-python -m launch.train --config configs/digits_twig.py --export twig_jax/assets/digits/twig
+python -m launch.train --config configs/digits_twig.py --export runs/digits_twig/twig
 """
 
 from twig_jax.training.config import DataConfig, OptimConfig, TrainConfig
