@@ -1,6 +1,6 @@
 """Launchers: thin command lines over the package."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from absl import app, flags, logging
 
@@ -14,3 +14,14 @@ def run(main: Callable[[list[str]], None]) -> None:
         main(argv)
 
     app.run(quiet)
+
+
+def whole(flag: str, values: Sequence[str]) -> list[int]:
+    """The numbers of a list flag; UsageError unless all are whole and above 0."""
+    try:
+        numbers = [int(value) for value in values]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 1:
+        raise app.UsageError(f"--{flag} takes whole numbers above 0, not {','.join(values)!r}")
+    return numbers

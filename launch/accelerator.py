@@ -113,6 +113,7 @@ def _benchmark(out: Path, name: str, share: float, **flags: Any) -> Part:
         "max_new_tokens": 128,
         "repeats": 3,
         "json": out / f"{name}.json",
+        "profile": out / f"{name}.profile.txt",
     }
     if _TINY.value:
         small = {

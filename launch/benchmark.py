@@ -19,13 +19,14 @@ import itertools
 import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from absl import app, flags
 
-from launch import run
-from launch.output import speeds, write_json
+from launch import run, whole
+from launch.output import parts, speeds, write_json
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "folder with a LLaVA model, or digits")
 _TWIG = flags.DEFINE_string("twig", None, "twig folder")
@@ -50,6 +51,9 @@ _TREE = flags.DEFINE_list(
 )
 _DTYPE = flags.DEFINE_string("dtype", "float32", "of weights and computation")
 _PLOT = flags.DEFINE_string("plot", None, "draw speeds relative to plain here, as PNG")
+_PROFILE = flags.DEFINE_string(
+    "profile", None, "write here where the time of each way goes, as text"
+)
 _JSON = flags.DEFINE_string("json", None, "write results here; - is standard output")
 
 
@@ -78,17 +82,6 @@ def main(argv: list[str]) -> None:
         write_json("-", results)
     else:
         print(speeds(results))
-
-
-def whole(flag: str, values: Sequence[str]) -> list[int]:
-    """The numbers of a list flag; UsageError unless all are whole and above 0."""
-    try:
-        numbers = [int(value) for value in values]
-    except ValueError:
-        numbers = []
-    if not numbers or min(numbers) < 1:
-        raise app.UsageError(f"--{flag} takes whole numbers above 0, not {','.join(values)!r}")
-    return numbers
 
 
 def load(batches: list[int], lengths: list[int]) -> tuple[Any, list, str, Any]:
@@ -164,8 +157,9 @@ def measure(batches: list[int], lengths: list[int], told: Callable[[dict], Any])
     import jax
     from tqdm import tqdm
 
+    from twig_jax.decoding.cost import Machine
     from twig_jax.evaluation import plots, speed
-    from twig_jax.evaluation.cost import Machine
+    from twig_jax.evaluation.profile import profile
     from twig_jax.runtime import (
         bandwidth,
         cache_folder,
@@ -207,6 +201,9 @@ def measure(batches: list[int], lengths: list[int], told: Callable[[dict], Any])
         "memory_bytes": 0,
         "results": [],
     }
+    log = Path(_PROFILE.value) if _PROFILE.value else None
+    if log:
+        log.write_text("")
     speeds: list[speed.Speed] = []
     for batch, new in tqdm(list(itertools.product(batches, lengths)), unit="cell"):
         # No other cell uses these programs, and on a CPU dozens of them use up the memory maps
@@ -219,6 +216,12 @@ def measure(batches: list[int], lengths: list[int], told: Callable[[dict], Any])
         results["results"] = [dataclasses.asdict(one) for one in speeds]
         results |= {"memory_bytes": memory_used(), **environment()}
         told(results)
+        if log:
+            with log.open("a") as file:
+                for way, one in settings.items():
+                    call = partial(generator.generate, requests[:batch], one)
+                    spent = profile(call, generator.compiled(requests[:batch], one))
+                    file.write(f"{way}, {batch} rows, {new} tokens\n{parts(spent)}\n\n")
     if _PLOT.value:
         title = f"{model}, {_DTYPE.value}, {results['device']}"
         plots.relative_speed(_PLOT.value, title, speeds)

@@ -80,6 +80,23 @@ def speeds(results: Mapping[str, Any]) -> str:
     )
 
 
+def parts(spent: Sequence[Any], most: int = 25) -> str:
+    """Where the time of a call went, `twig_jax.evaluation.profile.Part`s, for a terminal."""
+    total = sum(part.seconds for part in spent)
+    lines = [
+        [
+            part.program,
+            f"{1e3 * part.seconds:.2f}",
+            f"{part.seconds / total:.1%}",
+            f"{part.count}",
+            part.name,
+        ]
+        for part in spent[:most]
+    ]
+    lines.append(["all", f"{1e3 * total:.2f}", "100.0%", f"{sum(p.count for p in spent)}", ""])
+    return aligned(["program", "ms", "share", "times", "part"], lines)
+
+
 def write_json(path: str | None, content: Any) -> None:
     """Writes a result file; "-" is standard output, None writes nothing."""
     text = json.dumps(content, indent=1)

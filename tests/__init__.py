@@ -1,0 +1,7 @@
+"""What tests and the processes they start have in common."""
+
+# Tests compile far longer than they run: this makes it a quarter.
+QUICK_COMPILING = (
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+)

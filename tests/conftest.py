@@ -5,6 +5,8 @@ import os
 import shutil
 import tempfile
 
+from tests import QUICK_COMPILING
+
 # What one test has compiled, no other compiles again: the workers and the processes they start
 # share a folder that ends with the run.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
@@ -16,10 +18,12 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 # Before jax is imported: its backend reads them once.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if os.environ["JAX_PLATFORMS"] == "cpu":
-    os.environ["XLA_FLAGS"] = (
-        os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-        # Tests compile far longer than they run: this halves it.
-        " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    os.environ["XLA_FLAGS"] = " ".join(
+        [
+            os.environ.get("XLA_FLAGS", ""),
+            "--xla_force_host_platform_device_count=8",
+            QUICK_COMPILING,
+        ]
     )
 
 import jax
@@ -35,6 +39,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         dest="golden_dir",
         default=None,
         help="folder of further golden cases, in the format of tests/golden",
+    )
+    parser.addoption(
+        "--renew-costs",
+        action="store_true",
+        help="write what programs cost now to tests/costs.json, instead of comparing",
     )
 
 

@@ -17,14 +17,16 @@ MAY_IMPORT = {
     "presets": {"config"},
     "runtime": set(),
     "hardware": set(),
+    "programs": {"hardware"},
     "sharding": SHAPES,
     "models": SHAPES | {"sharding"},
     "pruning": SHAPES | {"sharding", "models"},
-    "decoding": SHAPES | {"sharding", "models", "pruning"},
+    "decoding": SHAPES | {"sharding", "models", "pruning", "programs", "hardware"},
     "data": SHAPES | {"sharding"},
     "checkpoints": SHAPES | {"sharding"},
     "training": SHAPES
-    | {"sharding", "models", "pruning", "data", "checkpoints", "runtime", "hardware"},
+    | {"sharding", "models", "pruning", "data", "checkpoints", "runtime"}
+    | {"programs", "hardware"},
     "evaluation": SHAPES | {*INFERENCE, "data", "checkpoints"},
     "assets": SHAPES | {"data"},
     "api": SHAPES | {*INFERENCE, "data", "checkpoints", "evaluation", "training", "runtime"},

@@ -5,24 +5,30 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Chip:
-    """kind: part of what jax calls the device. memory: GiB. flops: dense bfloat16, a second."""
+    """kind: part of what jax calls the device. memory: GiB. flops: dense bfloat16, a second.
+
+    bandwidth: bytes/s of its main memory. link: bytes/s that it sends to its neighbours in a ring:
+    over two links of a TPU, one each way, over all of a GPU's NVLinks, or over PCIe.
+    """
 
     kind: str
     memory: float
     flops: float
+    bandwidth: float
+    link: float
 
 
 # Google Cloud's TPU system architecture pages and NVIDIA's data sheets (SXM versions), with the
 # memory that programs find free.
 CHIPS = {
-    "v4": Chip("TPU v4", 32, 275e12),
-    "v5e": Chip("TPU v5 lite", 16, 197e12),
-    "v5p": Chip("TPU v5", 95, 459e12),
-    "v6e": Chip("TPU v6 lite", 32, 918e12),
-    "l4": Chip("L4", 22, 121e12),
-    "a100": Chip("A100", 79, 312e12),
-    "h100": Chip("H100", 79, 989e12),
-    "h200": Chip("H200", 139, 989e12),
+    "v4": Chip("TPU v4", 32, 275e12, 1228e9, 100e9),
+    "v5e": Chip("TPU v5 lite", 16, 197e12, 819e9, 100e9),
+    "v5p": Chip("TPU v5", 95, 459e12, 2765e9, 200e9),
+    "v6e": Chip("TPU v6 lite", 32, 918e12, 1640e9, 200e9),
+    "l4": Chip("L4", 22, 121e12, 300e9, 32e9),
+    "a100": Chip("A100", 79, 312e12, 2039e9, 300e9),
+    "h100": Chip("H100", 79, 989e12, 3350e9, 450e9),
+    "h200": Chip("H200", 139, 989e12, 4800e9, 450e9),
 }
 
 

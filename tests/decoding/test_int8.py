@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from tests.decoding.models import CALL, CONFIG, mixed, request, run, tokens, weights
-from tests.tools.memory import shapes
 from twig_jax.config import TwigConfig
 from twig_jax.decoding.buckets import Bucket, nbytes, program_for
+from twig_jax.decoding.cost import shapes, shapes_of_weights
 from twig_jax.decoding.generate import Generator
 from twig_jax.decoding.loop import iterate
 from twig_jax.decoding.session import Session
@@ -89,9 +89,10 @@ def test_footprint(coarse):
     [("twig", 7 * TWIG.T + 1), ("all", 7 * (SMALL.text.num_layers + TWIG.T) + 2)],
 )
 def test_kernels_become_floats_only_where_a_product_reads_them(int8, kernels):
-    """In an iteration as it is traced; what compilers make of it, tests.tools.memory reads off."""
+    """In an iteration as it is traced; what compilers make of it, decoding/plan.py reads off."""
     program = program_for(Bucket(2, text=64, images=1, new=32), CALL, SMALL, TWIG)
-    read = *shapes(program, 2, np.dtype("float32"), int8), np.zeros(program.tree.depth + 1)
+    given = shapes(program, 2, shapes_of_weights(SMALL, TWIG, "float32", int8=int8))
+    read = given.weights, given.state, given.cost
     seen = 0
 
     def walk(jaxpr):

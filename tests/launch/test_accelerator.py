@@ -11,16 +11,16 @@ from pathlib import Path
 import pytest
 
 from launch.parts import Part, run_parts
+from tests import QUICK_COMPILING
 
 ROOT = Path(__file__).resolve().parents[2]
-FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 
 def launch(*arguments):
     return subprocess.run(
         [sys.executable, "-m", "launch.accelerator", *map(str, arguments)],
         cwd=ROOT,
-        env={**os.environ, "XLA_FLAGS": FLAGS},
+        env={**os.environ, "XLA_FLAGS": QUICK_COMPILING},
         capture_output=True,
         text=True,
         timeout=600,

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests import QUICK_COMPILING
 from twig_jax.api import DIGITS
 from twig_jax.data import digits, questions
 
@@ -21,9 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def environment(tmp_path_factory):
     """One real device, and a compilation cache of its own that the tests here share."""
     cache = tmp_path_factory.mktemp("cache")
-    # Compiling less carefully is quicker; the flags for eight devices are left out.
-    flags = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    return {**os.environ, "XLA_FLAGS": flags, "JAX_COMPILATION_CACHE_DIR": str(cache)}
+    return {**os.environ, "XLA_FLAGS": QUICK_COMPILING, "JAX_COMPILATION_CACHE_DIR": str(cache)}
 
 
 def launch(environment, *arguments):
@@ -123,7 +122,9 @@ def benchmark(environment, *arguments):
 def test_the_benchmark(environment, tmp_path):
     few = "--modes=plain,ttp_ssd --batch=2 --max_new_tokens=3,4 --repeats=1 --gamma=2".split()
     picture = tmp_path / "benchmark.png"
-    result = benchmark(environment, *few, "--json", "-", "--plot", str(picture))
+    profile = tmp_path / "profile.txt"
+    files = ("--plot", str(picture), "--profile", str(profile))
+    result = benchmark(environment, *few, "--json", "-", *files)
     assert result.returncode == 0, result.stderr[-2000:]
     rows = json.loads(result.stdout)["results"]
     cells = [(r["batch"], r["max_new_tokens"], r["way"]) for r in rows]
@@ -136,6 +137,14 @@ def test_the_benchmark(environment, tmp_path):
         assert (row["cached_call_s"] is None) == (row["max_new_tokens"] == 4)
     with Image.open(picture) as image:
         assert image.size[0] > 300
+    short, _, long, *_ = profile.read_text().split("\n\n")
+    for told, way in ((short, "plain, 2 rows, 3"), (long, "plain, 2 rows, 4")):
+        assert told.startswith(way)
+        lines = [line.split() for line in told.splitlines()[2:]]
+        times = [float(line[1]) for line in lines]
+        assert times[:-1] == sorted(times[:-1], reverse=True) and sum(times[:-1]) <= times[-1]
+        # Parts are told by their places in the model.
+        assert any("proj" in line[4] for line in lines[:-1])
 
 
 @pytest.mark.parametrize(

@@ -11,13 +11,14 @@ from pathlib import Path
 
 import pytest
 
+from tests import QUICK_COMPILING
+
 ROOT = Path(__file__).resolve().parents[2]
-FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 
 def launch(*arguments):
     command = [sys.executable, "-m", "launch.train", *map(str, arguments)]
-    environment = {**os.environ, "XLA_FLAGS": FLAGS}
+    environment = {**os.environ, "XLA_FLAGS": QUICK_COMPILING}
     return subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900
     )
@@ -37,7 +38,7 @@ def test_sigterm_ends_with_the_status_that_asks_for_more(tmp_path):
     with subprocess.Popen(
         [*command, *(f"--set={s}" for s in settings)],
         cwd=ROOT,
-        env={**os.environ, "XLA_FLAGS": FLAGS},
+        env={**os.environ, "XLA_FLAGS": QUICK_COMPILING},
         stderr=subprocess.PIPE,
         text=True,
     ) as process:
@@ -75,7 +76,7 @@ def test_the_processes_of_a_slurm_step_train_one_twig(tmp_path):
             cwd=ROOT,
             env={
                 **os.environ,
-                "XLA_FLAGS": f"{FLAGS} --xla_force_host_platform_device_count=2",
+                "XLA_FLAGS": f"{QUICK_COMPILING} --xla_force_host_platform_device_count=2",
                 "SLURM_JOB_ID": str(job),
                 "SLURM_STEP_NODELIST": "localhost",
                 "SLURM_NTASKS": "2",

@@ -4,21 +4,19 @@ import dataclasses
 import json
 
 import jax
-import jax.numpy as jnp
 import pytest
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from configs import llava15_7b_twig, llava15_13b_twig
 from tests.training.worker import start
 from twig_jax.hardware import CHIPS, chip
+from twig_jax.programs import device_bytes
 from twig_jax.sharding.mesh import make_mesh
 from twig_jax.sharding.placement import distribute
 from twig_jax.training.config import DataConfig, DistillConfig, ReinforceConfig, TrainConfig
 from twig_jax.training.flops import step_flops
 from twig_jax.training.loop import stage_loss
 from twig_jax.training.optim import optimizer
-from twig_jax.training.plan import collective_bytes, device_bytes, plan
+from twig_jax.training.plan import plan
 from twig_jax.training.step import init_state, make_step
 
 
@@ -61,57 +59,6 @@ def test_chips_are_known_by_the_names_jax_gives_them():
     assert chip("TPU v5p") is chip("TPU v5") is CHIPS["v5p"]
     assert chip("NVIDIA H100 80GB HBM3") is CHIPS["h100"]
     assert chip("cpu") is None
-
-
-def test_collectives_of_a_real_program_count_as_often_as_their_loop_runs():
-    mesh = make_mesh(1, 8, 1)
-    rows, split = NamedSharding(mesh, P("fsdp")), NamedSharding(mesh, P(None, "fsdp"))
-
-    @jax.jit
-    def program(x, w):
-        def body(x, _):
-            whole = jax.lax.with_sharding_constraint(w, NamedSharding(mesh, P()))
-            return jnp.tanh(x @ (whole + x.mean())), None
-
-        x, _ = jax.lax.scan(body, x, None, length=5)
-        return jax.lax.with_sharding_constraint(x.sum(0), NamedSharding(mesh, P()))
-
-    x = jax.ShapeDtypeStruct((16, 64), jnp.float32, sharding=rows)
-    w = jax.ShapeDtypeStruct((64, 64), jnp.float32, sharding=split)
-    text = program.lower(x, w).compile().as_text()
-    found = collective_bytes(text)
-    # The weights are put together once or in each turn; means are of one number, sums of 64.
-    assert found["all-gather"] in (64 * 64 * 4, 5 * 64 * 64 * 4)
-    assert found["all-reduce"] == 5 * 4 + 64 * 4
-    assert found.keys() == {"all-gather", "all-reduce"}
-
-
-LOOP = """
-%body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
-  %p = (s32[], f32[8]) parameter(0)
-  %x = f32[8]{0} get-tuple-element(%p), index=1
-  %ar = (f32[8]{0}, f32[64]{0}) all-gather-start(%x), dimensions={0}
-  %done = f32[64]{0} all-gather-done(%ar)
-  %rs = f32[8]{0} reduce-scatter(%done), to_apply=%add
-}
-
-%cond (p.1: (s32[], f32[8])) -> pred[] {
-  %p.1 = (s32[], f32[8]) parameter(0)
-  %i = s32[] get-tuple-element(%p.1), index=0
-  %n = s32[]{:T(128)} constant(7)
-  ROOT %lt = pred[] compare(%i, %n), direction=LT
-}
-
-ENTRY %main (a: (s32[], f32[8])) -> (s32[], f32[8]) {
-  %a = (s32[], f32[8]) parameter(0)
-  ROOT %w = (s32[], f32[8]) while(%a), condition=%cond, body=%body
-}
-"""
-
-
-def test_collectives_in_a_tpu_program():
-    """There asynchronous ones give back operands, and only conditions tell how long loops run."""
-    assert collective_bytes(LOOP) == {"all-gather": 7 * 64 * 4, "reduce-scatter": 7 * 64 * 4}
 
 
 def test_an_estimate_has_the_bytes_that_real_arrays_take():
@@ -188,7 +135,7 @@ def test_without_the_tpus_compiler(monkeypatch):
 
 def test_a_plan_for_tpus_is_that_of_the_compiled_step(monkeypatch):
     """With eight devices of this machine in the place of a slice."""
-    monkeypatch.setattr("twig_jax.training.plan._tpus", lambda topology: jax.devices())
+    monkeypatch.setattr("twig_jax.programs._tpus", lambda topology: jax.devices())
     found = plan(tiny(mesh=(1, 0, 1)), "v5e:2x4")
     assert found.compiled and found.mesh == (1, 8, 1)
     assert "compiled ahead of time" in str(found)

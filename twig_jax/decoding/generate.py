@@ -42,8 +42,8 @@ _STOP_CHUNK = 8  # iterations between two looks for stops, where nobody watches
 
 IMAGE_PROGRAMS = tuple(1 << i for i in range(AT_ONCE.bit_length()))
 
-_prefill = jax.jit(prefill, static_argnums=0)
-_decode = jax.jit(decode, static_argnums=0, donate_argnums=2)
+jitted_prefill = jax.jit(prefill, static_argnums=0)
+jitted_decode = jax.jit(decode, static_argnums=0, donate_argnums=2)
 _insert = jax.jit(insert, donate_argnums=0)
 _idle = jax.jit(idle, static_argnums=1)
 
@@ -238,27 +238,20 @@ class Generator:
             report.append(Compiled(bucket, compiled_programs() - before, seconds))
         return report
 
-    def peak_memory(self, requests: Sequence[Request], settings: Settings) -> int:
-        """Bytes of the larger of a batch's two programs on one device, as it is compiled.
+    def compiled(self, requests: Sequence[Request], settings: Settings) -> dict[str, Any]:
+        """A batch's two programs, "prefill" and "decode", as they are compiled, to be looked at.
 
-        These are its weights, caches and intermediate results; what else the process holds is not
-        among them. Raises as `generate` does.
+        Raises as `generate` does.
         """
         prepared = self.prepare(requests, settings)
         program, weights, *rest = self._prompt(prepared, requests, None)
         stop: Any = np.zeros(prepared.bucket.rows, bool)
         with self.context():
-            first = _prefill.lower(program, weights, *rest)
+            first = jitted_prefill.lower(program, weights, *rest)
             state, _ = first.out_info
-            loop = _decode.lower(program, weights, state, stop, self._cost(prepared), _UNBOUNDED)
-            found: list[Any] = [x.compile().memory_analysis() for x in (first, loop)]
-        return max(
-            m.argument_size_in_bytes
-            + m.output_size_in_bytes
-            + m.temp_size_in_bytes
-            - m.alias_size_in_bytes
-            for m in found
-        )
+            cost = self._cost(prepared)
+            loop = jitted_decode.lower(program, weights, state, stop, cost, _UNBOUNDED)
+            return {"prefill": first.compile(), "decode": loop.compile()}
 
     # What a running batch asks for.
 
@@ -269,13 +262,13 @@ class Generator:
         self._announce(prepared.program, prepared.bucket)
         arguments = self._prompt(prepared, requests, past)
         with self.context():
-            return _prefill(*arguments)
+            return jitted_prefill(*arguments)
 
     def decode(self, program: Program, state: State, stop: np.ndarray, most: int) -> State:
         """Runs the loop for `most` iterations. The state's buffers are reused."""
         cost = self._costs[program, len(stop)]
         with self.context():
-            return _decode(program, self.weights, state, stop, cost, most)
+            return jitted_decode(program, self.weights, state, stop, cost, most)
 
     def insert(self, state: State, row: int, other: State) -> State:
         """Replaces a row by row 0 of another state. The first state's buffers are reused."""
@@ -495,5 +488,5 @@ class Generator:
 
 def compiled_programs() -> int:
     """How many programs this process has compiled for decoding."""
-    jitted: tuple[Any, ...] = (_prefill, _decode, _insert, _idle, encode, upload, place)
+    jitted: tuple[Any, ...] = (jitted_prefill, jitted_decode, _insert, _idle, encode, upload, place)
     return sum(f._cache_size() for f in jitted)

@@ -4,15 +4,15 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from twig_jax.decoding import cost
+from twig_jax.decoding.cost import Drafting, Machine
 from twig_jax.decoding.generate import Generator
 from twig_jax.decoding.settings import Request, Result, Settings
-from twig_jax.evaluation import cost
-from twig_jax.evaluation.cost import Drafting, Machine
 from twig_jax.evaluation.scoring import acceptance
 
 
@@ -44,7 +44,7 @@ class Speed:
     mean_drafted: float
     mean_accepted: float
     agreement: float | None  # share of tokens equal to those of the same pruning without drafts
-    peak_bytes: int  # see `Generator.peak_memory`
+    peak_bytes: int  # weights, caches and intermediate results of the larger program
     first_call_s: float  # with compilation, or loading what an earlier run left on disk
     cached_call_s: float | None  # with loading from disk; None where it was not measured
 
@@ -118,16 +118,17 @@ def _speed(
     decode_ms = 1e3 * statistics.median(c.results[0].decode_s for c in mine)
     step_ms = decode_ms / steps if steps else None
 
-    shape = (rows, generator.weights.base["text"]["embed_tokens"]["embedding"].dtype.itemsize)
-    program = generator.prepare(requests, settings).program
-    plain = generator.prepare(requests, replace(settings, mode="plain")).program
-    vision_floor = 1e3 * cost.seconds(cost.encoding(program, *shape), machine)
-    prompt_floor = 1e3 * cost.seconds(cost.prompt(program, *shape, levels), machine)
-    step_floor = 1e3 * cost.seconds(cost.step(program, *shape, levels), machine)
+    given, plain = (
+        cost.shapes(generator.prepare(requests, one).program, rows, generator.weights)
+        for one in (settings, replace(settings, mode="plain"))
+    )
+    vision_floor = 1e3 * cost.seconds(cost.encoding(given), machine)
+    prompt_floor = 1e3 * cost.seconds(cost.prompt(given, levels), machine)
+    step_floor = 1e3 * cost.seconds(cost.step(given, levels), machine)
     new = settings.max_new_tokens
     drafting = Drafting(cost.deepest(told.levels, settings.gamma, rows), told.accepted)
-    slow = cost.answer(plain, *shape, machine, new, Drafting())
-    fast = cost.answer(program, *shape, machine, new, drafting)
+    slow = cost.answer(plain, machine, new, Drafting())
+    fast = cost.answer(given, machine, new, drafting)
 
     return Speed(
         way=way,
@@ -162,9 +163,20 @@ def _speed(
             ),
             None,
         ),
-        peak_bytes=generator.peak_memory(requests, settings),
+        peak_bytes=max(map(_peak, generator.compiled(requests, settings).values())),
         first_call_s=first_call_s,
         cached_call_s=cached_call_s,
+    )
+
+
+def _peak(program: Any) -> int:
+    """Bytes of a compiled program on one device."""
+    m = program.memory_analysis()
+    return (
+        m.argument_size_in_bytes
+        + m.output_size_in_bytes
+        + m.temp_size_in_bytes
+        - m.alias_size_in_bytes
     )
 
 

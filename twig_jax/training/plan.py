@@ -1,9 +1,6 @@
 """What a training run takes, before any machine is there to run it."""
 
 import math
-import os
-import re
-from collections import defaultdict
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,9 +11,10 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from twig_jax.data.packing import Shape, fill
-from twig_jax.hardware import CHIPS, Chip
+from twig_jax.hardware import Chip
 from twig_jax.models.llava import init_base
 from twig_jax.models.twig import feeding, init_twig
+from twig_jax.programs import Hlo, abstract, device_bytes, find_topology, working_memory
 from twig_jax.sharding.mesh import AXES, mesh_sizes
 from twig_jax.sharding.rules import shardings
 from twig_jax.training.config import TrainConfig
@@ -29,14 +27,6 @@ from twig_jax.training.step import TrainState, init_state, make_step
 
 # What large matrices reach of a chip's peak, with all else that a step does.
 UTILISATION = 0.4
-
-COLLECTIVES = (
-    "all-gather",
-    "all-reduce",
-    "reduce-scatter",
-    "all-to-all",
-    "collective-permute",
-)
 
 
 @dataclass(frozen=True)
@@ -101,28 +91,10 @@ def plan(config: TrainConfig, topology: str) -> Plan:
     of the run's preset. Raises ValueError for a topology that is not known, for TPUs without their
     compiler, for settings that do not fit together, and for a step that the compiler refuses.
     """
-    name, _, size = topology.partition(":")
-    if name not in CHIPS or not re.fullmatch(r"\d+(x\d+)*", size):
-        raise ValueError(
-            f"no topology {topology!r}; write a TPU slice as v5e:2x4 or a number of GPUs as h100:8;"
-            f" there are: {', '.join(CHIPS)}"
-        )
-    if CHIPS[name].kind.startswith("TPU"):
-        return _compiled(config, topology, CHIPS[name], _tpus(topology))
-    return _estimated(config, topology, CHIPS[name], math.prod(map(int, size.split("x"))))
-
-
-def _tpus(topology: str) -> Any:
-    from jax.experimental import topologies
-
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU to ask about itself
-    try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    except Exception as error:  # of the plug-in, of its absence, of a slice it does not know
-        raise ValueError(
-            f"no TPU compiler for {topology}: pip install 'jax[tpu]' here, and check that there is "
-            f"such a slice ({str(error).splitlines()[0]})"
-        ) from error
+    chip, count, devices = find_topology(topology)
+    if devices is None:
+        return _estimated(config, topology, chip, count)
+    return _compiled(config, topology, chip, devices)
 
 
 def _held(config: TrainConfig, mesh: Mesh | AbstractMesh) -> tuple[TrainState, Any, Any]:
@@ -155,22 +127,9 @@ def _held(config: TrainConfig, mesh: Mesh | AbstractMesh) -> tuple[TrainState, A
         batch = {**batch, "draws": np.zeros(data.batch_size, np.uint32)}
     rows = NamedSharding(mesh, P(("data", "fsdp")))
     return (
-        _abstract(state, shardings(state, mesh)),
-        _abstract(frozen, shardings(frozen, mesh)),
-        _abstract(batch, dict.fromkeys(batch, rows)),
-    )
-
-
-def _abstract(tree: Any, placed: Any) -> Any:
-    return jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree, placed
-    )
-
-
-def device_bytes(tree: Any) -> int:
-    """Bytes that one device holds of arrays or abstract arrays in their shardings."""
-    return sum(
-        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
+        abstract(state, shardings(state, mesh)),
+        abstract(frozen, shardings(frozen, mesh)),
+        abstract(batch, dict.fromkeys(batch, rows)),
     )
 
 
@@ -184,39 +143,38 @@ def _memory(state: TrainState, frozen: Any, batch: Any) -> dict[str, float]:
     }
 
 
+def lowered(config: TrainConfig, mesh: Mesh) -> tuple[Any, tuple[TrainState, Any, Any]]:
+    """The step of a run, ready to be compiled for a mesh, and the shapes of its arguments."""
+    held = _held(config, mesh)
+    tx = optimizer(config.optim, config.steps, config.trains_only)
+    step = make_step(stage_loss(config), tx, config.accumulate(mesh.shape), config.ema)
+    with jax.set_mesh(mesh):
+        return step.lower(*held), held
+
+
 def _compiled(config: TrainConfig, topology: str, chip: Chip, devices: Any) -> Plan:
     sizes = mesh_sizes(config.mesh, len(devices))
     mesh = jax.make_mesh(sizes, AXES, (AxisType.Auto,) * 3, devices=devices)
-    parts = config.accumulate(mesh.shape)
-    held = _held(config, mesh)
-    tx = optimizer(config.optim, config.steps, config.trains_only)
-    step = make_step(stage_loss(config), tx, parts, config.ema)
+    step, held = lowered(config, mesh)
     try:
-        with jax.set_mesh(mesh):
-            compiled = step.lower(*held).compile()
+        compiled = step.compile()
     except jax.errors.JaxRuntimeError as error:
         raise ValueError(f"the compiler refuses the step: {str(error)[:2000]}") from error
-    found = compiled.memory_analysis()
     memory = _memory(*held)
-    # Outputs are written over inputs.
-    memory["working memory"] = (
-        found.temp_size_in_bytes
-        + found.output_size_in_bytes
-        - found.alias_size_in_bytes
-        + found.generated_code_size_in_bytes
-    )
+    memory["working memory"] = working_memory(compiled)
+    hlo = Hlo(compiled.as_text())
     return Plan(
         topology=topology,
         devices=len(devices),
         mesh=sizes,
         rows=config.data.batch_size,
-        parts=parts,
+        parts=config.accumulate(mesh.shape),
         compiled=True,
         memory=memory,
         capacity=chip.memory * 2**30,
         flops=step_flops(config),
         seconds=step_flops(config) / len(devices) / chip.flops / UTILISATION,
-        collectives=collective_bytes(compiled.as_text()),
+        collectives={kind: found.bytes for kind, found in hlo.collectives(hlo.entry).items()},
     )
 
 
@@ -274,68 +232,3 @@ def _estimated(config: TrainConfig, topology: str, chip: Chip, devices: int) -> 
         seconds=step_flops(config) / devices / chip.flops / UTILISATION,
         collectives={name: float(size) for name, size in collectives.items() if size},
     )
-
-
-_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
-_INSTRUCTION = re.compile(r"\s+(?:ROOT )?(%[\w.\-]+) = (.*?) ([\w\-]+)\((.*?)\)")
-_ARRAY = re.compile(r"\b(pred|[a-z]+\d+(?:e\dm\d\w*)?)\[([\d,]*)\]")
-_CALL = re.compile(r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)")
-_LOOP = re.compile(r"condition=%?([\w.\-]+), body=%?([\w.\-]+)")
-_TRIPS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
-
-
-def collective_bytes(program: str) -> dict[str, float]:
-    """Bytes of each kind of collective in a compiled program's text, on one device.
-
-    Of each, the larger of what goes in and what comes out; those in loops count as often as the
-    loop runs.
-    """
-    own: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
-    calls: dict[str, list[str]] = defaultdict(list)
-    limits: dict[str, int] = {}  # what the counter of a loop is compared with, by condition
-    loops: dict[str, tuple[str, int | None]] = {}  # by body
-    results: dict[str, float] = {}
-    name = entry = ""
-    for line in program.splitlines():
-        if found := _COMPUTATION.match(line):
-            name = found[1]
-            entry = name if line.startswith("ENTRY") else entry
-            continue
-        calls[name] += _CALL.findall(line)
-        instruction = _INSTRUCTION.match(line)
-        if instruction is None:
-            continue
-        result, shape, kind, operands = instruction.groups()
-        results[result] = _bytes(shape)
-        if kind == "constant" and operands.isdigit():
-            limits[name] = max(limits.get(name, 0), int(operands))
-        elif kind == "while" and (loop := _LOOP.search(line)):
-            trips = _TRIPS.search(line)
-            loops[loop[2]] = (loop[1], int(trips[1]) if trips else None)
-        elif (collective := kind.removesuffix("-start")) in COLLECTIVES:
-            given = sum(results.get(x, 0.0) for x in re.findall(r"%[\w.\-]+", operands))
-            # The beginning of an asynchronous one gives back its operands too.
-            made = results[result] - (given if kind.endswith("-start") else 0)
-            own[name][collective] += max(given, made)
-
-    def total(name: str) -> dict[str, float]:
-        found = defaultdict(float, own[name])
-        for callee in calls[name]:
-            times = 1
-            if callee in loops:
-                condition, trips = loops[callee]
-                times = limits.get(condition, 1) if trips is None else trips
-            for kind, size in total(callee).items():
-                found[kind] += times * size
-        return found
-
-    return {kind: size for kind, size in sorted(total(entry).items()) if size}
-
-
-def _bytes(shape: str) -> float:
-    """Of an HLO shape, such as (f32[2,3]{1,0}, s32[])."""
-    size = 0.0
-    for kind, dims in _ARRAY.findall(shape):
-        bits = 8 if kind == "pred" else int(re.findall(r"\d+", kind)[0])
-        size += bits / 8 * math.prod(int(d) for d in dims.split(",") if d)
-    return size

@@ -1,0 +1,122 @@
+"""What decoding takes on machines that need not be there: memory, traffic, collectives, time.
+
+    python -m launch.plan_decoding --topology v5e:2x4
+    python -m launch.plan_decoding --topology h100:1,h200:1 --batch 1,8,32,128
+
+For TPUs the decoding loop is compiled ahead of time, which needs their compiler alone
+(pip install 'jax[tpu]'); for GPUs all is from shapes. Weights are never there. Nothing is timed:
+milliseconds are predictions from the data sheets' peaks, see docs/performance.md.
+"""
+
+import itertools
+import sys
+from typing import Any
+
+from absl import app, flags
+
+from launch import run, whole
+from launch.output import aligned, write_json
+from twig_jax.config import INT8
+
+_PRESET = flags.DEFINE_string("preset", "llava-1.5-7b", "whose shapes")
+_TOPOLOGY = flags.DEFINE_list(
+    "topology", None, "TPU slices, v5e:2x4, or GPUs, h100:8", required=True
+)
+_TENSOR = flags.DEFINE_integer("tensor", 0, "devices that split heads; 0 for all", lower_bound=0)
+_MODES = flags.DEFINE_list("modes", ["plain", "ttp_ssd"], "modes to plan")
+_AVG_RETAINED = flags.DEFINE_float("avg_retained", None, "R̄ per image; default 1/9 of M")
+_BATCH = flags.DEFINE_list("batch", ["8"], "rows, one or several sizes")
+_TEXT = flags.DEFINE_integer("text_tokens", 64, "text tokens of a prompt", lower_bound=1)
+_NEW = flags.DEFINE_integer("max_new_tokens", 128, "tokens of each answer", lower_bound=1)
+_GAMMA = flags.DEFINE_integer("gamma", 5, "tokens ahead that are drafted", lower_bound=1)
+_TOKAR = flags.DEFINE_float(
+    "tokar", 0.574, "share of drafts that are accepted; TwigVLM publishes 57.4 %", 0, 1
+)
+_DTYPE = flags.DEFINE_string("dtype", "bfloat16", "of weights and computation")
+_INT8 = flags.DEFINE_enum("int8", None, INT8, "what is in int8, as in launch.generate")
+_JSON = flags.DEFINE_string("json", None, "write all figures here; - is standard output")
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+    try:
+        plans = planned(whole("batch", _BATCH.value))
+    except ValueError as error:
+        sys.exit(f"plan_decoding: {error}")
+    if _JSON.value != "-":
+        report(plans)
+    write_json(_JSON.value, [plan.as_json() for plan in plans])
+
+
+def planned(batches: list[int]) -> list[Any]:
+    """The plan of every topology, batch and mode."""
+    from twig_jax.decoding.buckets import Bucket
+    from twig_jax.decoding.plan import plan
+    from twig_jax.decoding.settings import Settings
+    from twig_jax.presets import preset
+
+    config, twig = preset(_PRESET.value)
+    retained = _AVG_RETAINED.value or config.vision.num_tokens / 9
+    plans = []
+    for topology, rows, mode in itertools.product(_TOPOLOGY.value, batches, _MODES.value):
+        settings = Settings(mode=mode, avg_retained=retained, gamma=_GAMMA.value)
+        settings.check()
+        plans.append(
+            plan(
+                config,
+                twig,
+                settings,
+                Bucket(rows, _TEXT.value, 1, _NEW.value),
+                topology,
+                tensor=_TENSOR.value,
+                dtype=_DTYPE.value,
+                int8=_INT8.value,
+                tokar=_TOKAR.value,
+            )
+        )
+    return plans
+
+
+def report(plans: list[Any]) -> None:
+    """The plans as a table."""
+    headers = (
+        "topology|rows|mode|from|GiB a device|fits|floor MB|moved MB|GFLOP|collectives|MB|copies|"
+        "memory ms|math ms|link ms|iteration ms|token ms|over plain"
+    )
+    plain = {(p.topology, p.rows): p.token for p in plans if p.mode == "plain"}
+    lines = []
+    for plan in plans:
+        seconds = plan.seconds
+        usual = plain.get((plan.topology, plan.rows))
+        lines.append(
+            [
+                plan.topology,
+                f"{plan.rows}",
+                plan.mode,
+                "compiler" if plan.compiled else "shapes",
+                f"{plan.total / 2**30:.2f}",
+                "yes" if plan.total <= plan.capacity else "NO",
+                f"{plan.floor / 1e6:.0f}",
+                "" if plan.moved is None else f"{plan.moved / 1e6:.0f}",
+                f"{plan.flops / 1e9:.1f}",
+                f"{sum(one.count for one in plan.collectives.values()):.0f}",
+                f"{sum(one.bytes for one in plan.collectives.values()) / 1e6:.1f}",
+                "" if plan.copies is None else f"{plan.copies:.0f}",
+                *(f"{1e3 * seconds[name]:.2f}" for name in ("memory", "arithmetic", "collectives")),
+                f"{1e3 * plan.iteration:.2f}",
+                f"{1e3 * plan.token:.2f}",
+                "" if usual is None else f"{usual / plan.token:.2f}",
+            ]
+        )
+    print(aligned(headers.split("|"), lines))
+    print(
+        f"Of one device and one iteration, in which ssd drafts {_GAMMA.value} tokens ahead and "
+        f"{_TOKAR.value:.1%} of\ndrafts are taken to be accepted. Times are PREDICTED, not "
+        "measured: bytes and FLOPs at the\npeaks of data sheets, collectives over a ring at 1 µs "
+        "a hop."
+    )
+
+
+if __name__ == "__main__":
+    run(main)

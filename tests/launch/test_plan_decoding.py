@@ -1,0 +1,56 @@
+"""launch.plan_decoding as a user runs it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def launch(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "launch.plan_decoding", *map(str, arguments)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_the_documentation_s_command(tmp_path):
+    """The one that needs no compiler of TPUs."""
+    page = (ROOT / "docs" / "performance.md").read_text()
+    (command,) = [line for line in page.splitlines() if "plan_decoding --topology h100" in line]
+    result = launch(*command.split()[3:], "--json", tmp_path / "plan.json")
+    assert result.returncode == 0, result.stderr[-2000:]
+    plans = json.loads((tmp_path / "plan.json").read_text())
+    lines = result.stdout.splitlines()
+    assert lines[0].split()[:3] == ["topology", "rows", "mode"]
+    for line, plan in zip(lines[1:], plans, strict=False):
+        told = line.split()
+        assert told[:4] == [plan["topology"], str(plan["rows"]), plan["mode"], "shapes"]
+        assert told[-2] == f"{1e3 * plan['token']:.2f}"
+        # The page has what the command prints.
+        assert any(
+            row.startswith(f"| {' | '.join([*told[:3], told[4]])} | {int(told[6]):,} |")
+            and row.endswith(f"| {' | '.join(told[-3:])} |")
+            for row in page.splitlines()
+        )
+    assert "PREDICTED, not measured" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--topology", "h100:8", "--tensor", "3"], "does not use the 8 devices"),
+        (["--topology", "h100:1", "--preset", "llava"], "no preset 'llava'"),
+        (["--topology", "h100:1", "--modes", "quick"], "no mode 'quick'"),
+    ],
+)
+def test_mistakes_are_named(arguments, message):
+    result = launch(*arguments)
+    assert result.returncode == 1 and message in result.stderr
+    assert "Traceback" not in result.stderr

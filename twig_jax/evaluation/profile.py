@@ -1,0 +1,80 @@
+"""Where the time of a program goes, in words: a trace of the device, summed up by parts of a model.
+
+The trace itself, hundreds of megabytes of it, stays in a temporary folder.
+"""
+
+import re
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from twig_jax.programs import Hlo
+
+_SCOPE = re.compile(r'op_name="(.*?)"')
+# These last as long as what they call.
+_CALLERS = ("while", "conditional", "call")
+_NOISE = re.compile(r"^(jit|jvp|transpose|vmap|closed_call|checkpoint|while|body|cond|branch_\d+)")
+
+
+@dataclass(frozen=True)
+class Part:
+    """program: of "prefill" and "decode". name: of a part of a model and its operation."""
+
+    program: str
+    name: str
+    count: int
+    seconds: float
+
+
+def profile(call: Callable[[], Any], programs: Mapping[str, Any]) -> list[Part]:
+    """The parts of one call that take longest, longest first.
+
+    programs: what `Generator.compiled` gave for the same shapes. Seconds are those of the devices,
+    or of all threads where the device is a CPU.
+    """
+    names = {f"jit_{program}": _names(compiled) for program, compiled in programs.items()}
+    found: dict[tuple[str, str], list[float]] = defaultdict(list)
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            call()
+        for path in Path(folder).rglob("*.xplane.pb"):
+            for op, module, seconds in _events(path):
+                if module in names and not op.startswith(_CALLERS):
+                    found[module.removeprefix("jit_"), names[module].get(op, op)].append(seconds)
+    parts = [Part(*key, len(each), sum(each)) for key, each in found.items()]
+    return sorted(parts, key=lambda part: -part.seconds)
+
+
+def _names(compiled: Any) -> dict[str, str]:
+    """What a program's operations do, by their names: a part of the model, else their result."""
+    found = {}
+    for computation in Hlo(compiled.as_text()).computations.values():
+        for one in computation.values():
+            scope = _SCOPE.search(one.line)
+            shape = " ".join(f"{x.kind}{list(x.dims)}" for x in one.results[:1])
+            found[one.name.lstrip("%")] = _readable(scope[1]) if scope else f"{one.kind} {shape}"
+    return found
+
+
+def _events(path: Path) -> list[tuple[str, str, float]]:
+    """(operation, module, seconds) of all that ran."""
+    found = []
+    for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
+        for line in plane.lines:
+            for event in line.events:
+                told = dict(event.stats)
+                if "hlo_op" in told and not event.name.startswith("end: "):
+                    module = re.sub(r"\(.*", "", str(told.get("hlo_module", "")))
+                    found.append((str(told["hlo_op"]), module, event.duration_ns / 1e9))
+    return found
+
+
+def _readable(scope: str) -> str:
+    """jit(decode)/while/body/Llava.run/text/layers_3/q_proj/dot_general -> layers/q_proj/..."""
+    parts = [part for part in scope.split("/") if not _NOISE.match(part)]
+    return "/".join(re.sub(r"_\d+$", "", part) for part in parts[-3:])
