@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "training": SHAPES
     | {"sharding", "models", "pruning", "data", "checkpoints", "runtime"}
     | {"programs", "hardware"},
-    "evaluation": SHAPES | {*INFERENCE, "data", "checkpoints"},
+    "evaluation": SHAPES | {*INFERENCE, "data", "checkpoints", "programs"},
     "assets": SHAPES | {"data"},
     "api": SHAPES | {*INFERENCE, "data", "checkpoints", "evaluation", "training", "runtime"},
     "lmms": {"api", "decoding", "evaluation", "runtime"},

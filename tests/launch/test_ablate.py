@@ -7,8 +7,18 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.numpy import load_file
 
 ROOT = Path(__file__).resolve().parents[2]
+REINFORCED = """
+import dataclasses
+from configs import digits_twigpp_stage2
+
+def get_config():
+    config = digits_twigpp_stage2.get_config()
+    few = dataclasses.replace(config.reinforce, actions=4, at_a_time=4, budgets=(16.0,))
+    return dataclasses.replace(config, steps=2, reinforce=few)
+"""
 
 
 def ablate(*arguments):
@@ -40,22 +50,32 @@ def test_a_twig_is_trained_answers_and_is_timed(tmp_path):
 
 
 def test_a_reinforced_twig_grows_on_a_taught_one(tmp_path):
-    """Here nothing is trained any more: the twigs of both stages are there."""
-    twigs = ["configured", "configured+reinforced", "distill.prediction=0.0"]
+    """The taught ones are there; the reinforced ones but for one budget have to be trained."""
+    twigs = ["configured", "distill.prediction=0.0"]
     twigs += ["configured+reinforced+reinforce.budgets=(16.0,)"]
     twigs += ["p_head=False,distill.prediction=0.0,distill.attention=0.0"]
     for name in twigs:
         shutil.copytree(
             ROOT / "twig_jax/assets/digits/twig", tmp_path / "twigs" / name / "seed0" / "twig"
         )
+    config = tmp_path / "reinforced.py"
+    config.write_text(REINFORCED)
     done = ablate(
         "--config", "configs/digits_twigpp_stage1.py", "--ablations", "stages",
-        "--reinforced", "configs/digits_twigpp_stage2.py", "--limit", 4, "--timed_samples", 0,
+        "--reinforced", config, "--limit", 4, "--timed_samples", 0,
         "--batch", 4, "--out", tmp_path, "--json", "-",
     )  # fmt: skip
-    assert done.returncode == 0 and "training" not in done.stderr, done.stderr
+    assert done.returncode == 0, done.stderr
+    trained = tmp_path / "twigs" / "configured+reinforced" / "seed0"
+    assert done.stderr.count("training ") == 1 and f"training {trained}" in done.stderr
+    new, old = (
+        load_file(folder / "twig" / "model.safetensors")
+        for folder in (trained, ROOT / "twig_jax/assets/digits")
+    )
+    changed = {name for name in new if (new[name] != old[name]).any()}
+    assert changed and all("p_head" in name for name in changed)
     lines = json.loads(done.stdout)["results"]
-    assert len(lines) == 6 and len({line["relacc"] for line in lines}) == 1
+    assert len(lines) == 6 and all(line["relacc"] > 0 for line in lines)
 
 
 @pytest.mark.parametrize(
