@@ -6,10 +6,11 @@
 
 Runs from the repository's folder, and needs no checkpoint and no network. The parts:
 
-    parity     tests/parity: transformers' LLaVA and recordings of the published implementation
-    equality   answers with and without drafts, token for token (tests/tools/equalities.py)
-    benchmark  prefill and decoding of a whole model with calibrated random weights
-    matrix     the same at every budget, batch and length; only when it is asked for
+    parity        tests/parity: transformers' LLaVA and recordings of the published implementation
+    equality      answers with and without drafts, token for token (tests/tools/equalities.py)
+    benchmark     prefill and decoding of a whole model with calibrated random weights
+    matrix        the same at every budget, batch and length; only when it is asked for
+    transformers  its generate on the same weights, in turn with ours; only when it is asked for
 
 Every part has its share of --minutes; one that fails or is cut off does not stop the others, and
 the benchmarks leave what they have measured by then. OUT/README.md says what came out, OUT has the
@@ -28,7 +29,7 @@ from typing import Any
 from absl import app, flags
 
 from launch import run
-from launch.output import speeds
+from launch.output import comparison, speeds
 from launch.parts import Outcome, Part, run_parts
 
 _OUT = flags.DEFINE_string("out", "runs/accelerator", "where logs, figures and README.md go")
@@ -99,32 +100,36 @@ def parts(out: Path) -> list[Part]:
             max_new_tokens="10,100,500",
             avg_retained="192,128,64",
         ),
+        _speed(out, "transformers", "compare", 5),
     ]
 
 
 def _benchmark(out: Path, name: str, share: float, **flags: Any) -> Part:
-    """A run of launch.benchmark: unless told otherwise R̄ = M / 9 and answers of 128 tokens."""
+    """A run of launch.benchmark: unless told otherwise R̄ = M / 9."""
+    small = {"modes": "plain,ssd", "batch": 16, "tree": "2,2,2,4"} if _TINY.value else {}
+    return _speed(out, name, "benchmark", share, **{"gamma": 5, "theta": 0.6} | flags | small)
+
+
+def _speed(out: Path, name: str, launcher: str, share: float, **flags: Any) -> Part:
+    """A run of a launcher that measures whole answers: of 128 tokens unless told otherwise."""
     common = {
         "preset": _PRESET.value,
         "weights": _WEIGHTS.value,
         "dtype": "bfloat16",
-        "gamma": 5,
-        "theta": 0.6,
         "max_new_tokens": 128,
         "repeats": 3,
         "json": out / f"{name}.json",
         "profile": out / f"{name}.profile.txt",
     }
-    if _TINY.value:
-        small = {
-            "modes": "plain,ssd",
-            "batch": 16,
-            "max_new_tokens": 64,
-            "avg_retained": 4,
-            "repeats": 1,
-        }
-        flags |= {"preset": "toy", "dtype": "float32", "tree": "2,2,2,4", **small}
-    command = [sys.executable, "-m", "launch.benchmark", *_flags(common | flags)]
+    small = {
+        "preset": "toy",
+        "dtype": "float32",
+        "max_new_tokens": 64,
+        "avg_retained": 4,
+        "repeats": 1,
+    }
+    chosen = common | flags | (small if _TINY.value else {})
+    command = [sys.executable, "-m", f"launch.{launcher}", *_flags(chosen)]
     # Programs in a folder of their own: the first calls of a first run are cold.
     return Part(name, command, share, {"JAX_COMPILATION_CACHE_DIR": f"{out}/programs/{name}"})
 
@@ -146,7 +151,8 @@ def summary(device: str, outcomes: Sequence[Outcome], out: Path) -> str:
         # One line says it where all is well.
         said = "\n".join(lines[-1 if o.outcome == "passed" else -30 :])
         if figures.is_file():
-            said = speeds(json.loads(figures.read_text())) + f"\n\n{said}" * (o.outcome != "passed")
+            table = comparison if o.name == "transformers" else speeds
+            said = table(json.loads(figures.read_text())) + f"\n\n{said}" * (o.outcome != "passed")
         text += ["", f"## {o.name}: {o.outcome}", "", f"`{o.command}`", "", "```", said, "```"]
     return "\n".join(text) + "\n"
 

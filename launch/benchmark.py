@@ -87,42 +87,29 @@ def main(argv: list[str]) -> None:
 def load(batches: list[int], lengths: list[int]) -> tuple[Any, list, str, Any]:
     """Generator, prompts for the largest batch, what the weights are, and their calibration."""
     from twig_jax import api
-    from twig_jax.decoding.generate import Generator
     from twig_jax.decoding.settings import Settings
     from twig_jax.evaluation import calibration
-    from twig_jax.models.twig import init_twig
+    from twig_jax.evaluation.speed import random_requests
     from twig_jax.presets import preset
 
     rows = max(batches)
     if _CHECKPOINT.value is not None:
         model = api.load(_CHECKPOINT.value, _TWIG.value, _DTYPE.value)
         if _CHECKPOINT.value != "digits":
-            return model.generator, random_requests(model.config, rows), "trained", None
+            requests = random_requests(model.config, rows, _TEXT.value)
+            return model.generator, requests, "trained", None
         from twig_jax.evaluation import tasks
 
         samples = tasks.load_samples(model.tokenizer, model.config, rows, task="long")
         return model.generator, [sample.request for sample in samples], "trained", None
-    kind, _, asked = _WEIGHTS.value.partition(":")
-    if kind not in ("random", "calibrated") or (kind == "random" and asked):
-        raise ValueError(f"--weights is random or calibrated:TOKAR, not {_WEIGHTS.value!r}")
-    target = calibration.target(asked) if kind == "calibrated" else None
     config, twig_config = preset(_PRESET.value or "")
-    requests = random_requests(config, rows)
-    base = calibration.draw_base(config, _DTYPE.value)
-    if target is None:
-        twig = init_twig(base, config.text, twig_config)
-        return Generator(config, base, twig_config, twig), requests, "random", None
-    # The longest answers of the largest batch, unless that is too little to tell a share from.
-    new = max(*lengths, -(-1000 // rows))
-    settings = Settings(
-        mode="ssd",
-        max_new_tokens=new,
-        min_new_tokens=new,
-        gamma=_GAMMA.value,
-        theta=_THETA.value,
+    requests = random_requests(config, rows, _TEXT.value)
+    settings = Settings(max_new_tokens=max(lengths), gamma=_GAMMA.value, theta=_THETA.value)
+    generator, found = calibration.draw(
+        config, twig_config, _WEIGHTS.value, _DTYPE.value, requests, settings
     )
-    found = calibration.calibrate(config, base, twig_config, requests, settings, target)
-    return found[0], requests, "calibrated", dataclasses.asdict(found[1])
+    kind = _WEIGHTS.value.partition(":")[0]
+    return generator, requests, kind, None if found is None else dataclasses.asdict(found)
 
 
 def ways(budgets: Sequence[float], tokens: int, new: int) -> dict[str, Any]:
@@ -226,25 +213,6 @@ def measure(batches: list[int], lengths: list[int], told: Callable[[dict], Any])
         title = f"{model}, {_DTYPE.value}, {results['device']}"
         plots.relative_speed(_PLOT.value, title, speeds)
     return results
-
-
-def random_requests(config: Any, rows: int) -> list:
-    """Prompts of random words around one image of noise."""
-    import numpy as np
-
-    from twig_jax.decoding.settings import Request
-
-    M = config.vision.num_tokens
-    rng = np.random.default_rng(0)
-    size = config.vision.image_size
-    text = rng.integers(4, config.text.vocab_size - 1, (rows, _TEXT.value))
-    requests = []
-    for row in text.astype(np.int32):
-        ids = np.concatenate([row[:2], np.full(M, config.image_token_id, np.int32), row[2:]])
-        is_visual = np.repeat([False, True, False], [2, M, _TEXT.value - 2])
-        pixels = rng.normal(size=(1, size, size, 3)).astype(np.float32)
-        requests.append(Request(ids, is_visual, pixels=pixels))
-    return requests
 
 
 if __name__ == "__main__":

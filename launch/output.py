@@ -18,19 +18,14 @@ def aligned(headers: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 def speeds(results: Mapping[str, Any]) -> str:
     """What launch.benchmark measured, for a terminal."""
-    s, c, rows = results["settings"], results["calibration"], results["results"]
+    s, rows = results["settings"], results["results"]
     about = [
         f"{s['model']} ({s['weights']} weights, {s['dtype']}), {s['visual_tokens']} visual + up to "
         f"{s['text_tokens']} text tokens, {results['device']}, "
         f"{results['bandwidth_gb_per_s']:.1f} GB/s read, "
         f"{results['product_tflops']:.2f} TFLOP/s in products"
     ]
-    if c is not None:
-        about.append(
-            f"calibrated: of random weights, for TokAR {c['asked_tokar']:.3f} and "
-            f"{c['asked_drafted']:.2f} drafts an iteration; reached {c['tokar']:.3f} and "
-            f"{c['mean_drafted']:.2f} over {c['drafts']} drafts"
-        )
+    about += _calibrated(results["calibration"])
     columns = (
         ("batch", "batch", "{}"),
         ("tokens", "max_new_tokens", "{}"),
@@ -95,6 +90,57 @@ def parts(spent: Sequence[Any], most: int = 25) -> str:
     ]
     lines.append(["all", f"{1e3 * total:.2f}", "100.0%", f"{sum(p.count for p in spent)}", ""])
     return aligned(["program", "ms", "share", "times", "part"], lines)
+
+
+def comparison(results: Mapping[str, Any]) -> str:
+    """What launch.compare measured, for a terminal."""
+    s, versions, devices = results["settings"], results["versions"], results["devices"]
+    about = [
+        f"{s['model']} ({s['weights']} weights, {s['dtype']}), {s['visual_tokens']} visual + "
+        f"{s['text_tokens']} text tokens, answers of {s['max_new_tokens']}",
+        f"twig_jax: jax {versions['jax']} on {devices['twig_jax']}",
+        f"transformers {versions['transformers']}: torch {versions['torch']} on "
+        f"{devices['transformers']}, {s['threads']} threads",
+        *_calibrated(results["calibration"]),
+    ]
+    columns = (
+        ("engine", "engine", "{}"),
+        ("way", "way", "{}"),
+        ("first ms", "first_token_ms", "{:.1f}"),
+        ("token ms", "token_ms", "{:.2f}"),
+        ("tokens/s", "tokens_per_s", "{:.1f}"),
+        ("RelSpd", "relspd", "{:.2f}"),
+        ("of floor", "floor_share", "{:.0%}"),
+        ("tokens a step", "tokens_per_step", "{:.2f}"),
+        ("agree", "agreement", "{:.1%}"),
+    )
+    lines = [
+        ["" if r[k] is None else f.format(r[k]) for _, k, f in columns] for r in results["results"]
+    ]
+    failed = [f"{f['engine']} {f['way']} does not work: {f['reason']}" for f in results["failed"]]
+    return "\n".join(
+        [
+            *about,
+            aligned([head for head, _, _ in columns], lines),
+            *failed,
+            "Medians of interleaved calls. first: from the call until first tokens can be read;\n"
+            "token: what each further one adds; RelSpd: over transformers' plain, whole calls;\n"
+            f"floor: {results['floor_ms']:.2f} ms, weights and caches of a plain step read once at "
+            f"{results['bandwidth_gb_per_s']:.1f} GB/s;\n"
+            "agree: leading tokens equal to transformers' plain, of ttp_ssd to ttp.",
+        ]
+    )
+
+
+def _calibrated(c: Mapping[str, Any] | None) -> list[str]:
+    """What a calibration reached, where there was one."""
+    if c is None:
+        return []
+    return [
+        f"calibrated: of random weights, for TokAR {c['asked_tokar']:.3f} and "
+        f"{c['asked_drafted']:.2f} drafts an iteration; reached {c['tokar']:.3f} and "
+        f"{c['mean_drafted']:.2f} over {c['drafts']} drafts"
+    ]
 
 
 def write_json(path: str | None, content: Any) -> None:

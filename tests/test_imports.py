@@ -38,7 +38,7 @@ INFERENCE_NEEDS = {"jax", "flax", "numpy", "einops"}
 ONLY_IN = {
     "absl": ["launch", "twig_jax/data/instruct.py"],
     "orbax": ["twig_jax/checkpoints/manager.py"],
-    "torch": ["twig_jax/checkpoints/storage.py"],
+    "torch": ["twig_jax/checkpoints/storage.py", "launch/compare.py"],
     "huggingface_hub": ["twig_jax/checkpoints/llava.py"],
     "grain": ["twig_jax/data"],
     "tensorflow_datasets": ["twig_jax/data"],

@@ -16,6 +16,21 @@ PRESETS: dict[str, tuple[LlavaConfig, TwigConfig]] = {
         ),
         TwigConfig(K=2, T=3, K_f=30),
     ),
+    # LLaVA-1.5's vocabulary, image size and visual tokens, with a tower and a decoder for a CPU.
+    "cpu-300m": (
+        LlavaConfig(
+            vision=VisionConfig(hidden_size=256, intermediate_size=1024, num_layers=4, num_heads=4),
+            text=TextConfig(
+                hidden_size=1024,
+                intermediate_size=2816,
+                num_layers=18,
+                num_heads=16,
+                num_kv_heads=16,
+                head_dim=64,
+            ),
+        ),
+        TwigConfig(K=1, T=2, K_f=16),
+    ),
     "digits": (
         LlavaConfig(
             vision=VisionConfig(

@@ -18,12 +18,12 @@ from absl import app, flags
 
 from launch.output import aligned
 from twig_jax import api
-from twig_jax.config import LlavaConfig, TextConfig, TwigConfig, VisionConfig
 from twig_jax.decoding.generate import Generator
 from twig_jax.decoding.settings import Request, Settings
 from twig_jax.evaluation import tasks
 from twig_jax.models.llava import init_base
 from twig_jax.models.twig import init_twig
+from twig_jax.presets import preset
 from twig_jax.runtime import use_compilation_cache
 
 _BATCH = flags.DEFINE_multi_integer("batch", [1, 8], "rows", lower_bound=1)
@@ -67,20 +67,9 @@ def digits(batch: int) -> Iterator[tuple[str, Generator, list[Request]]]:
 
 
 def random_model(batch: int) -> Iterator[tuple[str, Generator, list[Request]]]:
-    """Random base and twig, and one prompt of random words and pixels."""
-    config = LlavaConfig(
-        VisionConfig(image_size=96, patch_size=8, hidden_size=128, num_layers=2, num_heads=4),
-        TextConfig(
-            hidden_size=1024,
-            intermediate_size=2816,
-            num_layers=18,
-            num_heads=16,
-            num_kv_heads=16,
-            head_dim=64,
-        ),
-    )
+    """Random base and twig, and one prompt of random words."""
+    config, twig = preset("cpu-300m")
     base = jax.jit(init_base, static_argnums=0)(config, jax.random.key(0))
-    twig = TwigConfig(K=1, T=2, K_f=config.text.num_layers - 2)
     noise = init_twig(base, config.text, twig, "random", 1)
     ids = np.random.default_rng(0).integers(4, 32000, 32).astype(np.int32)
     request = Request(ids, np.zeros(len(ids), bool))

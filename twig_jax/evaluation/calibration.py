@@ -15,7 +15,7 @@ that may be wrong is one that the twig doubts, as with trained twigs. Both are f
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -52,6 +52,32 @@ class Calibration:
     measurements: int
     error: float  # ρ
     logit: float  # β
+
+
+def draw(
+    config: LlavaConfig,
+    twig_config: TwigConfig,
+    weights: str,
+    dtype: str,
+    requests: Sequence[Request],
+    settings: Settings,
+) -> tuple[Generator, Calibration | None]:
+    """A model with weights "random", "calibrated:TOKAR" or "calibrated:TOKAR:DRAFTS".
+
+    requests: that a twig is calibrated on. settings: γ and θ there, and how long answers are; they
+    are longer where that would be too little to tell a share from. Raises ValueError for other
+    weights, and as `target`, `draw_base` and `calibrate` do.
+    """
+    kind, _, asked = weights.partition(":")
+    if kind not in ("random", "calibrated") or (kind == "random" and asked):
+        raise ValueError(f"weights are random or calibrated:TOKAR[:DRAFTS], not {weights!r}")
+    reached = target(asked) if kind == "calibrated" else None
+    base = draw_base(config, dtype)
+    if reached is None:
+        return Generator(config, base, twig_config, init_twig(base, config.text, twig_config)), None
+    new = max(settings.max_new_tokens, -(-1000 // len(requests)))
+    drafted = replace(settings, mode="ssd", max_new_tokens=new, min_new_tokens=new)
+    return calibrate(config, base, twig_config, requests, drafted, reached)
 
 
 def target(text: str) -> tuple[float, float]:

@@ -11,6 +11,7 @@ import numpy as np
 
 from twig_jax.decoding import cost
 from twig_jax.decoding.cost import Drafting, Machine
+from twig_jax.config import LlavaConfig
 from twig_jax.decoding.generate import Generator
 from twig_jax.decoding.settings import Request, Result, Settings
 from twig_jax.evaluation.scoring import acceptance
@@ -49,7 +50,9 @@ class Speed:
     cached_call_s: float | None  # with loading from disk; None where it was not measured
 
 
-class _Call(NamedTuple):
+class Call(NamedTuple):
+    """Answers, and the seconds until their first tokens and until their last could be read."""
+
     results: list[Result]
     first_s: float
     total_s: float
@@ -69,16 +72,16 @@ def measure(
     ways: all with one max_new_tokens, which every answer reaches. restart: drops all compiled
     programs after the first calls, to measure how long calls take that load them.
     """
-    compiled = {way: _timed(generator, requests, one).total_s for way, one in ways.items()}
+    compiled = {way: timed(generator, requests, one).total_s for way, one in ways.items()}
     loaded: dict[str, float] = {}
     if restart:
         jax.clear_caches()
-        loaded = {way: _timed(generator, requests, one).total_s for way, one in ways.items()}
+        loaded = {way: timed(generator, requests, one).total_s for way, one in ways.items()}
     vision = _vision(generator, requests, repeats)
-    calls: dict[str, list[_Call]] = {way: [] for way in ways}
+    calls: dict[str, list[Call]] = {way: [] for way in ways}
     for _ in range(repeats):
         for way, one in ways.items():
-            calls[way].append(_timed(generator, requests, one))
+            calls[way].append(timed(generator, requests, one))
     return [
         _speed(
             generator,
@@ -100,7 +103,7 @@ def _speed(
     requests: Sequence[Request],
     ways: Mapping[str, Settings],
     way: str,
-    calls: Mapping[str, Sequence[_Call]],
+    calls: Mapping[str, Sequence[Call]],
     machine: Machine,
     *,
     vision_ms: float,
@@ -180,12 +183,28 @@ def _peak(program: Any) -> int:
     )
 
 
-def _timed(generator: Generator, requests: Sequence[Request], settings: Settings) -> _Call:
+def random_requests(config: LlavaConfig, rows: int, text_tokens: int) -> list[Request]:
+    """Prompts of random words, `text_tokens` each, around one image of noise."""
+    M, size = config.vision.num_tokens, config.vision.image_size
+    rng = np.random.default_rng(0)
+    text = rng.integers(4, config.text.vocab_size - 1, (rows, text_tokens))
+    text += text == config.image_token_id  # no word is an image's
+    requests = []
+    for row in text.astype(np.int32):
+        ids = np.concatenate([row[:2], np.full(M, config.image_token_id, np.int32), row[2:]])
+        is_visual = np.repeat([False, True, False], [2, M, text_tokens - 2])
+        pixels = rng.normal(size=(1, size, size, 3)).astype(np.float32)
+        requests.append(Request(ids, is_visual, pixels=pixels))
+    return requests
+
+
+def timed(generator: Generator, requests: Sequence[Request], settings: Settings) -> Call:
+    """One call."""
     began = time.perf_counter()
     running = generator.start(requests, settings)
     first = time.perf_counter() - began
     results = generator.finish(running)
-    return _Call(results, first, time.perf_counter() - began)
+    return Call(results, first, time.perf_counter() - began)
 
 
 def _vision(generator: Generator, requests: Sequence[Request], repeats: int) -> float:
