@@ -85,6 +85,12 @@ def test_targets(text):
         calibration.target(text)
 
 
+@pytest.mark.parametrize("weights", ["trained", "random:0.5", ""])
+def test_unknown_weights(weights):
+    with pytest.raises(ValueError, match="weights are random or calibrated"):
+        calibration.draw(CONFIG, TWIG, weights, "float32", requests(0), CALL)
+
+
 def test_the_full_size_is_drawn_within_little_more_than_its_own_memory():
     """Every tensor is a program of its own; the largest take a few of themselves in float32."""
     config, _ = preset("llava-1.5-7b")

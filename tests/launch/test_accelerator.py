@@ -72,7 +72,10 @@ def test_what_it_runs_is_there():
 def test_an_unknown_part_is_named():
     done = launch("--parts", "parity,speed")
     assert done.returncode == 1
-    assert "no part 'speed'; there are: parity, equality, benchmark, matrix" in done.stderr
+    assert (
+        "no part 'speed'; there are: parity, equality, benchmark, matrix, transformers"
+        in done.stderr
+    )
 
 
 def test_full_sizes_are_not_for_cpus(tmp_path):
