@@ -58,23 +58,23 @@ _CALIBRATING = 8  # prompts, of which the first is measured
 
 
 class Answer(NamedTuple):
-    """tokens int32 [new], the forward passes that gave them, and seconds from the call on."""
+    """tokens int32 [new], the steps that gave them, and seconds from the call on."""
 
     tokens: np.ndarray
     steps: int
-    first_s: float  # until first tokens can be read
+    first: int  # tokens of the first step
+    first_s: float  # until they can be read
     total_s: float
 
 
 class Clock:
-    """A transformers streamer that keeps when it was given something: the prompt, then each step's
-    tokens."""
+    """A transformers streamer: when it was given how many tokens, the prompt's and each step's."""
 
     def __init__(self) -> None:
-        self.times: list[float] = []
+        self.given: list[tuple[float, int]] = []
 
     def put(self, tokens: Any) -> None:
-        self.times.append(time.perf_counter())
+        self.given.append((time.perf_counter(), tokens.numel()))
 
     def end(self) -> None:
         """Nothing is held back."""
@@ -103,6 +103,8 @@ def main(argv: list[str]) -> None:
 
 def measure() -> dict[str, Any]:
     """All ways in turn, after a call of each that compiles and is compared."""
+    from tqdm import tqdm
+
     from twig_jax.decoding.settings import Settings
     from twig_jax.evaluation import calibration, cost, speed
     from twig_jax.presets import preset
@@ -122,7 +124,7 @@ def measure() -> dict[str, Any]:
     answers, failed = first_answers(ways)
     agreement = agreements(answers)
     calls: dict[Way, list[Answer]] = {way: [] for way in answers}
-    for _ in range(_REPEATS.value):
+    for _ in tqdm(range(_REPEATS.value), unit="round"):
         for one, timed in calls.items():
             timed.append(ways[one]())
 
@@ -166,16 +168,17 @@ def speeds(
     mine, new = calls[way], _NEW.value
     first = statistics.median(a.first_s for a in mine)
     total = statistics.median(a.total_s for a in mine)
-    token = (total - first) / (new - 1)
+    further = new - mine[0].first
+    token = (total - first) / further if further else None
     pairs = zip(calls[PLAIN], mine, strict=True)
     return {
         "engine": way[0],
         "way": way[1],
         "first_token_ms": 1e3 * first,
-        "token_ms": 1e3 * token,
+        "token_ms": token and 1e3 * token,
         "tokens_per_s": new / total,
         "relspd": statistics.median(p.total_s / a.total_s for p, a in pairs),
-        "floor_share": floor / token,
+        "floor_share": token and floor / token,
         "tokens_per_step": new / mine[0].steps,
         "agreement": agreement,
     }
@@ -189,7 +192,8 @@ def ours(generator: Any, request: Any, settings: Any) -> dict[Way, Callable]:
     def answer(mode: str) -> Answer:
         call = speed.timed(generator, [request], dataclasses.replace(settings, mode=mode))
         result = call.results[0]
-        return Answer(result.tokens, len(result.matched), call.first_s, call.total_s)
+        matched = result.matched
+        return Answer(result.tokens, len(matched), int(matched[0]) + 1, call.first_s, call.total_s)
 
     return {("twig_jax", mode): lambda mode=mode: answer(mode) for mode in MODES}
 
@@ -249,7 +253,8 @@ def theirs(
         )
         tokens = out[0, ids.shape[1] :].cpu().numpy().astype(np.int32)
         total = time.perf_counter() - began
-        return Answer(tokens, len(clock.times) - 1, clock.times[1] - began, total)
+        _, (read, first), *_ = clock.given
+        return Answer(tokens, len(clock.given) - 1, first, read - began, total)
 
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}

@@ -124,7 +124,7 @@ def comparison(results: Mapping[str, Any]) -> str:
             aligned([head for head, _, _ in columns], lines),
             *failed,
             "Medians of interleaved calls. first: from the call until first tokens can be read;\n"
-            "token: what each further one adds; RelSpd: over transformers' plain, whole calls;\n"
+            "token: what each after those adds; RelSpd: over transformers' plain, whole calls;\n"
             f"floor: {results['floor_ms']:.2f} ms, weights and caches of a plain step read once at "
             f"{results['bandwidth_gb_per_s']:.1f} GB/s;\n"
             "agree: leading tokens equal to transformers' plain, of ttp_ssd to ttp.",
