@@ -9,8 +9,9 @@ Runs from the repository's folder, and needs no checkpoint and no network. The p
     parity        tests/parity: transformers' LLaVA and recordings of the published implementation
     equality      answers with and without drafts, token for token (tests/tools/equalities.py)
     benchmark     prefill and decoding of a whole model with calibrated random weights
-    matrix        the same at every budget, batch and length; only when it is asked for
-    transformers  its generate on the same weights, in turn with ours; only when it is asked for
+    matrix        the same at every budget, batch and length; only when asked for
+    int8          the same as benchmark, with a twig that drafts in int8; only when asked for
+    transformers  its generate on the same weights, in turn with ours; only when asked for
 
 Every part has its share of --minutes; one that fails or is cut off does not stop the others, and
 the benchmarks leave what they have measured by then. OUT/README.md says what came out, OUT has the
@@ -100,6 +101,7 @@ def parts(out: Path) -> list[Part]:
             max_new_tokens="10,100,500",
             avg_retained="192,128,64",
         ),
+        _benchmark(out, "int8", 5, modes="plain,ssd,ttp_ssd", batch="1,8", int8_drafts=True),
         _speed(out, "transformers", "compare", 5),
     ]
 
@@ -107,7 +109,8 @@ def parts(out: Path) -> list[Part]:
 def _benchmark(out: Path, name: str, share: float, **flags: Any) -> Part:
     """A run of launch.benchmark: unless told otherwise R̄ = M / 9."""
     small = {"modes": "plain,ssd", "batch": 16, "tree": "2,2,2,4"} if _TINY.value else {}
-    return _speed(out, name, "benchmark", share, **{"gamma": 5, "theta": 0.6} | flags | small)
+    common = {"gamma": 5, "theta": 0.6, "profile": out / f"{name}.profile.txt"}
+    return _speed(out, name, "benchmark", share, **common | flags | small)
 
 
 def _speed(out: Path, name: str, launcher: str, share: float, **flags: Any) -> Part:
@@ -119,7 +122,6 @@ def _speed(out: Path, name: str, launcher: str, share: float, **flags: Any) -> P
         "max_new_tokens": 128,
         "repeats": 3,
         "json": out / f"{name}.json",
-        "profile": out / f"{name}.profile.txt",
     }
     small = {
         "preset": "toy",

@@ -50,6 +50,7 @@ _TREE = flags.DEFINE_list(
     "of mode tree: levels, children of a node, nodes of a level that have them, drafts kept",
 )
 _DTYPE = flags.DEFINE_string("dtype", "float32", "of weights and computation")
+_INT8 = flags.DEFINE_bool("int8_drafts", False, "the twig drafts in int8; answers stay")
 _PLOT = flags.DEFINE_string("plot", None, "draw speeds relative to plain here, as PNG")
 _PROFILE = flags.DEFINE_string(
     "profile", None, "write here where the time of each way goes, as text"
@@ -94,7 +95,8 @@ def load(batches: list[int], lengths: list[int]) -> tuple[Any, list, str, Any]:
 
     rows = max(batches)
     if _CHECKPOINT.value is not None:
-        model = api.load(_CHECKPOINT.value, _TWIG.value, _DTYPE.value)
+        int8 = "twig" if _INT8.value else None
+        model = api.load(_CHECKPOINT.value, _TWIG.value, _DTYPE.value, int8=int8)
         if _CHECKPOINT.value != "digits":
             requests = random_requests(model.config, rows, _TEXT.value)
             return model.generator, requests, "trained", None
@@ -106,7 +108,13 @@ def load(batches: list[int], lengths: list[int]) -> tuple[Any, list, str, Any]:
     requests = random_requests(config, rows, _TEXT.value)
     settings = Settings(max_new_tokens=max(lengths), gamma=_GAMMA.value, theta=_THETA.value)
     generator, found = calibration.draw(
-        config, twig_config, _WEIGHTS.value, _DTYPE.value, requests, settings
+        config,
+        twig_config,
+        _WEIGHTS.value,
+        _DTYPE.value,
+        requests,
+        settings,
+        int8_drafts=_INT8.value,
     )
     kind = _WEIGHTS.value.partition(":")[0]
     return generator, requests, kind, None if found is None else dataclasses.asdict(found)
@@ -171,6 +179,7 @@ def measure(batches: list[int], lengths: list[int], told: Callable[[dict], Any])
             "model": model,
             "weights": weights,
             "dtype": _DTYPE.value,
+            "int8_drafts": _INT8.value,
             "avg_retained": budgets,
             "text_tokens": max(int((~r.is_visual).sum()) for r in requests),
             "visual_tokens": M,

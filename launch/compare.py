@@ -105,8 +105,9 @@ def measure() -> dict[str, Any]:
     """All ways in turn, after a call of each that compiles and is compared."""
     from tqdm import tqdm
 
+    from twig_jax.decoding import cost
     from twig_jax.decoding.settings import Settings
-    from twig_jax.evaluation import calibration, cost, speed
+    from twig_jax.evaluation import calibration, speed
     from twig_jax.presets import preset
     from twig_jax.runtime import bandwidth, environment, product_rate
 
@@ -131,8 +132,8 @@ def measure() -> dict[str, Any]:
     machine = cost.Machine(bandwidth(), product_rate(_DTYPE.value))
     plain = dataclasses.replace(settings, mode="plain")
     program = generator.prepare(requests[:1], plain).program
-    itemsize = np.dtype(generator.weights.base["text"]["embed_tokens"]["embedding"].dtype).itemsize
-    floor = cost.seconds(cost.step(program, 1, itemsize, 0), machine)
+    given = cost.shapes(program, 1, generator.weights)
+    floor = cost.seconds(cost.step(given, 0), machine)
     where = environment()
     return {
         "schema": 1,
@@ -264,7 +265,7 @@ def theirs(
 
 def assistant(generator: Any) -> tuple[Any, Any]:
     """(configuration, parameters): the trunk and the twig as a LLaVA of K + T layers."""
-    config, (base, twig) = generator.config, generator.weights
+    config, base, twig = generator.config, generator.weights.base, generator.weights.twig
     K, T = generator.twig_config.K, generator.twig_config.T
     layers = [base["text"][f"layers_{k}"] for k in range(K)]
     layers += [twig[f"layers_{t}"] for t in range(T)]

@@ -73,7 +73,7 @@ def test_an_unknown_part_is_named():
     done = launch("--parts", "parity,speed")
     assert done.returncode == 1
     assert (
-        "no part 'speed'; there are: parity, equality, benchmark, matrix, transformers"
+        "no part 'speed'; there are: parity, equality, benchmark, matrix, int8, transformers"
         in done.stderr
     )
 

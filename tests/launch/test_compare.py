@@ -8,15 +8,16 @@ from pathlib import Path
 
 import pytest
 
+from tests import QUICK_COMPILING
+
 ROOT = Path(__file__).resolve().parents[2]
-FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 
 def python(*arguments, **variables):
     return subprocess.run(
         [sys.executable, *map(str, arguments)],
         cwd=ROOT,
-        env={**os.environ, "XLA_FLAGS": FLAGS, **variables},
+        env={**os.environ, "XLA_FLAGS": QUICK_COMPILING, **variables},
         capture_output=True,
         text=True,
         timeout=600,

@@ -121,6 +121,7 @@ def benchmark(environment, *arguments):
 
 def test_the_benchmark(environment, tmp_path):
     few = "--modes=plain,ttp_ssd --batch=2 --max_new_tokens=3,4 --repeats=1 --gamma=2".split()
+    few.append("--int8_drafts")
     picture = tmp_path / "benchmark.png"
     profile = tmp_path / "profile.txt"
     files = ("--plot", str(picture), "--profile", str(profile))

@@ -61,6 +61,8 @@ def draw(
     dtype: str,
     requests: Sequence[Request],
     settings: Settings,
+    *,
+    int8_drafts: bool = False,
 ) -> tuple[Generator, Calibration | None]:
     """A model with weights "random", "calibrated:TOKAR" or "calibrated:TOKAR:DRAFTS".
 
@@ -74,10 +76,11 @@ def draw(
     reached = target(asked) if kind == "calibrated" else None
     base = draw_base(config, dtype)
     if reached is None:
-        return Generator(config, base, twig_config, init_twig(base, config.text, twig_config)), None
+        twig = init_twig(base, config.text, twig_config)
+        return Generator(config, base, twig_config, twig, int8_drafts=int8_drafts), None
     new = max(settings.max_new_tokens, -(-1000 // len(requests)))
     drafted = replace(settings, mode="ssd", max_new_tokens=new, min_new_tokens=new)
-    return calibrate(config, base, twig_config, requests, drafted, reached)
+    return calibrate(config, base, twig_config, requests, drafted, reached, int8_drafts=int8_drafts)
 
 
 def target(text: str) -> tuple[float, float]:
@@ -128,6 +131,8 @@ def calibrate(
     requests: Sequence[Request],
     settings: Settings,
     asked: tuple[float, float],
+    *,
+    int8_drafts: bool = False,
 ) -> tuple[Generator, Calibration]:
     """The base with a twig that reaches `asked`, (TokAR, drafts an iteration), on the requests.
 
@@ -146,7 +151,9 @@ def calibrate(
     for measurement in range(1, _MOST + 1):
         error, logit = np.exp(x).tolist()
         head = {"kernel": _mistaken(kernel, error, logit)}
-        generator = Generator(config, base, twig_config, {**twig, "lm_head": head})
+        generator = Generator(
+            config, base, twig_config, {**twig, "lm_head": head}, int8_drafts=int8_drafts
+        )
         results = generator.generate(requests, settings)
         told = acceptance(results, [()] * len(results))
         drafts = sum(len(d) for r in results for d in r.drafts)

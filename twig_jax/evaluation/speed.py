@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from twig_jax.config import LlavaConfig
 from twig_jax.decoding import cost
 from twig_jax.decoding.cost import Drafting, Machine
-from twig_jax.config import LlavaConfig
 from twig_jax.decoding.generate import Generator
 from twig_jax.decoding.settings import Request, Result, Settings
 from twig_jax.evaluation.scoring import acceptance
