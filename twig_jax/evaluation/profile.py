@@ -44,20 +44,21 @@ def profile(call: Callable[[], Any], programs: Mapping[str, Any]) -> list[Part]:
             call()
         for path in Path(folder).rglob("*.xplane.pb"):
             for op, module, seconds in _events(path):
-                if module in names and not op.startswith(_CALLERS):
-                    found[module.removeprefix("jit_"), names[module].get(op, op)].append(seconds)
+                if module in names and (name := names[module].get(op, op)):
+                    found[module.removeprefix("jit_"), name].append(seconds)
     parts = [Part(*key, len(each), sum(each)) for key, each in found.items()]
     return sorted(parts, key=lambda part: -part.seconds)
 
 
 def _names(compiled: Any) -> dict[str, str]:
-    """What a program's operations do, by their names: a part of the model, else their result."""
+    """What operations do, by name: a part of the model, else their result; "" for callers."""
     found = {}
     for computation in Hlo(compiled.as_text()).computations.values():
         for one in computation.values():
             scope = _SCOPE.search(one.line)
             shape = " ".join(f"{x.kind}{list(x.dims)}" for x in one.results[:1])
-            found[one.name.lstrip("%")] = _readable(scope[1]) if scope else f"{one.kind} {shape}"
+            name = _readable(scope[1]) if scope else f"{one.kind} {shape}"
+            found[one.name.lstrip("%")] = "" if one.kind in _CALLERS else name
     return found
 
 
