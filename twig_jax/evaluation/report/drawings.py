@@ -25,6 +25,8 @@ _MARKS = (
     ("#01665e", "h"),
     ("#b2182b", "*"),
     ("#a6761d", "d"),
+    ("#35978f", "H"),
+    ("#de77ae", "8"),
 )
 _UNPRUNED = ("#000000", "*")
 _COLUMNS = 3  # panels side by side
