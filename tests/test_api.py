@@ -46,10 +46,10 @@ def without(tree, name):
 @pytest.mark.parametrize("p_head", [False, True])
 def test_loading_in_int8(tmp_path, digits, p_head):
     """Prompts are read by the exact twig, which needs no head; drafting needs no P-Head."""
-    base, twig, grown = digits.weights.base, digits.weights.twig, digits.twig_config
+    base, twig = digits.weights.base, without(digits.weights.twig, "p_head")
     if p_head:
         twig = {**twig, "p_head": fresh_p_head(digits.config.text)}
-        grown = dataclasses.replace(grown, p_head=True)
+    grown = dataclasses.replace(digits.twig_config, p_head=p_head)
     write_twig(tmp_path, twig, grown, base, digits.config, "float32")
     found = {how: api.load("digits", tmp_path, int8=how).generator.weights for how in INT8}
     for weights in found.values():

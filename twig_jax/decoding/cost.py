@@ -170,7 +170,7 @@ def prompt(given: Shapes, levels: float) -> list[Pass]:
         slots = p.text_slots + segment.slots
         layers = _named(text, segment.first, segment.last)
         passes.append(_layers(given, layers, cache, slots + W, slots / 2, slots / (slots + G)))
-    return [*passes, _head(given, given.weights.base["text"], W)]
+    return [*passes, _head(given, text, W)]
 
 
 def step(given: Shapes, levels: float) -> list[Pass]:

@@ -30,9 +30,7 @@ class Plan:
     what it holds; its working memory is the larger of the loop's and an estimate of prefill's.
     floor: weights and caches, read once where they are needed. moved: what the program moves
     between main memory and chip. flops: of matrix products. copies: of caches, and of int8 kernels
-    as floats, in main memory.
-    An iteration drafts all levels; tokens: what it emits a row, where the share `tokar` of levels
-    is accepted.
+    as floats, in main memory. tokens: what an iteration, which drafts all levels, emits a row.
     """
 
     topology: str
@@ -86,10 +84,10 @@ def plan(
     """The plan of decoding on TPUs, such as v5e:2x4, or on so many GPUs, such as h100:8.
 
     tensor: how many devices split heads and words, 0 for all; the others split rows. int8: as for
-    `twig_jax.load`. For TPUs the
-    real loop is compiled for them; for GPUs all is from shapes. Raises ValueError for a topology
-    that is not known, for TPUs without their compiler, for a mesh that the devices do not make, and
-    for a program that the compiler refuses.
+    `twig_jax.load`. tokar: share of the levels whose draft is accepted, 0 .. 1. For TPUs the real
+    loop is compiled for them; for GPUs all is from shapes. Raises ValueError for a topology that is
+    not known, for TPUs without their compiler, for a mesh that the devices do not make, and for a
+    program that the compiler refuses.
     """
     chip, count, devices = find_topology(topology)
     sizes = mesh_sizes((0, 1, tensor) if tensor else (1, 1, 0), count)
