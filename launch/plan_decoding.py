@@ -3,9 +3,10 @@
     python -m launch.plan_decoding --topology v5e:2x4
     python -m launch.plan_decoding --topology h100:1,h200:1 --batch 1,8,32,128
 
-For TPUs the decoding loop is compiled ahead of time, which needs their compiler alone
-(pip install 'jax[tpu]'); for GPUs all is from shapes. Weights are never there. Nothing is timed:
-milliseconds are predictions from the data sheets' peaks, see docs/performance.md.
+The decoding loop is compiled ahead of time, which needs the compiler of the devices alone
+(pip install 'jax[tpu]' or 'jax[cuda12]'); for GPUs without theirs all is from shapes. Weights are
+never there. Nothing is timed: milliseconds are predictions from the data sheets' peaks, see
+docs/performance.md.
 """
 
 import itertools
@@ -82,7 +83,7 @@ def report(plans: list[Any]) -> None:
     """The plans as a table."""
     headers = (
         "topology|rows|mode|from|GiB a device|fits|floor MB|moved MB|GFLOP|collectives|MB|copies|"
-        "memory ms|math ms|link ms|iteration ms|token ms|over plain"
+        "kernels|memory ms|math ms|link ms|gaps ms|iteration ms|token ms|over plain"
     )
     plain = {(p.topology, p.rows): p.token for p in plans if p.mode == "plain"}
     lines = []
@@ -103,7 +104,8 @@ def report(plans: list[Any]) -> None:
                 f"{sum(one.count for one in plan.collectives.values()):.0f}",
                 f"{sum(one.bytes for one in plan.collectives.values()) / 1e6:.1f}",
                 "" if plan.copies is None else f"{plan.copies:.0f}",
-                *(f"{1e3 * seconds[name]:.2f}" for name in ("memory", "arithmetic", "collectives")),
+                "" if plan.kernels is None else f"{plan.kernels:.0f}",
+                *(f"{1e3 * part:.2f}" for part in seconds.values()),
                 f"{1e3 * plan.iteration:.2f}",
                 f"{1e3 * plan.token:.2f}",
                 "" if usual is None else f"{usual / plan.token:.2f}",
@@ -114,7 +116,7 @@ def report(plans: list[Any]) -> None:
         f"Of one device and one iteration, in which ssd drafts {_GAMMA.value} tokens ahead and "
         f"{_TOKAR.value:.1%} of\ndrafts are taken to be accepted. Times are PREDICTED, not "
         "measured: bytes and FLOPs at the\npeaks of data sheets, collectives over a ring at 1 µs "
-        "a hop."
+        "a hop, 1.5 µs between kernels of a GPU."
     )
 
 

@@ -1,5 +1,7 @@
 """What is read off compiled programs, in texts of TPU programs and in real ones."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -134,6 +136,9 @@ ENTRY %main (w: bf16[128,128], e: bf16[1000,128], i: s32[8], k: bf16[8,4,16,128]
 CACHE = 8 * 4 * 16 * 128 * 2
 
 
+NEW = 8 * 4 * 128 * 2
+
+
 @pytest.mark.parametrize(
     ("lines", "moved", "copies"),
     [
@@ -197,6 +202,80 @@ def test_traffic_and_copies_in_a_tpu_program(lines, moved, copies):
     assert hlo.copies(hlo.entry, caches) == copies
 
 
+# Compilers for GPUs and CPUs say nothing of what is written in place, and nothing is on chip.
+WRITES = """
+%written (cache: bf16[8,4,16,128], at: s32[8,1], new: bf16[8,1,4,128]) -> bf16[8,4,16,128] {
+  %cache = bf16[8,4,16,128]{3,2,1,0} parameter(0)
+  %at = s32[8,1]{1,0} parameter(1)
+  %new = bf16[8,1,4,128]{3,2,1,0} parameter(2)
+  ROOT %scatter = bf16[8,4,16,128]{3,2,1,0} scatter(%cache, %at, %new), to_apply=%second
+}
+
+%some (cache.1: bf16[8,4,16,128], new.1: bf16[8,4,1,128]) -> (f32[8,8], bf16[8,4,16,128]) {
+  %cache.1 = bf16[8,4,16,128]{3,2,1,0} parameter(0)
+  %new.1 = bf16[8,4,1,128]{3,2,1,0} parameter(1)
+  %flat = bf16[32,16,128]{2,1,0} bitcast(%cache.1)
+  %rows = bf16[32,1,128]{2,1,0} bitcast(%new.1)
+  %update = bf16[32,16,128]{2,1,0} dynamic-update-slice(%flat, %rows)
+  %shaped = bf16[8,4,16,128]{3,2,1,0} bitcast(%update)
+  %other = f32[8,8]{1,0} iota(), iota_dimension=0
+  ROOT %both = (f32[8,8]{1,0}, bf16[8,4,16,128]{3,2,1,0}) tuple(%other, %shaped)
+}
+
+%read (cache.2: bf16[8,4,16,128], new.2: bf16[8,4,1,128]) -> bf16[8,4,16,128] {
+  %cache.2 = bf16[8,4,16,128]{3,2,1,0} parameter(0)
+  %new.2 = bf16[8,4,1,128]{3,2,1,0} parameter(1)
+  %sum = bf16[8,4,1,128]{3,2,1,0} reduce(%cache.2, %new.2), dimensions={2}, to_apply=%add
+  ROOT %update.1 = bf16[8,4,16,128]{3,2,1,0} dynamic-update-slice(%cache.2, %sum)
+}
+
+%fresh (new.3: bf16[8,4,1,128]) -> bf16[8,4,16,128] {
+  %new.3 = bf16[8,4,1,128]{3,2,1,0} parameter(0)
+  %zero = bf16[8,4,16,128]{3,2,1,0} broadcast(%new.3), dimensions={}
+  ROOT %update.2 = bf16[8,4,16,128]{3,2,1,0} dynamic-update-slice(%zero, %new.3)
+}
+
+ENTRY %main (k: bf16[8,4,16,128], i: s32[8,1], n: bf16[8,1,4,128], m: bf16[8,4,1,128]) -> bf16[8] {
+  %k = bf16[8,4,16,128]{3,2,1,0} parameter(0)
+  %i = s32[8,1]{1,0} parameter(1)
+  %n = bf16[8,1,4,128]{3,2,1,0} parameter(2)
+  %m = bf16[8,4,1,128]{3,2,1,0} parameter(3)
+  INSTRUCTIONS
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("line", "moved"),
+    [
+        # The update is read and written, and where it goes is read.
+        ("%r = bf16[8,4,16,128]{3,2,1,0} scatter(%k, %i, %n), to_apply=%second", 2 * NEW + 32),
+        ("%r = bf16[8,4,16,128]{3,2,1,0} fusion(%k, %i, %n), calls=%written", 2 * NEW + 32),
+        ("%r = bf16[8,4,16,128]{3,2,1,0} dynamic-update-slice(%k, %m)", 2 * NEW),
+        # One of two results, behind other names of the same array.
+        (
+            "%r = (f32[8,8]{1,0}, bf16[8,4,16,128]{3,2,1,0}) fusion(%k, %m), calls=%some",
+            2 * NEW + 256,
+        ),
+        # What is written is computed from all that is there.
+        ("%r = bf16[8,4,16,128]{3,2,1,0} fusion(%k, %m), calls=%read", CACHE + 2 * NEW),
+        # Nothing was there: only what is written into it is known.
+        ("%r = bf16[8,4,16,128]{3,2,1,0} fusion(%m), calls=%fresh", 2 * NEW),
+    ],
+)
+def test_traffic_of_writes_in_place(line, moved):
+    hlo = Hlo(WRITES.replace("INSTRUCTIONS", line))
+    assert hlo.traffic(hlo.entry) == moved
+    assert hlo.kernels(hlo.entry) == 1
+
+
+def test_kernels_are_what_a_device_is_given():
+    """Each turn of a loop counts; names of arrays and ends of copies do not."""
+    hlo = Hlo(LOOP.replace("LIMIT", "7"))
+    assert hlo.kernels(hlo.loop()) == 2
+    assert hlo.kernels(hlo.entry) == 7 * (2 + 1)
+
+
 def test_copies_are_those_of_the_device_s_part():
     sharding = NamedSharding(make_mesh(2, 1, 4), P("data", "tensor"))
     whole = jax.ShapeDtypeStruct((16, 16, 16, 128), jnp.bfloat16, sharding=sharding)
@@ -221,8 +300,31 @@ def test_traffic_of_a_real_program():
 
 
 def test_topologies(monkeypatch):
+    monkeypatch.setattr("twig_jax.programs._gpus", lambda chip, count: jax.devices()[:count])
     chip, count, devices = find_topology("h100:2x4")
-    assert chip.kind == "H100" and count == 8 and devices is None
+    assert chip.kind == "H100" and count == 8 and devices == jax.devices()
     monkeypatch.setattr("twig_jax.programs._tpus", lambda name: jax.devices())
     chip, count, devices = find_topology("v5e:2x4")
     assert chip.kind == "TPU v5 lite" and count == 8 and devices == jax.devices()
+
+
+def test_gpus_are_described_to_their_compiler(monkeypatch):
+    told = {}
+
+    def get(**kwargs):
+        told.update(kwargs)
+        return SimpleNamespace(devices=["one", "two"])
+
+    monkeypatch.setattr("jax.experimental.topologies.get_topology_desc", get)
+    chip, count, devices = find_topology("l4:2")
+    assert chip.kind == "L4" and count == 2 and devices == ["one", "two"]
+    assert told["platform"] == "cuda" and told["topology"] == "1x1x2"
+    described = " ".join(told["target_config"].split())
+    assert "cuda_compute_capability { major: 8 minor: 9 } core_count: 58" in described
+    assert "memory_bandwidth: 300000000000 " in described
+
+    def absent(**_):
+        raise NotImplementedError("topology not implemented for cuda")
+
+    monkeypatch.setattr("jax.experimental.topologies.get_topology_desc", absent)
+    assert find_topology("l4:2")[2] is None

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+from jax.experimental import topologies
 
 from twig_jax.hardware import CHIPS, Chip
 
@@ -29,6 +30,8 @@ _FREE = frozenset(
     "after-all partition-id replica-id".split()
 )
 _SLICES = ("slice", "dynamic-slice", "gather")
+# Their first operand becomes the result; the operand of this number is written into it.
+_UPDATES = {"dynamic-update-slice": 1, "scatter": 2}
 
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"\s+(?:ROOT )?(%[\w.\-]+) = (.*?) ([\w\-]+)\((.*?)\)")
@@ -166,10 +169,19 @@ class Hlo:
     def traffic(self, computation: str) -> float:
         """Bytes between main memory and what computes, of all that a computation runs.
 
-        Counted are operands and results of every instruction that lie in main memory, without those
-        that are updated in place. Compilers for TPUs say both; others keep all in main memory.
+        Counted are operands and results of every instruction that lie in main memory, and of what
+        is updated in place the update. Compilers for TPUs say what lies on the chip; others keep
+        all in main memory.
         """
         return sum(times * self._moved(name, x) for name, x, times in self.run(computation))
+
+    def kernels(self, computation: str) -> float:
+        """How many instructions a device is given, of all that a computation runs."""
+        return sum(
+            times
+            for _, one, times in self.run(computation)
+            if one.kind not in _FREE and not one.kind.endswith("-done")
+        )
 
     def copies(self, computation: str, like: Any) -> float:
         """Copies and transposes into main memory of whole arrays of the shapes of a tree `like`.
@@ -234,13 +246,45 @@ class Hlo:
         read = [there[name].results if name in there else () for name in one.operands]
         places = [*read, *((x,) for x in one.results)]
         aliased = _ALIASED.search(one.line)
-        in_place = {int(i) for i in re.findall(r"\d+", aliased[1])} if aliased else set()
-        sliced = self._sliced(one)
+        in_place = re.findall(r"\d+", aliased[1]) if aliased else ()
+        known = self._sliced(one) | self._updated(there, one) | {int(i): 0.0 for i in in_place}
         return sum(
-            sliced.get(i, sum(x.bytes for x in arrays if x.outside))
+            known.get(i, sum(x.bytes for x in arrays if x.outside))
             for i, arrays in enumerate(places)
-            if i not in in_place
         )
+
+    def _updated(self, there: dict[str, Instruction], one: Instruction) -> dict[int, float]:
+        """Bytes of operands, and after them of results, by place, that are updated in place."""
+        inner = there if one.kind in _UPDATES else self._fused(one) if one.kind == "fusion" else {}
+        if not inner:
+            return {}
+
+        def source(name: str) -> Instruction:
+            found = inner[name]
+            return source(found.operands[0]) if found.kind == "bitcast" else found
+
+        root = list(inner.values())[-1] if one.kind == "fusion" else one
+        found = {}
+        for i, name in enumerate(root.operands if root.kind == "tuple" else [root.name]):
+            update = source(name)
+            if update.kind not in _UPDATES:
+                continue
+            written = inner[update.operands[_UPDATES[update.kind]]]
+            found[len(one.operands) + i] = sum(array.bytes for array in written.results)
+            target, number = source(update.operands[0]), 0
+            if one.kind == "fusion":
+                readers = [
+                    x
+                    for x in inner.values()
+                    if x.kind != "bitcast"
+                    and x != update
+                    and any(source(name) == target for name in x.operands if name in inner)
+                ]
+                if target.kind != "parameter" or any(x.kind not in _SLICES for x in readers):
+                    continue
+                number = _position(target)
+            found[number] = 0.0
+        return found
 
     def _sliced(self, one: Instruction) -> dict[int, float]:
         """Bytes read of operands, by number, of which an instruction takes slices alone."""
@@ -255,13 +299,16 @@ class Hlo:
                 continue
             users = [x for x in inner if parameter.name in x.operands]
             if users and all(x.kind in _SLICES and x.operands[0] == parameter.name for x in users):
-                number = int(parameter.line.split("parameter(")[1].split(")")[0])
-                found[number] = sum(array.bytes for x in users for array in x.results)
+                found[_position(parameter)] = sum(x.bytes for user in users for x in user.results)
         return found
 
 
 def _number(constant: Instruction) -> bool:
     return constant.operands[0].isdigit()
+
+
+def _position(parameter: Instruction) -> int:
+    return int(parameter.line.split("parameter(")[1].split(")")[0])
 
 
 def working_memory(compiled: Any) -> float:
@@ -295,8 +342,8 @@ def abstract(tree: Any, placed: Any) -> Any:
 def find_topology(name: str) -> tuple[Chip, int, Any]:
     """(chip, devices, what to compile for) of TPUs, such as v5e:2x4, or so many GPUs, h100:8.
 
-    The last is None for GPUs, whose programs are not compiled without them. Raises ValueError for a
-    topology that is not known, and for TPUs without their compiler.
+    The last is None for GPUs without their compiler (jax's plug-in for CUDA). Raises ValueError for
+    a topology that is not known, and for TPUs without their compiler.
     """
     chip, _, size = name.partition(":")
     if chip not in CHIPS or not re.fullmatch(r"\d+(x\d+)*", size):
@@ -304,15 +351,14 @@ def find_topology(name: str) -> tuple[Chip, int, Any]:
             f"no topology {name!r}; write a TPU slice as v5e:2x4 or a number of GPUs as h100:8;"
             f" there are: {', '.join(CHIPS)}"
         )
-    if not CHIPS[chip].kind.startswith("TPU"):
-        return CHIPS[chip], math.prod(map(int, size.split("x"))), None
+    if CHIPS[chip].cuda:
+        count = math.prod(map(int, size.split("x")))
+        return CHIPS[chip], count, _gpus(CHIPS[chip], count)
     devices = _tpus(name)
     return CHIPS[chip], len(devices), devices
 
 
 def _tpus(name: str) -> Any:
-    from jax.experimental import topologies
-
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU to ask about itself
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
@@ -321,3 +367,45 @@ def _tpus(name: str) -> Any:
             f"no TPU compiler for {name}: pip install 'jax[tpu]' here, and check that there is "
             f"such a slice ({str(error).splitlines()[0]})"
         ) from error
+
+
+def _gpus(chip: Chip, count: int) -> Any:
+    assert chip.cuda is not None
+    c = chip.cuda
+    # What XLA is told about a GPU that is not there (its GpuTargetConfigProto, as text).
+    described = f"""
+        platform_name: "CUDA"
+        device_description_str: "NVIDIA {chip.kind}"
+        runtime_version {{ major: 12 minor: 8 }}
+        dnn_version_info {{ major: 9 minor: 8 }}
+        gpu_device_info {{
+          cuda_compute_capability {{ major: {c.capability[0]} minor: {c.capability[1]} }}
+          core_count: {c.cores}
+          threads_per_core_limit: {c.threads}
+          fpus_per_core: {c.units}
+          shared_memory_per_block: 49152
+          shared_memory_per_block_optin: {c.shared * 2**10}
+          shared_memory_per_core: {(c.shared + 1) * 2**10}
+          l2_cache_size: {c.cache * 2**20}
+          clock_rate_ghz: {c.clock}
+          memory_bandwidth: {chip.bandwidth:.0f}
+          device_memory_size: {chip.memory * 2**30:.0f}
+          threads_per_block_limit: 1024
+          threads_per_warp: 32
+          registers_per_core_limit: 65536
+          registers_per_block_limit: 65536
+          block_dim_limit_x: 2147483647
+          block_dim_limit_y: 65535
+          block_dim_limit_z: 65535
+        }}
+    """
+    try:
+        found = topologies.get_topology_desc(
+            platform="cuda",
+            topology_name=chip.kind,
+            topology=f"1x1x{count}",
+            target_config=described,
+        )
+    except NotImplementedError:  # no plug-in
+        return None
+    return found.devices

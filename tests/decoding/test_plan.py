@@ -9,7 +9,7 @@ import pytest
 from tests.decoding.models import CALL, CONFIG, TWIG, M, generator, request
 from twig_jax.config import TwigConfig
 from twig_jax.decoding.buckets import Bucket
-from twig_jax.decoding.plan import HOP, collective_seconds, plan
+from twig_jax.decoding.plan import HOP, LAUNCH, collective_seconds, plan
 from twig_jax.decoding.settings import Settings
 from twig_jax.hardware import CHIPS
 from twig_jax.presets import preset
@@ -17,6 +17,11 @@ from twig_jax.programs import Collective, device_bytes
 from twig_jax.sharding.mesh import make_mesh
 
 BUCKET = Bucket(rows=2, text=64, images=2, new=32)
+
+
+@pytest.fixture(autouse=True)
+def no_compiler_for_gpus(monkeypatch):
+    monkeypatch.setattr("twig_jax.programs._gpus", lambda chip, count: None)
 
 
 def tiny(topology, bucket=BUCKET, tokar=0.0, tensor=0, **changes):
@@ -118,13 +123,24 @@ def test_a_plan_for_tpus_is_that_of_the_compiled_loop(monkeypatch):
     monkeypatch.setattr("twig_jax.programs._tpus", lambda name: jax.devices())
     found, shapes = tiny("v5e:2x4", tensor=2, mode="plain"), tiny("h100:8", tensor=2, mode="plain")
     assert found.compiled and found.mesh == (4, 1, 2)
-    assert found.copies == 0 and shapes.copies is None
+    assert found.copies == 0 and shapes.copies is None and shapes.kernels is None
     assert found.moved > found.floor == shapes.floor
     assert found.seconds["memory"] == found.moved / CHIPS["v5e"].bandwidth
     # The estimate's, and what putting an embedding and the best word together takes.
     expected = shapes.collectives["all-reduce"]
     assert expected.count <= found.collectives["all-reduce"].count <= expected.count + 4
     assert json.loads(json.dumps(found.as_json()))["fits"]
+
+
+def test_a_plan_for_gpus_has_gaps_between_kernels(monkeypatch):
+    monkeypatch.setattr("twig_jax.programs._tpus", lambda name: jax.devices())
+    monkeypatch.setattr("twig_jax.programs._gpus", lambda chip, count: jax.devices())
+    gpus, tpus = (tiny(name, tensor=2, mode="plain") for name in ("h100:8", "v5e:2x4"))
+    assert gpus.compiled and gpus.kernels == tpus.kernels > CONFIG.text.num_layers
+    part = gpus.seconds
+    assert part["launches"] == gpus.kernels * LAUNCH and tpus.seconds["launches"] == 0
+    assert gpus.iteration == part["memory"] + part["collectives"] + part["launches"]
+    assert part["memory"] == gpus.moved / CHIPS["h100"].bandwidth
 
 
 def test_drafting_counts_as_often_as_there_are_levels(monkeypatch):

@@ -20,6 +20,11 @@ from twig_jax.training.plan import plan
 from twig_jax.training.step import init_state, make_step
 
 
+@pytest.fixture(autouse=True)
+def no_compiler_for_gpus(monkeypatch):
+    monkeypatch.setattr("twig_jax.programs._gpus", lambda chip, count: None)
+
+
 def tiny(stage="twig", **changes):
     data = DataConfig(batch_size=8, row_tokens=276)
     return TrainConfig(stage, "", 10, preset="tiny", data=data, **changes)

@@ -18,8 +18,10 @@ from twig_jax.hardware import Chip
 from twig_jax.programs import Collective, Hlo, device_bytes, find_topology, working_memory
 from twig_jax.sharding.mesh import AXES, mesh_sizes
 
-# Seconds that a message takes to the next device of a ring, an assumption.
+# Seconds that a message takes to the next device of a ring, and that a GPU loses between a kernel
+# and the next, both assumptions.
 HOP = 1e-6
+LAUNCH = 1.5e-6
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,8 @@ class Plan:
     what it holds; its working memory is the larger of the loop's and an estimate of prefill's.
     floor: weights and caches, read once where they are needed. moved: what the program moves
     between main memory and chip. flops: of matrix products. copies: of caches, and of int8 kernels
-    as floats, in main memory. tokens: what an iteration, which drafts all levels, emits a row.
+    as floats, in main memory. kernels: what the device is given. tokens: what an iteration, which
+    drafts all levels, emits a row.
     """
 
     topology: str
@@ -45,6 +48,7 @@ class Plan:
     flops: float
     collectives: dict[str, Collective]
     copies: float | None
+    kernels: float | None
     seconds: dict[str, float]
     tokens: float
 
@@ -55,9 +59,9 @@ class Plan:
 
     @property
     def iteration(self) -> float:
-        """Predicted seconds: memory and arithmetic beside each other, collectives after them."""
+        """Predicted seconds: memory and arithmetic beside each other, all else after them."""
         part = self.seconds
-        return max(part["memory"], part["arithmetic"]) + part["collectives"]
+        return max(part["memory"], part["arithmetic"]) + part["collectives"] + part["launches"]
 
     @property
     def token(self) -> float:
@@ -84,10 +88,10 @@ def plan(
     """The plan of decoding on TPUs, such as v5e:2x4, or on so many GPUs, such as h100:8.
 
     tensor: how many devices split heads and words, 0 for all; the others split rows. int8: as for
-    `twig_jax.load`. tokar: share of the levels whose draft is accepted, 0 .. 1. For TPUs the real
-    loop is compiled for them; for GPUs all is from shapes. Raises ValueError for a topology that is
-    not known, for TPUs without their compiler, for a mesh that the devices do not make, and for a
-    program that the compiler refuses.
+    `twig_jax.load`. tokar: share of the levels whose draft is accepted, 0 .. 1. The real loop is
+    compiled for the devices; for GPUs without their compiler all is from shapes. Raises ValueError
+    for a topology that is not known, for TPUs without their compiler, for a mesh that the devices
+    do not make, and for a program that the compiler refuses.
     """
     chip, count, devices = find_topology(topology)
     sizes = mesh_sizes((0, 1, tensor) if tensor else (1, 1, 0), count)
@@ -106,7 +110,7 @@ def plan(
     # Prefill's, which is not compiled here; as if tensor parallelism split nothing of it.
     whole = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(given.state.caches))
     filling = (state_bytes(program, bucket.rows, itemsize) - whole) / (sizes[0] * sizes[1])
-    working, moved, copies = 0.0, None, None
+    working, moved, copies, kernels = 0.0, None, None, None
     collectives = _needed_collectives(given)
     if isinstance(mesh, Mesh):
         try:
@@ -121,7 +125,7 @@ def plan(
             rare=r"(?<!/draft)/cond$",
         )
         body = hlo.loop()
-        working, moved = working_memory(compiled), hlo.traffic(body)
+        working, moved, kernels = working_memory(compiled), hlo.traffic(body), hlo.kernels(body)
         copies = hlo.copies(body, given.state.caches) + hlo.widened(body, given.weights)
         collectives = hlo.collectives(body)
     return Plan(
@@ -142,10 +146,12 @@ def plan(
         flops=flops,
         collectives=collectives,
         copies=copies,
+        kernels=kernels,
         seconds={
             "memory": (floor if moved is None else moved) / chip.bandwidth,
             "arithmetic": flops / chip.flops,
             "collectives": collective_seconds(collectives, chip, sizes[2]),
+            "launches": LAUNCH * kernels if chip.cuda and kernels else 0.0,
         },
         tokens=1 + tokar * program.tree.depth,
     )

@@ -3,6 +3,8 @@
 Letters: B batch, Q query and S key positions, H heads, K key/value heads, G = H / K, D head width.
 """
 
+import functools
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -38,16 +40,22 @@ def rope_angles(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.
 
 def apply_rope(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
     """Rotates x [B, S, H, D] by the angles of `rope_angles` (the rotate-half convention)."""
-    cos, sin = (t[:, :, None, :] for t in rope)  # [B, S, 1, D/2]
-    x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)
+    # Heads lead, as in the caches, and halves change places by their index: compilers for GPUs
+    # then turn and reorder queries and keys in one kernel, not in ten.
+    cos, sin = (t[:, None, :, None, :] for t in rope)  # [B, 1, S, 1, D/2]
+    halves = rearrange(x.astype(jnp.float32), "B S H (two D) -> B H S two D", two=2)
+    sign = jnp.array([[-1.0], [1.0]])
+    turned = halves * cos + halves[..., ::-1, :] * (sign * sin)
+    return rearrange(turned, "B H S two D -> B S H (two D)").astype(x.dtype)
 
 
 def _logits(q: jax.Array, k: jax.Array, mask: jax.Array) -> jax.Array:
     """Scaled, masked float32 attention logits [B, K, G, Q, S]."""
     q = rearrange(q * q.shape[-1] ** -0.5, "B Q (K G) D -> B K G Q D", K=k.shape[1])
-    if q.shape[3] < k.shape[2]:
+    if 8 * q.shape[3] < k.shape[2]:
         # Few queries over a cache: with the keys on the left, CPUs need no transposed copy of them.
+        # Not of a block of new keys, or compilers for GPUs join it with the cache in one product,
+        # for which they copy the cache.
         logits = jnp.einsum("BKSD,BKGQD->BKSGQ", k, q, preferred_element_type=jnp.float32)
         logits = rearrange(logits, "B K S G Q -> B K G Q S")
     else:
@@ -83,22 +91,25 @@ def attend(q: jax.Array, context: Sequence[Context]) -> jax.Array:
 
 
 def _attend(q: jax.Array, context: Sequence[Context]) -> jax.Array:
-    logits = [_logits(q, c.kv.k, c.mask) for c in context]
-    top = jnp.stack([x.max(-1) for x in logits]).max(0)[..., None]  # [B, K, G, Q, 1]
-    # Finite also where nothing is seen; the softmax does not depend on it, so no gradient flows.
-    top = jnp.maximum(jax.lax.stop_gradient(top), jnp.finfo(jnp.float32).min)
-    weights = [jnp.exp(x - top) for x in logits]
-    total = jnp.maximum(sum(w.sum(-1, keepdims=True) for w in weights), jnp.float32(1e-30))
-    out = sum(
-        jnp.einsum(
-            "BKGQS,BKSD->BKGQD",
-            w.astype(q.dtype),
-            c.kv.v,
-            preferred_element_type=jnp.float32,
+    logits = jnp.concatenate([_logits(q, c.kv.k, c.mask) for c in context], axis=-1)
+    weights, total = _softmax(logits)
+    ends = itertools.accumulate(c.kv.k.shape[2] for c in context[:-1])
+    parts = [
+        jnp.einsum("BKGQS,BKSD->BKGQD", w, c.kv.v, preferred_element_type=jnp.float32)
+        for w, c in zip(
+            jnp.split(weights.astype(q.dtype), list(ends), axis=-1), context, strict=True
         )
-        for w, c in zip(weights, context, strict=True)
-    )
-    return rearrange(out / total, "B K G Q D -> B Q (K G) D").astype(q.dtype)
+    ]
+    out = functools.reduce(jnp.add, parts) / total
+    return rearrange(out, "B K G Q D -> B Q (K G) D").astype(q.dtype)
+
+
+def _softmax(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Weights over the last axis and their sum, to be divided by it; zeros where all is -inf."""
+    # Finite also where nothing is seen; the softmax does not depend on it, so no gradient flows.
+    top = jax.lax.stop_gradient(logits.max(-1, keepdims=True))
+    weights = jnp.exp(logits - jnp.maximum(top, jnp.finfo(jnp.float32).min))
+    return weights, jnp.maximum(weights.sum(-1, keepdims=True), jnp.float32(1e-30))
 
 
 def attention_rows(q: jax.Array, k: jax.Array, mask: jax.Array) -> jax.Array:
@@ -108,9 +119,5 @@ def attention_rows(q: jax.Array, k: jax.Array, mask: jax.Array) -> jax.Array:
     sees nothing. This is O(Q·S·D): pruning never needs the whole S x S matrix, whatever kernel
     computes the layer itself.
     """
-    logits = _logits(q, k, mask)  # [B, K, G, Q, S]
-    # Not jax.nn.softmax: where nothing is seen its gradient is not a number.
-    top = jax.lax.stop_gradient(jnp.maximum(logits.max(-1, keepdims=True), -1e30))
-    weights = jnp.exp(logits - top)
-    total = jnp.maximum(weights.sum(-1, keepdims=True), 1e-30)
+    weights, total = _softmax(_logits(q, k, mask))
     return rearrange(weights / total, "B K G Q S -> B (K G) Q S")

@@ -101,7 +101,10 @@ class Decoder(nn.Module):
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """int32 [B, S] -> [B, S, d]."""
-        return self.embed_tokens(tokens)
+        if tokens.size > 1:
+            return self.embed_tokens(tokens)
+        # One index is a slice to XLA, which brings a table that is split together for it.
+        return self.embed_tokens(jnp.concatenate([tokens, tokens], axis=1))[:, :1]
 
     def rope(self, positions: jax.Array) -> Rope:
         """Rotary angles for int32 positions [B, S]."""
