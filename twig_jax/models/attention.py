@@ -40,22 +40,16 @@ def rope_angles(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.
 
 def apply_rope(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
     """Rotates x [B, S, H, D] by the angles of `rope_angles` (the rotate-half convention)."""
-    # Heads lead, as in the caches, and halves change places by their index: compilers for GPUs
-    # then turn and reorder queries and keys in one kernel, not in ten.
-    cos, sin = (t[:, None, :, None, :] for t in rope)  # [B, 1, S, 1, D/2]
-    halves = rearrange(x.astype(jnp.float32), "B S H (two D) -> B H S two D", two=2)
-    sign = jnp.array([[-1.0], [1.0]])
-    turned = halves * cos + halves[..., ::-1, :] * (sign * sin)
-    return rearrange(turned, "B H S two D -> B S H (two D)").astype(x.dtype)
+    cos, sin = (t[:, :, None, :] for t in rope)  # [B, S, 1, D/2]
+    x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)
 
 
 def _logits(q: jax.Array, k: jax.Array, mask: jax.Array) -> jax.Array:
     """Scaled, masked float32 attention logits [B, K, G, Q, S]."""
     q = rearrange(q * q.shape[-1] ** -0.5, "B Q (K G) D -> B K G Q D", K=k.shape[1])
-    if 8 * q.shape[3] < k.shape[2]:
+    if q.shape[3] < k.shape[2]:
         # Few queries over a cache: with the keys on the left, CPUs need no transposed copy of them.
-        # Not of a block of new keys, or compilers for GPUs join it with the cache in one product,
-        # for which they copy the cache.
         logits = jnp.einsum("BKSD,BKGQD->BKSGQ", k, q, preferred_element_type=jnp.float32)
         logits = rearrange(logits, "B K S G Q -> B K G Q S")
     else:
