@@ -134,9 +134,7 @@ ENTRY %main (w: bf16[128,128], e: bf16[1000,128], i: s32[8], k: bf16[8,4,16,128]
 }
 """
 CACHE = 8 * 4 * 16 * 128 * 2
-
-
-NEW = 8 * 4 * 128 * 2
+NEW = 8 * 4 * 128 * 2  # one slot of it
 
 
 @pytest.mark.parametrize(

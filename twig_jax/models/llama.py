@@ -103,7 +103,7 @@ class Decoder(nn.Module):
         """int32 [B, S] -> [B, S, d]."""
         if tokens.size > 1:
             return self.embed_tokens(tokens)
-        # One index is a slice to XLA, which brings a table that is split together for it.
+        # One index is a slice to XLA, which for GPUs brings a table that is split together first.
         return self.embed_tokens(jnp.concatenate([tokens, tokens], axis=1))[:, :1]
 
     def rope(self, positions: jax.Array) -> Rope:
