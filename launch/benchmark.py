@@ -32,7 +32,7 @@ _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "folder with a LLaVA model
 _TWIG = flags.DEFINE_string("twig", None, "twig folder")
 _PRESET = flags.DEFINE_string("preset", None, "shapes with random weights, as llava-1.5-7b")
 _WEIGHTS = flags.DEFINE_string(
-    "weights", "random", "of a preset: random, calibrated:TOKAR or calibrated:TOKAR:DRAFTS"
+    "weights", "random", "random, calibrated:TOKAR[:DRAFTS], or mistaken:ERROR:LOGIT as that found"
 )
 _MODES = flags.DEFINE_list("modes", ["plain", "ttp", "ssd", "ttp_ssd"], "what to measure, or tree")
 _AVG_RETAINED = flags.DEFINE_list(
@@ -116,8 +116,9 @@ def load(batches: list[int], lengths: list[int]) -> tuple[Any, list, str, Any]:
         settings,
         int8_drafts=_INT8.value,
     )
-    kind = _WEIGHTS.value.partition(":")[0]
-    return generator, requests, kind, None if found is None else dataclasses.asdict(found)
+    if found is None:
+        return generator, requests, _WEIGHTS.value, None
+    return generator, requests, "calibrated", dataclasses.asdict(found)
 
 
 def ways(budgets: Sequence[float], tokens: int, new: int) -> dict[str, Any]:
@@ -158,6 +159,7 @@ def measure(batches: list[int], lengths: list[int], told: Callable[[dict], Any])
     from twig_jax.runtime import (
         bandwidth,
         cache_folder,
+        copy_bandwidth,
         environment,
         memory_used,
         product_rate,
@@ -193,6 +195,7 @@ def measure(batches: list[int], lengths: list[int], told: Callable[[dict], Any])
         },
         "calibration": calibration,
         "bandwidth_gb_per_s": machine.bandwidth / 1e9,
+        "copy_gb_per_s": copy_bandwidth() / 1e9,
         "product_tflops": machine.flops / 1e12,
         "memory_bytes": 0,
         "results": [],
@@ -206,8 +209,9 @@ def measure(batches: list[int], lengths: list[int], told: Callable[[dict], Any])
         # that Linux lets a process have.
         jax.clear_caches()
         settings = ways(budgets, M, new)
+        restart = cold and not speeds  # else the first calls may load programs themselves
         speeds += speed.measure(
-            generator, requests[:batch], settings, _REPEATS.value, machine, restart=not speeds
+            generator, requests[:batch], settings, _REPEATS.value, machine, restart=restart
         )
         results["results"] = [dataclasses.asdict(one) for one in speeds]
         results |= {"memory_bytes": memory_used(), **environment()}

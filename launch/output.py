@@ -23,6 +23,7 @@ def speeds(results: Mapping[str, Any]) -> str:
         f"{s['model']} ({s['weights']} weights, {s['dtype']}), {s['visual_tokens']} visual + up to "
         f"{s['text_tokens']} text tokens, {results['device']}, "
         f"{results['bandwidth_gb_per_s']:.1f} GB/s read, "
+        f"{results['copy_gb_per_s']:.1f} GB/s copied, "
         f"{results['product_tflops']:.2f} TFLOP/s in products"
     ]
     about += _calibrated(results["calibration"])
@@ -32,6 +33,7 @@ def speeds(results: Mapping[str, Any]) -> str:
         ("way", "way", "{}"),
         ("prefill ms", "prefill_ms", "{:.1f}"),
         ("of floor", "prefill_share", "{:.0%}"),
+        ("text ms", "text_ms", "{:.1f}"),
         ("first ms", "first_token_ms", "{:.1f}"),
         ("token ms", "token_ms", "{:.2f}"),
         ("tokens/s", "tokens_per_s", "{:.0f}"),
@@ -47,7 +49,10 @@ def speeds(results: Mapping[str, Any]) -> str:
         ("compile s", "first_call_s", "{:.1f}"),
         ("cached s", "cached_call_s", "{:.1f}"),
     )
-    shown = [{**r, "peak_gb": r["peak_bytes"] / 1e9} for r in rows]
+    shown = [
+        {**r, "peak_gb": r["peak_bytes"] / 1e9, "text_ms": r["prefill_ms"] - r["vision_ms"]}
+        for r in rows
+    ]
     lines: list[list[str]] = []
     for before, r in zip([None, *shown], shown, strict=False):
         if before and (before["batch"], before["max_new_tokens"]) != (
@@ -58,16 +63,19 @@ def speeds(results: Mapping[str, Any]) -> str:
         lines.append(["" if r[k] is None else f.format(r[k]) for _, k, f in columns])
     towers = {r["batch"]: f"{r['vision_ms']:.1f} ms ({r['vision_share']:.0%})" for r in rows}
     towers_of = ", ".join(f"batch {batch} {told}" for batch, told in towers.items())
+    recompiled = {(r["batch"], r["max_new_tokens"]): r["recompiled"] for r in rows}
     loads = "" if s["compiled_cold"] else ", which may load what earlier runs left on disk"
     return "\n".join(
         [
             *about,
             aligned([head for head, _, _ in columns], lines),
             f"Vision tower alone, and of its floor: {towers_of}.",
-            "Medians of interleaved calls. prefill: images, prompt, first drafts; first: until a\n"
-            "first token can be read; token: what each further one adds; step: accepted + 1\n"
-            "tokens. Floors: weights and caches of each pass read once at the measured bandwidth,\n"
-            "or its arithmetic at the measured rate of products, whichever takes longer.\n"
+            f"Programs compiled while timing: {sum(recompiled.values())}.",
+            "Medians of interleaved calls. prefill: images, prompt, first drafts; text: without\n"
+            "the vision tower; first: until a first token can be read; token: what each further\n"
+            "one adds; step: accepted + 1 tokens. Floors: weights and caches of each pass read\n"
+            "once at the bandwidth of reading, or its arithmetic at the rate of products,\n"
+            "whichever takes longer, both measured.\n"
             "predicted: RelSpd of the floors; agree: tokens equal to those without drafts; GB:\n"
             f"arrays of the larger program; compile: the first call{loads};\n"
             "cached: the same with programs from disk.",

@@ -1,7 +1,8 @@
 """What accelerators can do, from their makers' data sheets."""
 
+import re
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Cuda(NamedTuple):
@@ -49,6 +50,12 @@ CHIPS = {
     "h100": Chip("H100", 79, 989e12, 3350e9, 450e9, Cuda((9, 0), 132, 2048, 128, 227, 50, 1.98)),
     "h200": Chip("H200", 139, 989e12, 4800e9, 450e9, Cuda((9, 0), 132, 2048, 128, 227, 50, 1.98)),
 }
+
+
+def runs_triton(device: Any) -> bool:
+    """Whether a jax device is an NVIDIA GPU that Triton compiles for: Ampere or newer."""
+    capability = str(getattr(device, "compute_capability", ""))  # "9.0"; of others none, or gfx942
+    return re.fullmatch(r"\d+\.\d+", capability) is not None and float(capability) >= 8
 
 
 def chip(device_kind: str) -> Chip | None:

@@ -53,10 +53,14 @@ def chosen(one, answer: np.ndarray) -> list[int]:
     n = np.arange(len(whole) + 1)
     logits = forced(generator(), one, whole, 0).logits
     own = jax.tree.map(jnp.asarray, controls([one.settings], eos=CONFIG.eos_token_id))
-    nothing = np.zeros((1, CONFIG.text.vocab_size), bool), np.zeros((1, len(n), 0), np.int32)
-    return choose(own, logits, n[None], (len(one.ids) + n)[None], *nothing)[0].tolist()[
-        : len(answer)
-    ]
+    path = np.zeros((1, len(n), 0), np.int32)
+    tokens = choose(own, logits, n[None], (len(one.ids) + n)[None], nobody_asks, path)
+    return tokens[0].tolist()[: len(answer)]
+
+
+def nobody_asks() -> np.ndarray:
+    """Which tokens were there before, of rows without a repetition penalty."""
+    return np.zeros((1, CONFIG.text.vocab_size), bool)
 
 
 def share(results: list[Result]) -> float:

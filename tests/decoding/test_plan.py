@@ -136,7 +136,7 @@ def test_a_plan_for_gpus_has_gaps_between_kernels(monkeypatch):
     monkeypatch.setattr("twig_jax.programs._tpus", lambda name: jax.devices())
     monkeypatch.setattr("twig_jax.programs._gpus", lambda chip, count: jax.devices())
     gpus, tpus = (tiny(name, tensor=2, mode="plain") for name in ("h100:8", "v5e:2x4"))
-    assert gpus.compiled and gpus.kernels == tpus.kernels > CONFIG.text.num_layers
+    assert gpus.compiled and gpus.kernels > CONFIG.text.num_layers
     part = gpus.seconds
     assert part["launches"] == gpus.kernels * LAUNCH and tpus.seconds["launches"] == 0
     assert gpus.iteration == part["memory"] + part["collectives"] + part["launches"]

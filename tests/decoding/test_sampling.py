@@ -55,7 +55,8 @@ def draw(own: Settings, rows: int, columns: int) -> np.ndarray:
     seen = jnp.zeros((rows, 7), bool).at[:, 3].set(True)
     path = jnp.full((rows, columns, 1), -1).at[..., 0].set(4)
     logits = jnp.broadcast_to(SEVEN, (rows, columns, 7))
-    return np.asarray(jax.jit(choose)(c, logits, where * 0, where, seen, path))
+    chosen = jax.jit(lambda c, x, n, at, path: choose(c, x, n, at, lambda: seen, path))
+    return np.asarray(chosen(c, logits, where * 0, where, path))
 
 
 def exact(temperature=1.0, top_k=7, top_p=1.0, min_p=0.0, penalty=1.0, min_new=0) -> np.ndarray:
@@ -165,7 +166,7 @@ def test_filters_equal_those_of_transformers(own, seed) -> None:
     np.put_along_axis(seen, np.concatenate([prompt, answer[:, :2]], axis=1), True, axis=1)
     c = jax.tree.map(jnp.asarray, controls(own, eos=EOS))
     ours = jax.nn.softmax(
-        jax.jit(lambda c, x, *given: filtered(c, adjusted(c, x, *given)))(
+        jax.jit(lambda c, x, n, seen, path: filtered(c, adjusted(c, x, n, lambda: seen, path)))(
             c, logits, np.full((6, 1), 4), seen, answer[:, None, 2:].astype(np.int32)
         )
     )[:, 0]
@@ -322,5 +323,5 @@ def test_sampled_answers_equal_the_teacher_forced_pruned_pass() -> None:
     seen[0, one.ids[~one.is_visual]] = True
     path = np.where(np.arange(len(answer)) < n[:, None], answer, -1)
     c = jax.tree.map(jnp.asarray, controls([Settings(seed=3, **own)], eos=EOS))
-    chosen = choose(c, logits, n[None], (len(one.ids) + n)[None], seen, path[None])
+    chosen = choose(c, logits, n[None], (len(one.ids) + n)[None], lambda: seen, path[None])
     assert chosen[0, :-1].tolist() == answer.tolist()

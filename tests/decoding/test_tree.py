@@ -96,7 +96,8 @@ def twig_scores(
     logits = twig.apply({"params": weights.twig}, x, method="logits")[:, 0]
     n = jnp.broadcast_to(length - asked, (1, len(sequences)))
     path = jnp.where(at >= length, -1, sequences)[None]
-    rated = scores(own, logits[None], n, jnp.broadcast_to(length, n.shape), seen, path)[0]
+    there = jnp.broadcast_to(length, n.shape)
+    rated = scores(own, logits[None], n, there, lambda: seen, path)[0]
     return rated, jax.nn.softmax(logits)
 
 

@@ -63,11 +63,12 @@ def program_for(
     schedule: Schedule | None = None,
     retained: Sequence[int] = (),
     resumes: bool = False,
+    gpu: bool = False,
 ) -> Program:
     """The program of a bucket.
 
     schedule: None for the twig's. retained: R_max of each segment, where rows keep more than the
-    call's budget.
+    call's budget. gpu: whether it is to run on GPUs.
     """
     M, L = config.vision.num_tokens, config.text.num_layers
     twig = twig or TwigConfig(K=min(1, L - 1), T=0, K_f=L)
@@ -96,6 +97,7 @@ def program_for(
         if settings.draft
         else Tree.of(0),
         max_new=bucket.new,
+        gpu=gpu,
     )
 
 

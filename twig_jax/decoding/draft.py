@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from twig_jax.decoding.cache import Cache, State, commit, sees, slots_of
 from twig_jax.decoding.network import Program, Weights
-from twig_jax.decoding.sampling import scores
+from twig_jax.decoding.sampling import Seen, scores
 from twig_jax.decoding.settings import Controls
 from twig_jax.models.attention import KV
 from twig_jax.pruning.select import first_of, take
@@ -134,13 +134,13 @@ def draft(
     positions: jax.Array,
     limit: jax.Array,
     controls: Controls,
-    seen: jax.Array,
+    seen: Seen,
 ) -> Drafts:
     """Drafts up to limit[b] levels a row below the root, which has run through the trunk.
 
     last [B, d] is the layer-K state of the token before the root, last_valid bool [B] whether it
     still has to enter the twig; n [B] tokens emitted; positions [B] those of the root; limit int32
-    [B]; seen bool [B, V] as in `sampling.scores`. EOS has no children. A row stops after a level
+    [B]; seen as in `sampling.scores`. EOS has no children. A row stops after a level
     without any other token as probable as θ; what is on that level counts as drafted.
     """
     t = program.tree
@@ -176,7 +176,7 @@ def draft(
         there = (n + level)[:, None], (positions + level + 1)[:, None]
         path = jnp.where(above, tokens[:, None], -1)
         rated = scores(controls, logits, *there, seen, path)
-        best, children = jax.lax.top_k(rated, t.children)  # [B, Q, E]
+        best, children = _best(rated, t.children)  # [B, Q, E]
         # What is added is never positive, so that no path is likelier than its beginning.
         paths = paths[..., None] + (best - jax.nn.logsumexp(rated, axis=-1, keepdims=True))
         own = jnp.take_along_axis(logits, children, axis=-1)
@@ -268,6 +268,15 @@ def draft(
         return _kept(program, weights, root, growth, committed, positions)
 
     return jax.lax.cond((limit > 0).any(), grown, lambda: root)
+
+
+def _best(x: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    """The largest of the last axis and where they are, as `lax.top_k`."""
+    if count > 1:
+        return jax.lax.top_k(x, count)
+    # A reduction, for which a GPU need not leave the graph of its kernels.
+    at = x.argmax(-1, keepdims=True).astype(jnp.int32)
+    return jnp.take_along_axis(x, at, axis=-1), at
 
 
 def _kept(

@@ -30,6 +30,7 @@ from twig_jax.decoding.prefill import Inputs, Past, Signals, prefill
 from twig_jax.decoding.running import Row, Running
 from twig_jax.decoding.settings import OF_TWIG, Controls, Request, Result, Settings, controls
 from twig_jax.decoding.transcript import Detokenize, Transcript
+from twig_jax.hardware import runs_triton
 from twig_jax.models.llava import Params
 from twig_jax.pruning.schedule import Schedule, by_twig
 from twig_jax.sharding.placement import distribute, gather, partition
@@ -43,7 +44,14 @@ _STOP_CHUNK = 8  # iterations between two looks for stops, where nobody watches
 IMAGE_PROGRAMS = tuple(1 << i for i in range(AT_ONCE.bit_length()))
 
 jitted_prefill = jax.jit(prefill, static_argnums=0)
-jitted_decode = jax.jit(decode, static_argnums=0, donate_argnums=2)
+# Compilers for GPUs make one product of those with one input (queries, keys and values; gate and
+# up), however large their weights; other compilers do not look at it.
+jitted_decode = jax.jit(
+    decode,
+    static_argnums=0,
+    donate_argnums=2,
+    compiler_options={"xla_gpu_dot_merger_threshold_mb": 512},
+)
 _insert = jax.jit(insert, donate_argnums=0)
 _idle = jax.jit(idle, static_argnums=1)
 
@@ -300,6 +308,7 @@ class Generator:
         chosen = fit(need, self.buckets) if bucket is None else fit(need, [bucket])
         budgets = [self._budget(s, n[0]) for s, n in zip(own, needs, strict=True)]
         widest = replace(settings, gamma=max(settings.gamma, *(s.gamma for s in own)))
+        device = jax.local_devices()[0]
         program = program_for(
             chosen,
             widest,
@@ -308,8 +317,9 @@ class Generator:
             schedule=self.schedule,
             retained=tuple(map(max, zip(*budgets, strict=True))),
             resumes=resumes,
+            gpu=runs_triton(device),
         )
-        limit = device_memory(jax.local_devices()[0])
+        limit = device_memory(device)
         check_memory(program, chosen, self._weights_bytes, self._dtype.itemsize, limit)
         B, slots = chosen.rows, program.prompt_slots
         S = slots

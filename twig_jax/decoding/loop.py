@@ -1,5 +1,7 @@
 """The decoding loop: draft, verify, accept, commit, on device until every row is done."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
@@ -61,7 +63,7 @@ def iterate(program: Program, weights: Weights, state: State, cost: jax.Array) -
         mask(caches.twig, prompt.trunk, cached - 1)[:, 0],
     )
     V = p.base.text.vocab_size
-    seen = seen_before(state.controls, state.context, state.tokens, state.n, V)
+    seen = partial(seen_before, state.context, state.tokens, state.n, V)
     with jax.named_scope("trunk"):
         x, trunk = trunk_step(
             p,

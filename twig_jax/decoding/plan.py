@@ -95,7 +95,7 @@ def plan(
     """
     chip, count, devices = find_topology(topology)
     sizes = mesh_sizes((0, 1, tensor) if tensor else (1, 1, 0), count)
-    program = program_for(bucket, settings, config, twig)
+    program = program_for(bucket, settings, config, twig, gpu=chip.cuda is not None)
     mesh = (
         AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3)
         if devices is None

@@ -4,6 +4,7 @@ A prompt may continue an earlier conversation, whose caches then are its beginni
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -167,7 +168,7 @@ def prefill(
         W = p.width
         n = jnp.zeros((B,), jnp.int32)
         drafts = undrafted(p, n, first, grow(pick(trunk, end[:, None]), p.tree.size - 1))
-        seen = seen_before(controls, context, jnp.zeros((B, 0), jnp.int32), n, V)
+        seen = partial(seen_before, context, jnp.zeros((B, 0), jnp.int32), n, V)
         if p.draft:
             earlier = slots < end[:, None]  # the last token is node 0
             drafts = draft(

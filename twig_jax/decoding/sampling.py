@@ -7,10 +7,14 @@ and base use the same noise, a draft is accepted exactly if the base chooses the
 and greedy decoding is the case without noise.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
 from twig_jax.decoding.settings import Controls
+
+Seen = Callable[[], jax.Array]  # bool [B, V], which tokens were there; asked for where it matters
 
 
 def choose(
@@ -18,7 +22,7 @@ def choose(
     logits: jax.Array,
     n: jax.Array,
     positions: jax.Array,
-    seen: jax.Array,
+    seen: Seen,
     path: jax.Array,
 ) -> jax.Array:
     """Tokens int32 [B, Q] for logits [B, Q, V]; arguments as in `scores`."""
@@ -30,44 +34,32 @@ def scores(
     logits: jax.Array,
     n: jax.Array,
     positions: jax.Array,
-    seen: jax.Array,
+    seen: Seen,
     path: jax.Array,
 ) -> jax.Array:
     """What tokens are chosen by, float32 [B, Q, V], for logits [B, Q, V].
 
     n int32 [B, Q]: tokens emitted before the one to choose; positions int32 [B, Q]: its place. They
-    are [B, 1] where all queries share them. For the repetition penalty, bool [B, V] `seen` has the
-    tokens before, and int32 [B, Q, E] `path` further ones of each query, -1 for none.
+    are [B, 1] where all queries share them. For the repetition penalty, `seen` has the tokens
+    before, and int32 [B, Q, E] `path` further ones of each query, -1 for none.
     """
-    logits = adjusted(controls, logits, n, seen, path)
 
-    def drawn(logits: jax.Array) -> jax.Array:
+    def special(logits: jax.Array) -> jax.Array:
+        logits = _repeated(controls, logits, seen, path)
         warm = controls.temperature[:, None, None] > 0
         noise = gumbel(controls.seed, positions, logits.shape[-1])
         return jnp.where(warm, filtered(controls, logits) + noise, logits)
 
-    return jax.lax.cond((controls.temperature > 0).any(), drawn, lambda x: x, logits)
+    # One condition for all that greedy rows do without: a GPU waits for the host at each.
+    asked = ((controls.temperature > 0) | (controls.penalty != 1)).any()
+    return jax.lax.cond(asked, special, lambda x: x, _unended(controls, logits, n))
 
 
 def adjusted(
-    controls: Controls, logits: jax.Array, n: jax.Array, seen: jax.Array, path: jax.Array
+    controls: Controls, logits: jax.Array, n: jax.Array, seen: Seen, path: jax.Array
 ) -> jax.Array:
     """Logits [B, Q, V] after repetition penalty and min_new_tokens; arguments as in `scores`."""
-    penalty = controls.penalty[:, None, None]
-
-    def shaped(logits: jax.Array) -> jax.Array:
-        logits = jax.lax.cond(
-            (penalty != 1).any(),
-            lambda x: _penalised(x, penalty, seen, path),
-            lambda x: x,
-            logits,
-        )
-        ends = jnp.arange(logits.shape[-1]) == controls.eos[:, None, None]
-        early = n < controls.min_new[:, None]
-        return jnp.where(ends & early[..., None], -jnp.inf, logits)
-
-    plain = ((controls.penalty == 1) & (controls.min_new == 0)).all()
-    return jax.lax.cond(plain, lambda x: x, shaped, logits)
+    return _repeated(controls, _unended(controls, logits, n), seen, path)
 
 
 def filtered(controls: Controls, logits: jax.Array) -> jax.Array:
@@ -95,24 +87,34 @@ def gumbel(seeds: jax.Array, positions: jax.Array, size: int) -> jax.Array:
     return jax.vmap(jax.vmap(one, (None, 0)))(seeds, positions)
 
 
-def seen_before(
-    controls: Controls, context: jax.Array, tokens: jax.Array, n: jax.Array, size: int
-) -> jax.Array:
-    """Which tokens a row's prompt and answer hold, bool [B, size]; no row asks, nothing is marked.
+def seen_before(context: jax.Array, tokens: jax.Array, n: jax.Array, size: int) -> jax.Array:
+    """Which tokens a row's prompt and answer hold, bool [B, size].
 
     context int32 [B, P], the prompt, with `size` where no token is to be marked; tokens int32
     [B, max_new], of which n[b] count.
     """
     B = n.shape[0]
-    rows = jnp.arange(B)[:, None]
-    nothing = jnp.zeros((B, size), bool)
+    emitted = jnp.where(jnp.arange(tokens.shape[1]) < n[:, None], tokens, size)
+    both = jnp.concatenate([context, emitted], axis=1)
+    return jnp.zeros((B, size), bool).at[jnp.arange(B)[:, None], both].set(True, mode="drop")
 
-    def mark() -> jax.Array:
-        emitted = jnp.where(jnp.arange(tokens.shape[1]) < n[:, None], tokens, size)
-        both = jnp.concatenate([context, emitted], axis=1)
-        return nothing.at[rows, both].set(True, mode="drop")
 
-    return jax.lax.cond((controls.penalty != 1).any(), mark, lambda: nothing)
+def _unended(controls: Controls, logits: jax.Array, n: jax.Array) -> jax.Array:
+    """Logits [B, Q, V] with no end of an answer before min_new_tokens."""
+    ends = jnp.arange(logits.shape[-1]) == controls.eos[:, None, None]
+    early = n < controls.min_new[:, None]
+    return jnp.where(ends & early[..., None], -jnp.inf, logits)
+
+
+def _repeated(controls: Controls, logits: jax.Array, seen: Seen, path: jax.Array) -> jax.Array:
+    """Logits [B, Q, V] after the repetition penalty."""
+    penalty = controls.penalty[:, None, None]
+    return jax.lax.cond(
+        (penalty != 1).any(),
+        lambda x: _penalised(x, penalty, seen(), path),
+        lambda x: x,
+        logits,
+    )
 
 
 def _penalised(

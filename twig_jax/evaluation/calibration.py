@@ -64,23 +64,42 @@ def draw(
     *,
     int8_drafts: bool = False,
 ) -> tuple[Generator, Calibration | None]:
-    """A model with weights "random", "calibrated:TOKAR" or "calibrated:TOKAR:DRAFTS".
+    """A model with weights "random", "calibrated:TOKAR[:DRAFTS]" or "mistaken:ERROR:LOGIT".
 
-    requests: that a twig is calibrated on. settings: γ and θ there, and how long answers are; they
-    are longer where that would be too little to tell a share from. Raises ValueError for other
-    weights, and as `target`, `draw_base` and `calibrate` do.
+    The last is with the ρ and β that an earlier calibration found. requests: that a twig is
+    calibrated on. settings: γ and θ there, and how long answers are; they are longer where that
+    would be too little to tell a share from. Raises ValueError for other weights, and as `target`,
+    `draw_base` and `calibrate` do.
     """
     kind, _, asked = weights.partition(":")
-    if kind not in ("random", "calibrated") or (kind == "random" and asked):
-        raise ValueError(f"weights are random or calibrated:TOKAR[:DRAFTS], not {weights!r}")
-    reached = target(asked) if kind == "calibrated" else None
+    reached, mistakes = None, None
+    if kind == "calibrated":
+        reached = target(asked)
+    elif kind == "mistaken" and len(numbers := _numbers(asked)) == 2:
+        mistakes = numbers
+    elif weights != "random":
+        raise ValueError(
+            "weights are random, calibrated:TOKAR[:DRAFTS] or mistaken:ERROR:LOGIT, "
+            f"not {weights!r}"
+        )
     base = draw_base(config, dtype)
     if reached is None:
         twig = init_twig(base, config.text, twig_config)
+        if mistakes is not None:
+            head = _mistaken(base["text"]["lm_head"]["kernel"], *mistakes)
+            twig = {**twig, "lm_head": {"kernel": head}}
         return Generator(config, base, twig_config, twig, int8_drafts=int8_drafts), None
     new = max(settings.max_new_tokens, -(-1000 // len(requests)))
     drafted = replace(settings, mode="ssd", max_new_tokens=new, min_new_tokens=new)
     return calibrate(config, base, twig_config, requests, drafted, reached, int8_drafts=int8_drafts)
+
+
+def _numbers(text: str) -> list[float]:
+    """Those between colons; none where anything there is not one."""
+    try:
+        return [float(part) for part in text.split(":")]
+    except ValueError:
+        return []
 
 
 def target(text: str) -> tuple[float, float]:

@@ -44,7 +44,7 @@ def profile(call: Callable[[], Any], programs: Mapping[str, Any]) -> list[Part]:
             call()
         for path in Path(folder).rglob("*.xplane.pb"):
             for op, module, seconds in _events(path):
-                if module in names and (name := names[module].get(op, op)):
+                if module in names and (name := names[module].get(_kernel(op), op)):
                     found[module.removeprefix("jit_"), name].append(seconds)
     parts = [Part(*key, len(each), sum(each)) for key, each in found.items()]
     return sorted(parts, key=lambda part: -part.seconds)
@@ -58,8 +58,13 @@ def _names(compiled: Any) -> dict[str, str]:
             scope = _SCOPE.search(one.line)
             shape = " ".join(f"{x.kind}{list(x.dims)}" for x in one.results[:1])
             name = _readable(scope[1]) if scope else f"{one.kind} {shape}"
-            found[one.name.lstrip("%")] = "" if one.kind in _CALLERS else name
+            found[_kernel(one.name.lstrip("%"))] = "" if one.kind in _CALLERS else name
     return found
+
+
+def _kernel(operation: str) -> str:
+    """What a GPU's kernel is called, after an operation or the first of several equal ones."""
+    return re.sub(r"\W", "_", operation)
 
 
 def _events(path: Path) -> list[tuple[str, str, float]]:
@@ -71,7 +76,10 @@ def _events(path: Path) -> list[tuple[str, str, float]]:
                 told = dict(event.stats)
                 if "hlo_op" in told and not event.name.startswith("end: "):
                     module = re.sub(r"\(.*", "", str(told.get("hlo_module", "")))
-                    found.append((str(told["hlo_op"]), module, event.duration_ns / 1e9))
+                    # Kernels that a GPU is given together, as a graph, have the graph's name there.
+                    together = str(told["hlo_op"]).startswith("command_buffer")
+                    op = event.name if together else str(told["hlo_op"])
+                    found.append((op, module, event.duration_ns / 1e9))
     return found
 
 

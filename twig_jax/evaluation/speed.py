@@ -12,7 +12,7 @@ import numpy as np
 from twig_jax.config import LlavaConfig
 from twig_jax.decoding import cost
 from twig_jax.decoding.cost import Drafting, Machine
-from twig_jax.decoding.generate import Generator
+from twig_jax.decoding.generate import Generator, compiled_programs
 from twig_jax.decoding.settings import Request, Result, Settings
 from twig_jax.evaluation.scoring import acceptance
 
@@ -48,6 +48,7 @@ class Speed:
     peak_bytes: int  # weights, caches and intermediate results of the larger program
     first_call_s: float  # with compilation, or loading what an earlier run left on disk
     cached_call_s: float | None  # with loading from disk; None where it was not measured
+    recompiled: int  # programs compiled while all ways were timed
 
 
 class Call(NamedTuple):
@@ -79,9 +80,11 @@ def measure(
         loaded = {way: timed(generator, requests, one).total_s for way, one in ways.items()}
     vision = _vision(generator, requests, repeats)
     calls: dict[str, list[Call]] = {way: [] for way in ways}
+    before = compiled_programs()
     for _ in range(repeats):
         for way, one in ways.items():
             calls[way].append(timed(generator, requests, one))
+    recompiled = compiled_programs() - before
     return [
         _speed(
             generator,
@@ -93,6 +96,7 @@ def measure(
             vision_ms=1e3 * vision,
             first_call_s=compiled[way],
             cached_call_s=loaded.get(way),
+            recompiled=recompiled,
         )
         for way in ways
     ]
@@ -109,6 +113,7 @@ def _speed(
     vision_ms: float,
     first_call_s: float,
     cached_call_s: float | None,
+    recompiled: int,
 ) -> Speed:
     settings, mine, rows = ways[way], calls[way], len(requests)
     results = mine[0].results  # greedy: all calls have the same
@@ -169,6 +174,7 @@ def _speed(
         peak_bytes=max(map(_peak, generator.compiled(requests, settings).values())),
         first_call_s=first_call_s,
         cached_call_s=cached_call_s,
+        recompiled=recompiled,
     )
 
 

@@ -9,6 +9,7 @@ from flax import linen as nn
 
 from twig_jax.config import TextConfig
 from twig_jax.models.attention import KV, Context, apply_rope, attend, attention_rows, rope_angles
+from twig_jax.models.fused_attention import fits, fused_attend
 from twig_jax.models.layers import Dense, RMSNorm
 
 Rope = tuple[jax.Array, jax.Array]
@@ -45,13 +46,15 @@ class DecoderLayer(nn.Module):
         mask: jax.Array,
         cached: Context | None = None,
         scratch: tuple[KV, jax.Array] | None = None,
+        fused: bool = False,
     ) -> tuple[jax.Array, KV]:
         """x [B, Q, d] -> ([B, Q, d], keys and values).
 
         Without `scratch` the queries see each other under `mask` [B, Q, Q], and the new keys and
         values [B, K, Q, D] are returned. With `scratch` = (block [B, K, W, D], index) they are
         written to the block at that slot first, `mask` is [B, Q, W] and the block is returned.
-        `cached` is an earlier block that is read but never written.
+        `cached` is an earlier block that is read but never written. `fused`: attention is one
+        kernel, on one GPU.
         """
         y = self.input_layernorm(x)
         q = apply_rope(self._heads(self.q_proj(y)), rope)
@@ -67,7 +70,8 @@ class DecoderLayer(nn.Module):
                 block = jax.tree.map(partial(jnp.where, slot == index + i), kv_i, block)
             kv = block
         context = [Context(kv, mask)] if cached is None else [cached, Context(kv, mask)]
-        x = x + self.o_proj(rearrange(attend(q, context), "B S H D -> B S (H D)"))
+        attention = fused_attend if fused and fits(q, context) else attend
+        x = x + self.o_proj(rearrange(attention(q, context), "B S H D -> B S (H D)"))
         y = self.post_attention_layernorm(x)
         return x + self.down_proj(jax.nn.silu(self.gate_proj(y)) * self.up_proj(y)), kv
 
@@ -121,10 +125,12 @@ class Decoder(nn.Module):
         cached_mask: jax.Array | None = None,
         scratch: tuple[KV, ...] | None = None,
         index: jax.Array | int = 0,
+        fused: bool = False,
     ) -> tuple[jax.Array, tuple[KV, ...]]:
         """Layers first .. last-1 on x [B, Q, d] at positions [B, Q]: (states, one KV a layer).
 
-        `cached` and `scratch` hold one block a layer of the range, as in `DecoderLayer`.
+        `cached` and `scratch` hold one block a layer of the range, as in `DecoderLayer`; `fused`
+        too is as there.
         """
         rope = self.rope(positions)
         layers = self.layers[first:last]
@@ -136,6 +142,7 @@ class Decoder(nn.Module):
                 mask,
                 None if cached is None or cached_mask is None else Context(cached[i], cached_mask),
                 None if scratch is None else (scratch[i], jnp.asarray(index)),
+                fused,
             )
             out.append(kv)
         return x, tuple(out)

@@ -1,0 +1,74 @@
+"""The programs that GPUs are given, on this machine: their kernel is interpreted.
+
+Answers must be those of the programs for other devices, token for token; with drafts, those that
+have none there.
+"""
+
+import dataclasses
+import functools
+
+import pytest
+
+from tests.decoding.models import CONFIG, generator, mixed, run, tokens
+from twig_jax.decoding import generate, network
+from twig_jax.models import fused_attention, llama
+from twig_jax.sharding.mesh import make_mesh
+
+# Heads as wide as the kernel needs.
+TEXT = dataclasses.replace(CONFIG.text, head_dim=16)
+
+
+@pytest.fixture(scope="module")
+def known():
+    """Answers of other devices' programs, by mode and rows."""
+    model = generator(text=TEXT)
+    asked = ("plain", 1), ("ttp", 1), ("ttp", 4)
+    return {
+        (mode, rows): tokens(run(mixed()[:rows], model=model, mode=mode)) for mode, rows in asked
+    }
+
+
+@pytest.fixture
+def used(known, monkeypatch):
+    """Makes programs for GPUs; counts what is traced: kernels, and tokens run as two."""
+    counts = {"kernels": 0, "twofold": 0}
+
+    def counted(name, function):
+        def call(*args, **kwargs):
+            counts[name] += 1
+            return function(*args, **kwargs)
+
+        return call
+
+    kernel = functools.partial(fused_attention.fused_attend, interpret=True)
+    monkeypatch.setattr(llama, "fused_attend", counted("kernels", kernel))
+    monkeypatch.setattr(network, "_run_twofold", counted("twofold", network._run_twofold))
+    monkeypatch.setattr(generate, "runs_triton", lambda device: True)
+    return counts
+
+
+def test_a_single_row(used, known):
+    found = run(mixed()[:1], model=generator(text=TEXT), mode="plain")
+    assert tokens(found) == known["plain", 1]
+    assert used["kernels"] > 0 < used["twofold"]
+
+
+def test_a_batch(used, known):
+    """The kernel takes single tokens of several rows as they are."""
+    found = run(mixed(), model=generator(text=TEXT), mode="ttp_ssd")
+    assert tokens(found) == known["ttp", 4]
+    assert used["kernels"] > 0 == used["twofold"]
+
+
+def test_a_tree_that_is_not_always_drafted(used, known):
+    model = generator(text=TEXT, made={"draft_cost": 0.1})
+    tree = {"children": 2, "expanded": 2, "nodes": 5, "adaptive": True}
+    assert tokens(run(mixed()[:1], model=model, mode="ttp_ssd", **tree)) == known["ttp", 1]
+    assert used["kernels"] > 0 < used["twofold"]
+
+
+def test_a_mesh_has_no_kernel(used, known):
+    """It is for one device; all single tokens then run as two."""
+    model = generator(text=TEXT, made={"mesh": make_mesh(4, 1, 2)})
+    assert tokens(run(mixed(), model=model, mode="ttp_ssd")) == known["ttp", 4]
+    assert used["kernels"] == 0 < used["twofold"]

@@ -1,0 +1,148 @@
+"""Attention of a few queries over long blocks of keys as one kernel of a GPU, by Pallas and Triton.
+
+XLA makes seven or more kernels of `attention.attend` here, each over a few microseconds of data
+and each with a start and an end of its own. This one reads keys and values once, with a running
+maximum (Milakov and Gimelshein 2018), and parts of the slots beside each other, as few rows have
+fewer heads than a GPU has processors (flash decoding).
+"""
+
+import functools
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jax.experimental import pallas as pl
+
+from twig_jax.models.attention import Context
+
+try:
+    from jax.experimental.pallas import triton
+except ImportError:  # jax means to give it up one day
+    triton = None
+
+_ROWS = 64  # queries of a key head at most
+_SLOTS = 64  # read at a time
+_PROGRAMS = 2048  # about as many as keep a GPU busy
+_PARTS = 16  # of a block at most: they are added up one by one
+
+
+def fits(q: jax.Array, context: Sequence[Context]) -> bool:
+    """Whether the kernel is made for such queries [B, Q, H, D], and jax still has its compiler."""
+    _, Q, H, D = q.shape
+    few = Q * H // context[0].kv.k.shape[1] <= _ROWS
+    return triton is not None and few and D in (16, 32, 64, 128, 256)
+
+
+def fused_attend(q: jax.Array, context: Sequence[Context], *, interpret: bool = False) -> jax.Array:
+    """`attention.attend` of q [B, Q, H, D] where it `fits`: the same but for rounding.
+
+    interpret: computes on any device what the kernel would, slowly.
+    """
+    B, Q, H, D = q.shape
+    K = context[0].kv.k.shape[1]
+    queries = rearrange(q * D**-0.5, "B Q (K G) D -> B K (G Q) D", K=K)
+    rows = queries.shape[2]
+    blocks: list[jax.Array] = []
+    shares = []
+    for c in context:
+        # Booleans have no addresses of their own in Triton.
+        mask = jnp.broadcast_to(c.mask[:, None], (B, H // K, *c.mask.shape[1:])).astype(jnp.int8)
+        blocks += [*c.kv, rearrange(mask, "B G Q S -> B (G Q) S")]
+        shares.append(_Share.of(c.kv.k.shape[2], min(max(_PROGRAMS // (B * K), 1), _PARTS)))
+    parts = sum(share.parts for share in shares)
+    sums, tops, totals = pl.pallas_call(
+        partial(_kernel, shares),
+        grid=(B, K, parts),
+        in_specs=[pl.no_block_spec] * (1 + len(blocks)),
+        out_specs=[pl.no_block_spec] * 3,
+        out_shape=[
+            jax.ShapeDtypeStruct((parts, B, K, rows, D), jnp.float32),
+            jax.ShapeDtypeStruct((parts, B, K, rows), jnp.float32),
+            jax.ShapeDtypeStruct((parts, B, K, rows), jnp.float32),
+        ],
+        compiler_params=None if interpret else triton.CompilerParams(num_warps=4, num_stages=3),
+        interpret=interpret,
+        name="fused_attention",
+    )(queries, *blocks)
+    # One after the other: a sum over an axis would be a kernel of its own.
+    top = functools.reduce(jnp.maximum, tops)
+    weights = [jnp.exp(each - top) for each in tops]
+    total = sum(w * each for w, each in zip(weights, totals, strict=True))
+    out = sum(w[..., None] * each for w, each in zip(weights, sums, strict=True))
+    out = out / jnp.maximum(total, 1e-30)[..., None]
+    return rearrange(out, "B K (G Q) D -> B Q (K G) D", Q=Q).astype(q.dtype)
+
+
+class _Share(NamedTuple):
+    """How a block of slots is shared: parts of so many chunks each, of so many slots."""
+
+    parts: int
+    chunks: int
+    width: int
+
+    @classmethod
+    def of(cls, slots: int, most: int) -> "_Share":
+        """In `most` parts or fewer."""
+        width = min(max(pl.next_power_of_2(slots), 16), _SLOTS)  # 16: a matrix unit's least
+        chunks = pl.cdiv(pl.cdiv(slots, width), most)
+        return cls(pl.cdiv(slots, chunks * width), chunks, width)
+
+
+def _kernel(shares: Sequence[_Share], q_ref: Any, *refs: Any) -> None:
+    """One part of the slots of one key head of one row of the batch."""
+    blocks, out_refs = refs[:-3], refs[-3:]
+    b, head, part = (pl.program_id(axis) for axis in range(3))
+    first = 0
+    for i, share in enumerate(shares):
+        block = blocks[3 * i : 3 * i + 3]
+        mine = (part >= first) & (part < first + share.parts)
+        pl.when(mine)(partial(_part, share, part - first, part, b, head, q_ref, block, out_refs))
+        first += share.parts
+
+
+def _part(
+    share: _Share, number: Any, part: Any, b: Any, head: Any, q_ref: Any, block: Any, out_refs: Any
+) -> None:
+    """Part `number` of a block, which is the `part`-th of all: its weighted sum, top and total."""
+    k_ref, v_ref, mask_ref = block
+    rows, D = q_ref.shape[2:]
+    size = max(pl.next_power_of_2(rows), 16)
+    every = pl.ds(0, size)
+    real = jnp.arange(size) < rows
+    q = _load(q_ref.at[b, head, every, :], real[:, None])
+
+    def add(i: Any, carry: Any) -> Any:
+        """Adds a chunk to what there is: maximum, total of the weights, and their sum."""
+        top, total, out = carry
+        began = (number * share.chunks + i) * share.width
+        slots = pl.ds(began, share.width)
+        there = began + jnp.arange(share.width) < k_ref.shape[2]
+        # All that is read is asked for first.
+        seen = _load(mask_ref.at[b, every, slots], real[:, None] & there)
+        k = _load(k_ref.at[b, head, slots, :], there[:, None])
+        v = _load(v_ref.at[b, head, slots, :], there[:, None])
+        logits = jnp.dot(q, k.T, preferred_element_type=jnp.float32)
+        logits = jnp.where(seen != 0, logits, -jnp.inf)
+        higher = jnp.maximum(top, logits.max(1))
+        weights, kept = jnp.exp(logits - higher[:, None]), jnp.exp(top - higher)
+        more = jnp.dot(weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+        return higher, total * kept + weights.sum(1), out * kept[:, None] + more
+
+    lowest = jnp.full(size, jnp.finfo(jnp.float32).min)
+    carry = lowest, jnp.zeros(size), jnp.zeros((size, D))
+    top, total, out = (
+        add(0, carry) if share.chunks == 1 else jax.lax.fori_loop(0, share.chunks, add, carry)
+    )
+    sums, tops, totals = out_refs
+    triton.store(sums.at[part, b, head, every, :], out, mask=real[:, None])
+    triton.store(tops.at[part, b, head, every], top, mask=real)
+    triton.store(totals.at[part, b, head, every], total, mask=real)
+
+
+def _load(ref: Any, mask: jax.Array) -> jax.Array:
+    """What a masked load reads, zeros elsewhere."""
+    shape = jnp.broadcast_shapes(mask.shape, tuple(ref.shape))
+    return triton.load(ref, mask=jnp.broadcast_to(mask, shape), other=0)
