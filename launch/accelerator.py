@@ -13,11 +13,13 @@ Runs from the repository's folder, and needs no checkpoint and no network. The p
     int8          the same as benchmark, with a twig that drafts in int8; only when asked for
     transformers  its generate on the same weights, in turn with ours; only when asked for
 
-Every part has its share of --minutes; one that fails or is cut off does not stop the others, and
-the benchmarks leave what they have measured by then. OUT/README.md says what came out, OUT has the
-logs and figures. Exit status 1 where any part did not pass.
+Every part has its share of --minutes, parity and equality the same one; one that fails or is cut
+off does not stop the others, and the benchmarks leave what they have measured by then.
+OUT/README.md says what came out, OUT has the logs and figures. Exit status 1 where any part did
+not pass.
 """
 
+import importlib.util
 import json
 import os
 import signal
@@ -81,17 +83,20 @@ def parts(out: Path) -> list[Part]:
     tiny, python = _TINY.value, sys.executable
     # The best device there is, where the tests would take the CPU; they compare in float32.
     exact = {"JAX_PLATFORMS": "", "JAX_DEFAULT_MATMUL_PRECISION": "highest"}
-    # They compile far longer than they run.
+    # They compile far longer than they run, so all of them at once.
     exact["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0"
+    exact["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "default"]
+    if importlib.util.find_spec("xdist") is not None:
+        pytest += ["-n", str(min(os.cpu_count() or 1, 8))]
     tests = ["tests/parity/test_hf.py", "tests/parity/test_golden.py"]
     # Without those that need no accelerator: that mistakes are noticed, and files for other code.
     pytest += [*(tests[:1] if tiny else tests), "-k", "not fails and not processor"]
     size = {"tokens": 1, "rows": 4, "new": 8} if tiny else {"tokens": 8000, "rows": 32, "new": 32}
     return [
-        Part("parity", pytest, 2.5, exact),
-        Part("equality", [python, "-m", "tests.tools.equalities", *_flags(size)], 2.5, exact),
-        _benchmark(out, "benchmark", 5, modes="plain,ttp,ssd,ttp_ssd", batch="1,8"),
+        Part("parity", pytest, 4, exact),
+        Part("equality", [python, "-m", "tests.tools.equalities", *_flags(size)], 4, exact, True),
+        _benchmark(out, "benchmark", 5, modes="plain,ttp,ttp_ssd", batch="1,8"),
         _benchmark(
             out,
             "matrix",

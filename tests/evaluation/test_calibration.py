@@ -66,6 +66,16 @@ def test_answers_are_the_bases_own(calibrated, drafted):
     assert min(len(set(r.tokens.tolist())) for r in plain) > 60
 
 
+def test_what_was_found_can_be_had_again(calibrated, drafted):
+    found = calibrated[1]
+    weights = f"mistaken:{found.error}:{found.logit}"
+    model, none = calibration.draw(CONFIG, TWIG, weights, "float32", requests(0), CALL)
+    again = model.generate(requests(0), CALL)
+    assert none is None
+    assert [r.tokens.tolist() for r in again] == [r.tokens.tolist() for r in drafted[0]]
+    assert acceptance(again, [()] * 8).tokar == found.tokar
+
+
 def test_what_cannot_be_reached_is_said(base, monkeypatch):
     monkeypatch.setattr(calibration, "_MOST", 1)
     said = (
@@ -85,9 +95,9 @@ def test_targets(text):
         calibration.target(text)
 
 
-@pytest.mark.parametrize("weights", ["trained", "random:0.5", ""])
+@pytest.mark.parametrize("weights", ["trained", "random:0.5", "", "mistaken:0.1", "mistaken:a:1"])
 def test_unknown_weights(weights):
-    with pytest.raises(ValueError, match="weights are random or calibrated"):
+    with pytest.raises(ValueError, match="weights are random, calibrated:"):
         calibration.draw(CONFIG, TWIG, weights, "float32", requests(0), CALL)
 
 

@@ -110,3 +110,20 @@ def test_a_part_that_fails_or_hangs_does_not_stop_the_others(tmp_path):
     assert (logs[0], logs[1], logs[3]) == ("well", "ill", "a variable")
     time.sleep(1.5)
     assert not late.exists()
+
+
+def test_parts_beside_each_other(tmp_path):
+    """Each waits for the other; both may take the larger share."""
+    code = (
+        "import pathlib, sys, time\n"
+        "pathlib.Path(sys.argv[1]).touch()\n"
+        "while not pathlib.Path(sys.argv[2]).exists(): time.sleep(0.02)"
+    )
+    one, other = (
+        Part(name, [sys.executable, "-c", code, name, waits], share, beside=beside)
+        for name, waits, share, beside in (("a", "b", 1, False), ("b", "a", 3, True))
+    )
+    last = Part("last", [sys.executable, "-c", ""], 1)
+    outcomes = run_parts([one, other, last], 40, tmp_path, tmp_path)
+    assert [o.outcome for o in outcomes] == ["passed"] * 3
+    assert outcomes[0].limit == outcomes[1].limit == pytest.approx(30, abs=0.5)

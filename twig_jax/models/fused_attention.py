@@ -21,7 +21,7 @@ from twig_jax.models.attention import Context
 try:
     from jax.experimental.pallas import triton
 except ImportError:  # jax means to give it up one day
-    triton = None
+    triton = None  # type: ignore[assignment]
 
 _ROWS = 64  # queries of a key head at most
 _SLOTS = 64  # read at a time
