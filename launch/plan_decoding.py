@@ -81,9 +81,11 @@ def planned(batches: list[int]) -> list[Any]:
 
 def report(plans: list[Any]) -> None:
     """The plans as a table."""
+    from twig_jax.decoding.plan import HOP, LAUNCH
+
     headers = (
         "topology|rows|mode|from|GiB a device|fits|floor MB|moved MB|GFLOP|collectives|MB|copies|"
-        "kernels|memory ms|math ms|link ms|gaps ms|iteration ms|token ms|over plain"
+        "kernels|memory ms|math ms|link ms|starts ms|iteration ms|token ms|over plain"
     )
     plain = {(p.topology, p.rows): p.token for p in plans if p.mode == "plain"}
     lines = []
@@ -115,8 +117,8 @@ def report(plans: list[Any]) -> None:
     print(
         f"Of one device and one iteration, in which ssd drafts {_GAMMA.value} tokens ahead and "
         f"{_TOKAR.value:.1%} of\ndrafts are taken to be accepted. Times are PREDICTED, not "
-        "measured: bytes and FLOPs at the\npeaks of data sheets, collectives over a ring at 1 µs "
-        "a hop, 1.5 µs between kernels of a GPU."
+        f"measured: bytes and FLOPs at the\npeaks of data sheets, collectives over a ring at "
+        f"{1e6 * HOP:g} µs a hop, {1e6 * LAUNCH:g} µs for the start and\nend of each kernel of a GPU."
     )
 
 

@@ -132,7 +132,7 @@ def test_a_plan_for_tpus_is_that_of_the_compiled_loop(monkeypatch):
     assert json.loads(json.dumps(found.as_json()))["fits"]
 
 
-def test_a_plan_for_gpus_has_gaps_between_kernels(monkeypatch):
+def test_a_plan_for_gpus_counts_the_starts_of_kernels(monkeypatch):
     monkeypatch.setattr("twig_jax.programs._tpus", lambda name: jax.devices())
     monkeypatch.setattr("twig_jax.programs._gpus", lambda chip, count: jax.devices())
     gpus, tpus = (tiny(name, tensor=2, mode="plain") for name in ("h100:8", "v5e:2x4"))

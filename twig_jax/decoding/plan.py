@@ -18,8 +18,8 @@ from twig_jax.hardware import Chip
 from twig_jax.programs import Collective, Hlo, device_bytes, find_topology, working_memory
 from twig_jax.sharding.mesh import AXES, mesh_sizes
 
-# Seconds that a message takes to the next device of a ring, and that a GPU loses between a kernel
-# and the next, both assumptions.
+# Seconds that a message takes to the next device of a ring, an assumption, and that a GPU takes
+# for a kernel that moves next to nothing: 1.0 to 1.7 µs on an H200, without gaps between them.
 HOP = 1e-6
 LAUNCH = 1.5e-6
 
