@@ -117,8 +117,9 @@ def report(plans: list[Any]) -> None:
     print(
         f"Of one device and one iteration, in which ssd drafts {_GAMMA.value} tokens ahead and "
         f"{_TOKAR.value:.1%} of\ndrafts are taken to be accepted. Times are PREDICTED, not "
-        f"measured: bytes and FLOPs at the\npeaks of data sheets, collectives over a ring at "
-        f"{1e6 * HOP:g} µs a hop, {1e6 * LAUNCH:g} µs for the start and\nend of each kernel of a GPU."
+        "measured: bytes and FLOPs at the\npeaks of data sheets, collectives over a ring at "
+        f"{1e6 * HOP:g} µs a hop, {1e6 * LAUNCH:g} µs for the start\nand end of each kernel of a "
+        "GPU."
     )
 
 

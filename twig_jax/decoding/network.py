@@ -1,5 +1,6 @@
 """The base and the twig as the decoding programs call them."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +16,7 @@ from twig_jax.models.int8 import quantised
 from twig_jax.models.llava import Llava, Params
 from twig_jax.models.twig import twig_decoder
 from twig_jax.pruning.schedule import Rank
+from twig_jax.sharding.placement import ROWS
 
 
 class Segment(NamedTuple):
@@ -129,22 +131,20 @@ class Program:
         if not self.gpu or method not in ("run", "logits"):
             return apply(*args, **kwargs)
         rows, tokens = args[0].shape[:2]
-        if method == "logits":
-            return apply(_twofold(*args))[:, :1] if rows * tokens == 1 else apply(*args)
-        # The kernel is for one device.
         mesh = jax.sharding.get_abstract_mesh()
-        fused = kwargs.get("cached") is not None and (mesh.empty or mesh.size == 1)
-        if tokens == 1 and (rows == 1 or not fused):
-            return _run_twofold(apply, *args, fused=fused, **kwargs)
-        return apply(*args, fused=fused, **kwargs)
+        spread = 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in ROWS)
+        alone = tokens == 1 and rows <= spread  # on its device
+        if method == "logits":
+            return apply(_twofold(*args))[:, :1] if alone else apply(*args)
+        kwargs["fused"] = kwargs.get("cached") is not None
+        return _run_twofold(apply, *args, **kwargs) if alone else apply(*args, **kwargs)
 
 
 def _twofold(x: jax.Array) -> jax.Array:
     """Every row's only token twice, [B, 1, ...] -> [B, 2, ...].
 
-    XLA makes no matrix product of a single token: on an H200 its products with gate and up take
-    a sixth longer than those of two tokens, and its attention, a reduction into which the rotation of
-    queries is merged, 42 µs a layer of 7B where XLA's own of two tokens takes 20.
+    XLA makes no matrix product of a single token: on an H200 those with gate and up take a sixth
+    longer than products of two tokens.
     """
     return jnp.concatenate([x, x], axis=1)
 

@@ -17,6 +17,7 @@ from einops import rearrange
 from jax.experimental import pallas as pl
 
 from twig_jax.models.attention import Context
+from twig_jax.sharding.placement import partition
 
 try:
     from jax.experimental.pallas import triton
@@ -39,8 +40,28 @@ def fits(q: jax.Array, context: Sequence[Context]) -> bool:
 def fused_attend(q: jax.Array, context: Sequence[Context], *, interpret: bool = False) -> jax.Array:
     """`attention.attend` of q [B, Q, H, D] where it `fits`: the same but for rounding.
 
-    interpret: computes on any device what the kernel would, slowly.
+    Each device of the mesh that is set attends for its rows and heads. interpret: computes on any
+    device what the kernel would, slowly.
     """
+    here = partial(_attend, interpret=interpret)
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return here(q, context)
+    heads = "tensor" if context[0].kv.k.shape[1] % mesh.shape["tensor"] == 0 else None
+
+    def spec(x: jax.Array, *axes: str | None) -> Any:
+        return partition(x.shape, ("rows", *axes), mesh)
+
+    own = spec(q, None, heads)
+    blocks = [
+        c._replace(kv=jax.tree.map(lambda x: spec(x, heads), c.kv), mask=spec(c.mask))
+        for c in context
+    ]
+    split = jax.shard_map(here, in_specs=(own, blocks), out_specs=own, check_vma=False)
+    return split(q, list(context))
+
+
+def _attend(q: jax.Array, context: Sequence[Context], *, interpret: bool) -> jax.Array:
     B, Q, H, D = q.shape
     K = context[0].kv.k.shape[1]
     queries = rearrange(q * D**-0.5, "B Q (K G) D -> B K (G Q) D", K=K)
