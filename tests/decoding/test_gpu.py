@@ -55,7 +55,7 @@ def test_a_single_row(used, known):
 
 def test_a_batch(used, known):
     """The kernel takes single tokens of several rows as they are."""
-    found = run(mixed(), model=generator(text=TEXT), mode="ttp_ssd")
+    found = run(mixed(), model=generator(text=TEXT), mode="ttp")
     assert tokens(found) == known["ttp", 4]
     assert used["kernels"] > 0 == used["twofold"]
 
