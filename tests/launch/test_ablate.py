@@ -1,6 +1,7 @@
 """The ablation launcher, as a user runs it."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -8,6 +9,8 @@ from pathlib import Path
 
 import pytest
 from safetensors.numpy import load_file
+
+from tests import QUICK_COMPILING
 
 ROOT = Path(__file__).resolve().parents[2]
 REINFORCED = """
@@ -24,7 +27,12 @@ def get_config():
 def ablate(*arguments):
     command = [sys.executable, "-m", "launch.ablate", "--config", "configs/digits_twig.py"]
     return subprocess.run(
-        [*command, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=500
+        [*command, *map(str, arguments)],
+        cwd=ROOT,
+        env={**os.environ, "XLA_FLAGS": QUICK_COMPILING},
+        capture_output=True,
+        text=True,
+        timeout=500,
     )
 
 

@@ -127,7 +127,8 @@ def test_the_benchmark(environment, tmp_path):
     files = ("--plot", str(picture), "--profile", str(profile))
     result = benchmark(environment, *few, "--json", "-", *files)
     assert result.returncode == 0, result.stderr[-2000:]
-    rows = json.loads(result.stdout)["results"]
+    results = json.loads(result.stdout)
+    rows = results["results"]
     cells = [(r["batch"], r["max_new_tokens"], r["way"]) for r in rows]
     assert cells == [(2, n, w) for n in (3, 4) for w in ("plain", "ttp_ssd 88.9%")]
     for row in rows:
@@ -135,7 +136,10 @@ def test_the_benchmark(environment, tmp_path):
         assert row["relspd"] > 0 and row["tokens_per_s"] > 0
         assert (row["relspd"] == 1) == (row["mode"] == "plain")
         assert (row["tokar"] is None) == (row["mode"] == "plain")
-        assert (row["cached_call_s"] is None) == (row["max_new_tokens"] == 4)
+        # Where programs may be on disk already, the first calls load them themselves.
+        warm = not results["settings"]["compiled_cold"]
+        assert (row["cached_call_s"] is None) == (warm or row["max_new_tokens"] == 4)
+        assert row["recompiled"] == 0
     with Image.open(picture) as image:
         assert image.size[0] > 300
     short, _, long, *_ = profile.read_text().split("\n\n")
