@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "presets": {"config"},
     "runtime": set(),
     "hardware": set(),
-    "programs": {"hardware"},
+    "programs": set(),
     "sharding": SHAPES,
     "models": SHAPES | {"sharding"},
     "pruning": SHAPES | {"sharding", "models"},

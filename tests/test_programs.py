@@ -1,7 +1,5 @@
 """What is read off compiled programs, in texts of TPU programs and in real ones."""
 
-from types import SimpleNamespace
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +7,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from twig_jax.programs import Collective, Hlo, find_topology
+from twig_jax.programs import Collective, Hlo
 from twig_jax.sharding.mesh import make_mesh
 
 
@@ -295,34 +293,3 @@ def test_traffic_of_a_real_program():
     once = hlo.traffic(hlo.loop())
     assert w.nbytes + x.nbytes <= once <= 2 * (w.nbytes + 4 * x.nbytes)
     assert hlo.traffic(hlo.entry) >= 3 * once
-
-
-def test_topologies(monkeypatch):
-    monkeypatch.setattr("twig_jax.programs._gpus", lambda chip, count: jax.devices()[:count])
-    chip, count, devices = find_topology("h100:2x4")
-    assert chip.kind == "H100" and count == 8 and devices == jax.devices()
-    monkeypatch.setattr("twig_jax.programs._tpus", lambda name: jax.devices())
-    chip, count, devices = find_topology("v5e:2x4")
-    assert chip.kind == "TPU v5 lite" and count == 8 and devices == jax.devices()
-
-
-def test_gpus_are_described_to_their_compiler(monkeypatch):
-    told = {}
-
-    def get(**kwargs):
-        told.update(kwargs)
-        return SimpleNamespace(devices=["one", "two"])
-
-    monkeypatch.setattr("jax.experimental.topologies.get_topology_desc", get)
-    chip, count, devices = find_topology("l4:2")
-    assert chip.kind == "L4" and count == 2 and devices == ["one", "two"]
-    assert told["platform"] == "cuda" and told["topology"] == "1x1x2"
-    described = " ".join(told["target_config"].split())
-    assert "cuda_compute_capability { major: 8 minor: 9 } core_count: 58" in described
-    assert "memory_bandwidth: 300000000000 " in described
-
-    def absent(**_):
-        raise NotImplementedError("topology not implemented for cuda")
-
-    monkeypatch.setattr("jax.experimental.topologies.get_topology_desc", absent)
-    assert find_topology("l4:2")[2] is None

@@ -1,8 +1,12 @@
-"""What accelerators can do, from their makers' data sheets."""
+"""What accelerators can do, from their makers' data sheets, and what compiles for them."""
 
+import math
+import os
 import re
 from dataclasses import dataclass
 from typing import Any, NamedTuple
+
+from jax.experimental import topologies
 
 
 class Cuda(NamedTuple):
@@ -63,3 +67,75 @@ def chip(device_kind: str) -> Chip | None:
     found = [chip for chip in CHIPS.values() if chip.kind in device_kind]
     # "TPU v5" is part of "TPU v5 lite".
     return max(found, key=lambda chip: len(chip.kind), default=None)
+
+
+def find_topology(name: str) -> tuple[Chip, int, Any]:
+    """(chip, devices, what to compile for) of TPUs, such as v5e:2x4, or so many GPUs, h100:8.
+
+    The last is None for GPUs without their compiler (jax's plug-in for CUDA). Raises ValueError for
+    a topology that is not known, and for TPUs without their compiler.
+    """
+    chip, _, size = name.partition(":")
+    if chip not in CHIPS or not re.fullmatch(r"\d+(x\d+)*", size):
+        raise ValueError(
+            f"no topology {name!r}; write a TPU slice as v5e:2x4 or a number of GPUs as h100:8;"
+            f" there are: {', '.join(CHIPS)}"
+        )
+    if CHIPS[chip].cuda:
+        count = math.prod(map(int, size.split("x")))
+        return CHIPS[chip], count, _gpus(CHIPS[chip], count)
+    devices = _tpus(name)
+    return CHIPS[chip], len(devices), devices
+
+
+def _tpus(name: str) -> Any:
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU to ask about itself
+    try:
+        return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+    except Exception as error:  # of the plug-in, of its absence, of a slice it does not know
+        raise ValueError(
+            f"no TPU compiler for {name}: pip install 'jax[tpu]' here, and check that there is "
+            f"such a slice ({str(error).splitlines()[0]})"
+        ) from error
+
+
+def _gpus(chip: Chip, count: int) -> Any:
+    assert chip.cuda is not None
+    c = chip.cuda
+    # What XLA is told about a GPU that is not there (its GpuTargetConfigProto, as text).
+    described = f"""
+        platform_name: "CUDA"
+        device_description_str: "NVIDIA {chip.kind}"
+        runtime_version {{ major: 12 minor: 8 }}
+        dnn_version_info {{ major: 9 minor: 8 }}
+        gpu_device_info {{
+          cuda_compute_capability {{ major: {c.capability[0]} minor: {c.capability[1]} }}
+          core_count: {c.cores}
+          threads_per_core_limit: {c.threads}
+          fpus_per_core: {c.units}
+          shared_memory_per_block: 49152
+          shared_memory_per_block_optin: {c.shared * 2**10}
+          shared_memory_per_core: {(c.shared + 1) * 2**10}
+          l2_cache_size: {c.cache * 2**20}
+          clock_rate_ghz: {c.clock}
+          memory_bandwidth: {chip.bandwidth:.0f}
+          device_memory_size: {chip.memory * 2**30:.0f}
+          threads_per_block_limit: 1024
+          threads_per_warp: 32
+          registers_per_core_limit: 65536
+          registers_per_block_limit: 65536
+          block_dim_limit_x: 2147483647
+          block_dim_limit_y: 65535
+          block_dim_limit_z: 65535
+        }}
+    """
+    try:
+        found = topologies.get_topology_desc(
+            platform="cuda",
+            topology_name=chip.kind,
+            topology=f"1x1x{count}",
+            target_config=described,
+        )
+    except NotImplementedError:  # no plug-in
+        return None
+    return found.devices

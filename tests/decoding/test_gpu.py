@@ -6,14 +6,11 @@ have none there.
 
 import dataclasses
 import functools
-from types import SimpleNamespace
 
-import jax
 import pytest
 
 from tests.decoding.models import CONFIG, generator, mixed, run, tokens
 from twig_jax.decoding import generate, network
-from twig_jax.hardware import runs_triton
 from twig_jax.models import fused_attention, llama
 from twig_jax.sharding.mesh import make_mesh
 
@@ -75,11 +72,3 @@ def test_rows_and_heads_of_a_mesh(used, known):
     model = generator(text=TEXT, made={"mesh": make_mesh(4, 1, 2)})
     assert tokens(run(mixed(), model=model, mode="ttp_ssd")) == known["ttp", 4]
     assert used["kernels"] > 0 < used["twofold"]
-
-
-@pytest.mark.parametrize(
-    ("capability", "runs"), [("9.0", True), ("8.0", True), ("7.5", False), ("gfx942", False)]
-)
-def test_which_devices_run_the_kernel(capability, runs):
-    assert runs_triton(SimpleNamespace(compute_capability=capability)) == runs
-    assert not runs_triton(jax.devices("cpu")[0])

@@ -21,7 +21,7 @@ BUCKET = Bucket(rows=2, text=64, images=2, new=32)
 
 @pytest.fixture(autouse=True)
 def no_compiler_for_gpus(monkeypatch):
-    monkeypatch.setattr("twig_jax.programs._gpus", lambda chip, count: None)
+    monkeypatch.setattr("twig_jax.hardware._gpus", lambda chip, count: None)
 
 
 def tiny(topology, bucket=BUCKET, tokar=0.0, tensor=0, **changes):
@@ -120,7 +120,7 @@ def test_pruned_layers_hold_no_slots_for_pruned_tokens():
 
 def test_a_plan_for_tpus_is_that_of_the_compiled_loop(monkeypatch):
     """With eight devices of this machine in the place of a slice."""
-    monkeypatch.setattr("twig_jax.programs._tpus", lambda name: jax.devices())
+    monkeypatch.setattr("twig_jax.hardware._tpus", lambda name: jax.devices())
     found, shapes = tiny("v5e:2x4", tensor=2, mode="plain"), tiny("h100:8", tensor=2, mode="plain")
     assert found.compiled and found.mesh == (4, 1, 2)
     assert found.copies == 0 and shapes.copies is None and shapes.kernels is None
@@ -133,8 +133,8 @@ def test_a_plan_for_tpus_is_that_of_the_compiled_loop(monkeypatch):
 
 
 def test_a_plan_for_gpus_counts_the_starts_of_kernels(monkeypatch):
-    monkeypatch.setattr("twig_jax.programs._tpus", lambda name: jax.devices())
-    monkeypatch.setattr("twig_jax.programs._gpus", lambda chip, count: jax.devices())
+    monkeypatch.setattr("twig_jax.hardware._tpus", lambda name: jax.devices())
+    monkeypatch.setattr("twig_jax.hardware._gpus", lambda chip, count: jax.devices())
     gpus, tpus = (tiny(name, tensor=2, mode="plain") for name in ("h100:8", "v5e:2x4"))
     assert gpus.compiled and gpus.kernels > CONFIG.text.num_layers
     part = gpus.seconds
@@ -144,7 +144,7 @@ def test_a_plan_for_gpus_counts_the_starts_of_kernels(monkeypatch):
 
 
 def test_drafting_counts_as_often_as_there_are_levels(monkeypatch):
-    monkeypatch.setattr("twig_jax.programs._tpus", lambda name: jax.devices()[:1])
+    monkeypatch.setattr("twig_jax.hardware._tpus", lambda name: jax.devices()[:1])
     config = dataclasses.replace(CONFIG, text=dataclasses.replace(CONFIG.text, num_layers=3))
     three, five = (
         plan(

@@ -30,7 +30,7 @@ def case(rows, queries, heads, kv_heads, width, slots, seed=0, dtype="float32", 
     return normal(rows, queries, heads, width), [block(count) for count in slots]
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     st.integers(1, 3),
     st.integers(1, 8),

@@ -22,7 +22,7 @@ from twig_jax.training.step import init_state, make_step
 
 @pytest.fixture(autouse=True)
 def no_compiler_for_gpus(monkeypatch):
-    monkeypatch.setattr("twig_jax.programs._gpus", lambda chip, count: None)
+    monkeypatch.setattr("twig_jax.hardware._gpus", lambda chip, count: None)
 
 
 def tiny(stage="twig", **changes):
@@ -140,7 +140,7 @@ def test_without_the_tpus_compiler(monkeypatch):
 
 def test_a_plan_for_tpus_is_that_of_the_compiled_step(monkeypatch):
     """With eight devices of this machine in the place of a slice."""
-    monkeypatch.setattr("twig_jax.programs._tpus", lambda topology: jax.devices())
+    monkeypatch.setattr("twig_jax.hardware._tpus", lambda topology: jax.devices())
     found = plan(tiny(mesh=(1, 0, 1)), "v5e:2x4")
     assert found.compiled and found.mesh == (1, 8, 1)
     assert "compiled ahead of time" in str(found)

@@ -14,8 +14,8 @@ from twig_jax.decoding.cache import Caches
 from twig_jax.decoding.cost import Shapes
 from twig_jax.decoding.generate import jitted_decode
 from twig_jax.decoding.settings import Settings
-from twig_jax.hardware import Chip
-from twig_jax.programs import Collective, Hlo, device_bytes, find_topology, working_memory
+from twig_jax.hardware import Chip, find_topology
+from twig_jax.programs import Collective, Hlo, device_bytes, working_memory
 from twig_jax.sharding.mesh import AXES, mesh_sizes
 
 # Seconds that a message takes to the next device of a ring, an assumption, and that a GPU takes

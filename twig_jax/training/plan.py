@@ -11,10 +11,10 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from twig_jax.data.packing import Shape, fill
-from twig_jax.hardware import Chip
+from twig_jax.hardware import Chip, find_topology
 from twig_jax.models.llava import init_base
 from twig_jax.models.twig import feeding, init_twig
-from twig_jax.programs import Hlo, abstract, device_bytes, find_topology, working_memory
+from twig_jax.programs import Hlo, abstract, device_bytes, working_memory
 from twig_jax.sharding.mesh import AXES, mesh_sizes
 from twig_jax.sharding.rules import shardings
 from twig_jax.training.config import TrainConfig
