@@ -10,8 +10,9 @@
 With `digits` the prompts are questions of its test pages, of the kind with long answers, else
 random words around noise. With --preset the weights are random: speeds of plain and ttp are real,
 those of speculation depend on how often a random twig is right, which is stated beside them, or is
-what was asked for with `--weights calibrated:TOKAR` (evaluation/calibration.py). Every answer is as
-long as asked for, whatever the model would have said. `tree` is ttp_ssd with drafts that branch.
+what was asked for with `--weights calibrated:TOKAR` (evaluation/calibration.py), which tells the
+ERROR and LOGIT that `--weights mistaken:ERROR:LOGIT` needs to have the same again. Every answer is
+as long as asked for, whatever the model would have said. `tree` is ttp_ssd with drafts that branch.
 """
 
 import dataclasses

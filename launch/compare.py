@@ -37,9 +37,7 @@ from launch import run
 from launch.output import comparison, write_json
 
 _PRESET = flags.DEFINE_string("preset", "cpu-300m", "whose shapes are measured")
-_WEIGHTS = flags.DEFINE_string(
-    "weights", "random", "random, calibrated:TOKAR or calibrated:TOKAR:DRAFTS"
-)
+_WEIGHTS = flags.DEFINE_string("weights", "random", "as in launch.benchmark, of a preset")
 _AVG_RETAINED = flags.DEFINE_float("avg_retained", None, "R̄ of the image; default 1/9 of M")
 _TEXT = flags.DEFINE_integer("text_tokens", 40, "text tokens of the prompt", lower_bound=2)
 _NEW = flags.DEFINE_integer("max_new_tokens", 64, "tokens of an answer", lower_bound=2)
@@ -142,7 +140,7 @@ def measure() -> dict[str, Any]:
         "devices": {"twig_jax": where["device"], "transformers": device},
         "settings": {
             "model": _PRESET.value,
-            "weights": _WEIGHTS.value.partition(":")[0],
+            "weights": _WEIGHTS.value if reached is None else "calibrated",
             "dtype": _DTYPE.value,
             "avg_retained": settings.avg_retained,
             "text_tokens": _TEXT.value,

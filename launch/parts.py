@@ -1,4 +1,4 @@
-"""Commands one after the other, each within its share of the time, whatever befell the others."""
+"""Commands in turn or side by side, each within its share of the time, whatever befell others."""
 
 import contextlib
 import os

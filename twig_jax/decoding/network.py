@@ -128,6 +128,7 @@ class Program:
         return self.twig_apply(weights._replace(twig=weights.drafter), method, *args, **kwargs)
 
     def _applied(self, apply: Callable, method: str, *args: Any, **kwargs: Any) -> Any:
+        """A method of base or twig, called as suits the devices."""
         if not self.gpu or method not in ("run", "logits"):
             return apply(*args, **kwargs)
         rows, tokens = args[0].shape[:2]

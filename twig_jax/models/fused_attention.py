@@ -6,9 +6,8 @@ maximum (Milakov and Gimelshein 2018), and parts of the slots beside each other,
 fewer heads than a GPU has processors (flash decoding).
 """
 
-import functools
 from collections.abc import Sequence
-from functools import partial
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import jax
@@ -89,7 +88,7 @@ def _attend(q: jax.Array, context: Sequence[Context], *, interpret: bool) -> jax
         name="fused_attention",
     )(queries, *blocks)
     # One after the other: a sum over an axis would be a kernel of its own.
-    top = functools.reduce(jnp.maximum, tops)
+    top = reduce(jnp.maximum, tops)
     weights = [jnp.exp(each - top) for each in tops]
     total = sum(w * each for w, each in zip(weights, totals, strict=True))
     out = sum(w[..., None] * each for w, each in zip(weights, sums, strict=True))

@@ -54,7 +54,7 @@ class DecoderLayer(nn.Module):
         values [B, K, Q, D] are returned. With `scratch` = (block [B, K, W, D], index) they are
         written to the block at that slot first, `mask` is [B, Q, W] and the block is returned.
         `cached` is an earlier block that is read but never written. `fused`: attention is one
-        kernel, on one GPU.
+        kernel where it can be, on NVIDIA GPUs; see fused_attention.py.
         """
         y = self.input_layernorm(x)
         q = apply_rope(self._heads(self.q_proj(y)), rope)
