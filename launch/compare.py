@@ -129,7 +129,7 @@ def measure() -> dict[str, Any]:
 
     machine = cost.Machine(bandwidth(), product_rate(_DTYPE.value))
     plain = dataclasses.replace(settings, mode="plain")
-    program = generator.prepare(requests[:1], plain).program
+    program = generator.batches.prepare(requests[:1], plain).program
     given = cost.shapes(program, 1, generator.weights)
     floor = cost.seconds(cost.step(given, 0), machine)
     where = environment()

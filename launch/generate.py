@@ -168,7 +168,7 @@ def answer_all(model: Any, settings: Any, asked: list[dict[str, Any]], out: Text
             for i, question in enumerate(part):
                 try:
                     requests[i] = model.request(question["text"], question["images"])
-                    model.generator.prepare([requests[i]], settings)
+                    model.generator.batches.prepare([requests[i]], settings)
                 except ValueError as error:
                     requests.pop(i, None)
                     failed += 1

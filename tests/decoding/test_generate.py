@@ -23,12 +23,14 @@ def precise():
         yield
 
 
-def speaking():
-    """A generator with a tokenizer, a letter or digit a token, in one bucket; there is no EOS."""
-    model = generator(eos_token_id=-1)
-    model.detokenize = lambda tokens: "".join(WORDS[t] for t in tokens)
-    model.buckets = (BUCKET,)
-    return model
+def letters(tokens) -> str:
+    """A letter or digit a token."""
+    return "".join(WORDS[t] for t in tokens)
+
+
+def speaking(detokenize=letters, buckets=(BUCKET,)):
+    """A generator with a tokenizer, in one bucket; there is no EOS."""
+    return generator(eos_token_id=-1, made={"detokenize": detokenize, "buckets": buckets})
 
 
 def ask(settings, count: int = 3, model=None):
@@ -96,23 +98,25 @@ def test_watching_changes_nothing_and_sees_text_grow() -> None:
 
 def test_half_a_character_is_never_shown() -> None:
     """Bytes become characters only together, as sentencepiece's byte tokens do."""
-    model, seen = speaking(), []
-    model.detokenize = lambda tokens: bytes(
-        b for t in tokens for b in ("ä".encode()[t % 2 : t % 2 + 1])
-    ).decode(errors="replace")
+
+    def halves(tokens):
+        part = "ä".encode()
+        return bytes(part[t % 2] for t in tokens).decode(errors="replace")
+
+    model, seen = speaking(halves), []
     model.generate([request(20, 1, 3, 4)], LONG, watch=lambda r: seen.append(r.text(0)))
     assert not any(text.endswith("\ufffd") for text in seen[:-1])
 
 
 def test_warm_up_leaves_nothing_to_compile(caplog) -> None:
     call = dataclasses.replace(CALL, avg_retained=5)  # the largest budget of any row
-    model = speaking()
-    model.buckets = (BUCKET, Bucket(rows=2, text=64, images=0, new=32))
+    declared = BUCKET, Bucket(rows=2, text=64, images=0, new=32)
+    model = speaking(buckets=declared)
     with caplog.at_level(logging.INFO, "twig_jax"):
         report = model.warm_up(call)
-    assert [c.bucket for c in report] == list(model.buckets)
+    assert [c.bucket for c in report] == list(declared)
     assert [line.message for line in caplog.records] == [
-        f"compiling for {bucket}" for bucket in model.buckets
+        f"compiling for {bucket}" for bucket in declared
     ]
     before = compiled_programs()
     caplog.clear()
@@ -157,14 +161,14 @@ def test_many_questions_come_back_in_order() -> None:
 def test_a_batch_too_large_for_the_memory_says_what_would_fit(monkeypatch) -> None:
     model = speaking()
     weights = buckets.nbytes(model.weights)
-    program = model.prepare(mixed(), CALL).program
+    program = model.batches.prepare(mixed(), CALL).program
     row = buckets.state_bytes(program, 1, 4)
-    from twig_jax.decoding import generate
+    from twig_jax.decoding import batch
 
-    monkeypatch.setattr(generate, "device_memory", lambda _: weights + 3 * row)
+    monkeypatch.setattr(batch, "device_memory", lambda _: weights + 3 * row)
     with pytest.raises(MemoryError, match="about 3 rows of this shape and budget would fit"):
         model.generate(mixed(), CALL)
-    monkeypatch.setattr(generate, "device_memory", lambda _: weights)
+    monkeypatch.setattr(batch, "device_memory", lambda _: weights)
     with pytest.raises(MemoryError, match="not even one row fits"):
         model.generate(mixed(), CALL)
 

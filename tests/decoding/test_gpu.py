@@ -10,7 +10,7 @@ import functools
 import pytest
 
 from tests.decoding.models import CONFIG, generator, mixed, run, tokens
-from twig_jax.decoding import generate, network
+from twig_jax.decoding import batch, network
 from twig_jax.models import fused_attention, llama
 from twig_jax.sharding.mesh import make_mesh
 
@@ -43,7 +43,7 @@ def used(known, monkeypatch):
     kernel = functools.partial(fused_attention.fused_attend, interpret=True)
     monkeypatch.setattr(llama, "fused_attend", counted("kernels", kernel))
     monkeypatch.setattr(network, "_run_twofold", counted("twofold", network._run_twofold))
-    monkeypatch.setattr(generate, "runs_triton", lambda device: True)
+    monkeypatch.setattr(batch, "runs_triton", lambda device: True)
     return counts
 
 

@@ -21,9 +21,9 @@ def precise():
         yield
 
 
-def model(trained=True):
-    """The usual twig with a P-Head, drawn at random or fresh."""
-    found = generator(RANKS)
+def model(trained=True, **made):
+    """The usual twig with a P-Head, drawn at random or fresh; `made` is for the Generator."""
+    found = generator(RANKS, made=made)
     rng = np.random.default_rng(0)
     head = jax.tree.map(
         lambda x: np.asarray(rng.normal(size=x.shape), np.float32), fresh_p_head(CONFIG.text)
@@ -86,8 +86,7 @@ def test_rows_do_not_depend_on_their_batch(ours):
 
 def test_turns_equal_the_whole_conversation():
     """Gates of earlier images are kept, and of a new image added."""
-    found = model()
-    found.buckets = (Bucket(rows=1, text=64, images=2, new=32),)
+    found = model(buckets=[Bucket(rows=1, text=64, images=2, new=32)])
     settings = dataclasses.replace(CALL, max_new_tokens=9)
     session, pixels = Session(found, settings), []
     for seed, images, before, after in ((1, 1, 3, 4), (2, 0, 2, 3), (3, 1, 2, 2)):

@@ -37,9 +37,13 @@ def some(count: int, seed: int = 0):
     ]
 
 
+def speaking():
+    """A generator with a tokenizer."""
+    return generator(made={"detokenize": lambda tokens: " ".join(map(str, tokens))})
+
+
 def test_arrivals_at_random_change_no_answer_and_compile_nothing() -> None:
-    model, rng = generator(), random.Random(5)
-    model.detokenize = lambda tokens: " ".join(map(str, tokens))
+    model, rng = speaking(), random.Random(5)
     waiting = some(12)
     scheduler = Scheduler(model, SETTINGS, BUCKET, chunk=2)
     warm = scheduler.submit(waiting[0])
@@ -91,8 +95,7 @@ def test_cancelling_ends_one_and_disturbs_nobody() -> None:
 
 
 def test_a_ticket_streams_its_text() -> None:
-    model = generator()
-    model.detokenize = lambda tokens: " ".join(map(str, tokens))
+    model = speaking()
     scheduler = Scheduler(model, SETTINGS, BUCKET, chunk=1)
     first, second = (scheduler.submit(request(60 + i, 1, 4, 4)) for i in range(2))
     pieces = list(first)

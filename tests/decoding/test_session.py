@@ -20,9 +20,7 @@ def precise():
 
 def model():
     """One bucket for all turns: nothing is compiled twice."""
-    found = generator()
-    found.buckets = (Bucket(rows=1, text=64, images=2, new=32),)
-    return found
+    return generator(made={"buckets": [Bucket(rows=1, text=64, images=2, new=32)]})
 
 
 def whole(session: Session, pixels: list[np.ndarray], settings) -> list[int]:

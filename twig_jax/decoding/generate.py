@@ -13,24 +13,16 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
 from twig_jax.config import LlavaConfig, TwigConfig
-from twig_jax.decoding.buckets import (
-    TEXT_STEP,
-    Bucket,
-    check_memory,
-    device_memory,
-    fit,
-    nbytes,
-    program_for,
-)
+from twig_jax.decoding.batch import Batches, Prepared
+from twig_jax.decoding.buckets import Bucket, nbytes
 from twig_jax.decoding.cache import State, idle, insert
 from twig_jax.decoding.images import AT_ONCE, ImageEncoder, encode, place, upload
 from twig_jax.decoding.loop import decode
 from twig_jax.decoding.network import Program, Weights, drafting_in_int8
-from twig_jax.decoding.prefill import Inputs, Past, Signals, prefill
+from twig_jax.decoding.prefill import Past, Signals, prefill
 from twig_jax.decoding.running import Row, Running
-from twig_jax.decoding.settings import OF_TWIG, Controls, Request, Result, Settings, controls
+from twig_jax.decoding.settings import Request, Result, Settings, controls
 from twig_jax.decoding.transcript import Detokenize, Transcript
-from twig_jax.hardware import runs_triton
 from twig_jax.models.llava import Params
 from twig_jax.pruning.schedule import Schedule, by_twig
 from twig_jax.sharding.placement import distribute, gather, partition
@@ -54,17 +46,6 @@ jitted_decode = jax.jit(
 )
 _insert = jax.jit(insert, donate_argnums=0)
 _idle = jax.jit(idle, static_argnums=1)
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A batch as its program takes it; visual embeddings are still missing."""
-
-    program: Program
-    bucket: Bucket
-    inputs: Inputs
-    controls: Controls
-    settings: list[Settings]
 
 
 @dataclass(frozen=True)
@@ -121,10 +102,18 @@ class Generator:
         if mesh is not None:
             weights = distribute(weights, mesh)
         self.weights = weights
-        self._weights_bytes = nbytes(weights)
-        self.buckets = tuple(buckets)
         self.mesh = mesh
         self.detokenize = detokenize
+        self.batches = Batches(
+            config,
+            twig_config,
+            self.schedule,
+            tuple(buckets),
+            has_twig=twig is not None,
+            has_tokenizer=detokenize is not None,
+            weights_bytes=nbytes(weights),
+            dtype=self._dtype,
+        )
         self.draft_cost = draft_cost
         self.images = ImageEncoder(config, remembered_images)
         self._costs: dict[tuple[Program, int], np.ndarray] = {}
@@ -171,7 +160,7 @@ class Generator:
         The longest come first, and the last batch is filled up: it needs no program of its own.
         told: is given (index, result) of each as it is there. Raises as `generate` does.
         """
-        need = [self._needs(i, r, r.settings or settings) for i, r in enumerate(requests)]
+        need = [self.batches.need(i, r, r.settings or settings) for i, r in enumerate(requests)]
         order = sorted(range(len(requests)), key=lambda i: need[i], reverse=True)
         results: list[Result | None] = [None] * len(requests)
         for first in range(0, len(order), batch):
@@ -197,7 +186,7 @@ class Generator:
         bucket: None to choose one. past: gives the tokens that requests have `before`, in the shape
         of a program. resumes: what another turn needs is kept.
         """
-        prepared = self.prepare(requests, settings, bucket=bucket, resumes=resumes)
+        prepared = self.batches.prepare(requests, settings, bucket=bucket, resumes=resumes)
         began = time.perf_counter()
         earlier = None if past is None else past(prepared.program)
         state, signals = self.prefill(prepared, requests, earlier)
@@ -214,7 +203,7 @@ class Generator:
         """A batch of free rows, to `insert` into; needs no program but that of a single row."""
         nobody = Request(np.zeros(1, np.int32), np.zeros(1, bool))
         one = self.start([nobody], settings, bucket=replace(bucket, rows=1))
-        self._cost(self.prepare([nobody], settings, bucket=bucket))
+        self._cost(self.batches.prepare([nobody], settings, bucket=bucket))
         with self.context():
             state = _idle(one.state, bucket.rows)
         return Running(self, one.program, state, [None] * bucket.rows)
@@ -226,7 +215,7 @@ class Generator:
         With jax's persistent compilation cache later starts only load the programs.
         """
         report = []
-        for bucket in buckets or self.buckets:
+        for bucket in buckets or self.batches.buckets:
             began, before = time.perf_counter(), compiled_programs()
             size = self.config.vision.image_size
             M = self.config.vision.num_tokens
@@ -251,7 +240,7 @@ class Generator:
 
         Raises as `generate` does.
         """
-        prepared = self.prepare(requests, settings)
+        prepared = self.batches.prepare(requests, settings)
         program, weights, *rest = self._prompt(prepared, requests, None)
         stop: Any = np.zeros(prepared.bucket.rows, bool)
         with self.context():
@@ -282,120 +271,6 @@ class Generator:
         """Replaces a row by row 0 of another state. The first state's buffers are reused."""
         with self.context():
             return _insert(state, row, other, 0)
-
-    def prepare(
-        self,
-        requests: Sequence[Request],
-        settings: Settings,
-        *,
-        bucket: Bucket | None = None,
-        resumes: bool = False,
-    ) -> Prepared:
-        """The program and padded inputs of a batch; bucket, resumes: see `start`."""
-        if not requests:
-            raise ValueError("a batch needs at least one request")
-        settings.check()
-        own = [r.settings or settings for r in requests]
-        needs = [self._needs(i, r, s) for i, (r, s) in enumerate(zip(requests, own, strict=True))]
-        for i, s in enumerate(own):
-            if s.shape != settings.shape:
-                raise ValueError(
-                    f"request {i}: one batch has one mode and one way of drafting: mode, adaptive, "
-                    f"children, expanded and nodes {settings.shape} here, not {s.shape}"
-                )
-        images, texts, news = (max(column) for column in zip(*needs, strict=True))
-        need = Bucket(len(requests), texts, images, news)
-        chosen = fit(need, self.buckets) if bucket is None else fit(need, [bucket])
-        budgets = [self._budget(s, n[0]) for s, n in zip(own, needs, strict=True)]
-        widest = replace(settings, gamma=max(settings.gamma, *(s.gamma for s in own)))
-        device = jax.local_devices()[0]
-        program = program_for(
-            chosen,
-            widest,
-            self.config,
-            self.twig_config,
-            schedule=self.schedule,
-            retained=tuple(map(max, zip(*budgets, strict=True))),
-            resumes=resumes,
-            gpu=runs_triton(device),
-        )
-        limit = device_memory(device)
-        check_memory(program, chosen, self._weights_bytes, self._dtype.itemsize, limit)
-        B, slots = chosen.rows, program.prompt_slots
-        S = slots
-        if any(r.before for r in requests):
-            # Only what is new runs, rounded up as other shapes are.
-            new = max(len(r.ids) - r.before for r in requests)
-            S = min(slots, -(-new // TEXT_STEP) * TEXT_STEP)
-        tokens: Any = np.zeros((B, S), np.int32)
-        is_visual: Any = np.zeros((B, S), bool)
-        scores: Any = np.zeros((B, slots), np.float32)
-        # Rows that fill the batch up are prompts of one token, and done from the start.
-        lengths: Any = np.ones(B, np.int32)
-        segments = len(program.segments)
-        kept: Any = np.zeros((B, segments), np.int32)
-        for b, request in enumerate(requests):
-            new = len(request.ids) - request.before
-            tokens[b, :new] = request.ids[request.before :]
-            is_visual[b, :new] = request.is_visual[request.before :]
-            lengths[b], kept[b] = new, budgets[b][:segments]
-            if request.scores is not None:
-                scores[b, : len(request.scores)] = request.scores
-        visual: Any = np.zeros((B, 0, self.config.text.hidden_size), self._dtype)
-        inputs = Inputs(tokens, is_visual, lengths, visual, kept, scores)
-        filled = own + [None] * (B - len(own))
-        return Prepared(program, chosen, inputs, controls(filled, self.config.eos_token_id), own)
-
-    def _needs(self, i: int, request: Request, settings: Settings) -> tuple[int, int, int]:
-        """(images, text tokens, new tokens) of one request; ValueError for a bad one."""
-        settings.check()
-        if (settings.prune or settings.draft) and self.schedule is None:
-            raise ValueError(f"mode {settings.mode} needs a twig; load one, or use mode plain")
-        asks = settings.prune and self.schedule is not None and self.schedule.rank is None
-        if self.weights.twig is None and (
-            settings.draft or (asks and settings.selector in OF_TWIG)
-        ):
-            raise ValueError(
-                f"mode {settings.mode} with selector {settings.selector!r} needs a twig; this is a "
-                'schedule without one, for mode ttp by "fastv" or "given"'
-            )
-        if settings.prune and settings.avg_retained is None:
-            raise ValueError(f"mode {settings.mode} needs avg_retained")
-        if asks and settings.selector == "given" and request.scores is None:
-            raise ValueError(f'request {i}: selector "given" needs scores')
-        if self.detokenize is None and any(isinstance(s, str) for s in settings.stop):
-            raise ValueError("stopping at texts needs a tokenizer; give sequences of token ids")
-        M = self.config.vision.num_tokens
-        if not 0 <= request.before < max(len(request.ids), 1):
-            raise ValueError(f"request {i}: of {len(request.ids)} ids, {request.before} are before")
-        slots = int(request.is_visual.sum())
-        new_slots = int(request.is_visual[request.before :].sum())
-        given = sum(
-            0 if x is None else f * len(x) for x, f in ((request.pixels, M), (request.visual, 1))
-        )
-        if len(request.ids) == 0 or len(request.ids) != len(request.is_visual):
-            raise ValueError(f"request {i}: ids and is_visual must have one length above 0")
-        if request.is_visual[-1]:
-            raise ValueError(f"request {i}: the prompt's last token must be text")
-        if new_slots != given:
-            raise ValueError(
-                f"request {i}: the prompt has {new_slots} image slots but its images give {given} "
-                "visual tokens"
-            )
-        if settings.prune and slots % M:
-            raise ValueError(f"request {i}: {slots} visual tokens are no whole images of {M}")
-        images = -(-slots // M)
-        self._budget(settings, images)
-        return images, len(request.ids) - slots, settings.max_new_tokens
-
-    def _budget(self, settings: Settings, images: int) -> tuple[int, ...]:
-        """R of a row with so many images, in every segment of deep layers."""
-        M = self.config.vision.num_tokens
-        if not settings.prune:
-            return (images * M,)
-        assert self.schedule is not None and settings.avg_retained is not None
-        L = self.config.text.num_layers
-        return self.schedule.budget(settings.avg_retained, L, M, images)
 
     def _prompt(self, prepared: Prepared, requests: Sequence[Request], past: Past | None) -> Any:
         """What `prefill` is called with."""

@@ -66,7 +66,7 @@ class Scheduler:
 
         Raises ValueError for one that is bad or larger than the bucket, before anything runs.
         """
-        prepared = self.generator.prepare([request], self.settings, bucket=self._one)
+        prepared = self.generator.batches.prepare([request], self.settings, bucket=self._one)
         if prepared.program != self._batch.program:
             raise ValueError(
                 "a request may not have a larger budget or gamma than the scheduler's settings"

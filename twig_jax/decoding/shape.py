@@ -124,7 +124,7 @@ def measure(
     generator: Generator, requests: Sequence[Request], settings: Settings, cache: Path
 ) -> Costs:
     """What iterations with trees of several sizes take, timed unless `cache` knows it."""
-    program = generator.prepare(requests, _with(settings, Tree.of(1))).program
+    program = generator.batches.prepare(requests, _with(settings, Tree.of(1))).program
     device = jax.devices()[0]
     key = str(
         {

@@ -96,7 +96,7 @@ class Judge:
 
         def ask(question: Question) -> Request:
             request = self.model.request(question.prompt, question.images)
-            self.model.generator.prepare([request], replace(settings, mode="plain"))
+            self.model.generator.batches.prepare([request], replace(settings, mode="plain"))
             return request
 
         return answer_share(
@@ -220,7 +220,7 @@ class Judge:
 
 
 def _memory(generator: Generator, settings: Settings, requests: Sequence[Request]) -> int:
-    program = generator.prepare(requests[:1], settings).program
+    program = generator.batches.prepare(requests[:1], settings).program
     itemsize = generator.weights.base["text"]["embed_tokens"]["embedding"].dtype.itemsize
     weights = generator.weights if program.runs_twig else generator.weights.base
     return nbytes(weights) + state_bytes(program, 1, itemsize)

@@ -127,7 +127,7 @@ def _speed(
     step_ms = decode_ms / steps if steps else None
 
     given, plain = (
-        cost.shapes(generator.prepare(requests, one).program, rows, generator.weights)
+        cost.shapes(generator.batches.prepare(requests, one).program, rows, generator.weights)
         for one in (settings, replace(settings, mode="plain"))
     )
     vision_floor = 1e3 * cost.seconds(cost.encoding(given), machine)

@@ -67,7 +67,7 @@ class TwigJax(lmms):
             self._answer = generator.generate_many
             # Fails now where it would for every question; the image is there for the budget.
             blank = self.model.request("", [Image.new("RGB", (8, 8))])
-            generator.prepare([blank], self.settings)
+            generator.batches.prepare([blank], self.settings)
         else:
             self._answer = Rival(generator, selector).answer
 
