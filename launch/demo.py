@@ -103,6 +103,7 @@ def grow() -> None:
         base=str(api.DIGITS / "base"),
         steps=steps,
         save_every=max(1, steps // 4),
+        validation_samples=32,
         out=_OUT.value,
     )
     train(config, say=say)

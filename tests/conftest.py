@@ -1,6 +1,7 @@
 """What all tests run under: eight fake devices, strict dtype promotion, warnings as errors."""
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
@@ -14,6 +15,9 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+# Tracing makes objects by the million, nearly none of them in cycles.
+gc.set_threshold(100_000, 10, 10)
 
 # Before jax is imported: its backend reads them once.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")

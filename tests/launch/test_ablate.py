@@ -1,18 +1,13 @@
 """The ablation launcher, as a user runs it."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from safetensors.numpy import load_file
 
-from tests import QUICK_COMPILING
+from tests.launch.process import ROOT, launch
 
-ROOT = Path(__file__).resolve().parents[2]
 REINFORCED = """
 import dataclasses
 from configs import digits_twigpp_stage2
@@ -20,20 +15,12 @@ from configs import digits_twigpp_stage2
 def get_config():
     config = digits_twigpp_stage2.get_config()
     few = dataclasses.replace(config.reinforce, actions=4, at_a_time=4, budgets=(16.0,))
-    return dataclasses.replace(config, steps=2, reinforce=few)
+    return dataclasses.replace(config, steps=2, validation_samples=4, reinforce=few)
 """
 
 
 def ablate(*arguments):
-    command = [sys.executable, "-m", "launch.ablate", "--config", "configs/digits_twig.py"]
-    return subprocess.run(
-        [*command, *map(str, arguments)],
-        cwd=ROOT,
-        env={**os.environ, "XLA_FLAGS": QUICK_COMPILING},
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
+    return launch("ablate", "--config", "configs/digits_twig.py", *arguments)
 
 
 def test_a_twig_is_trained_answers_and_is_timed(tmp_path):

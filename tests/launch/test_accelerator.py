@@ -1,37 +1,24 @@
 """The accelerator's suite, as small as it goes, and what becomes of parts that fail."""
 
 import json
-import os
 import re
-import subprocess
 import sys
 import time
-from pathlib import Path
+from functools import partial
 
 import pytest
 
 from launch.parts import Part, run_parts
-from tests import QUICK_COMPILING
+from tests.launch.process import ROOT, launch
 
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def launch(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "launch.accelerator", *map(str, arguments)],
-        cwd=ROOT,
-        env={**os.environ, "XLA_FLAGS": QUICK_COMPILING},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+accelerator = partial(launch, "accelerator")
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     """The suite's folder after a run of its benchmark, and what was printed."""
     out = tmp_path_factory.mktemp("accelerator")
-    done = launch("--tiny", "--parts", "benchmark", "--out", out)
+    done = accelerator("--tiny", "--parts", "benchmark", "--out", out)
     log = out / "benchmark.log"
     assert done.returncode == 0, log.read_text() if log.is_file() else done.stderr
     return out, done.stdout
@@ -70,7 +57,7 @@ def test_what_it_runs_is_there():
 
 
 def test_an_unknown_part_is_named():
-    done = launch("--parts", "parity,speed")
+    done = accelerator("--parts", "parity,speed")
     assert done.returncode == 1
     assert (
         "no part 'speed'; there are: parity, equality, benchmark, matrix, int8, transformers"
@@ -79,7 +66,7 @@ def test_an_unknown_part_is_named():
 
 
 def test_full_sizes_are_not_for_cpus(tmp_path):
-    done = launch("--out", tmp_path / "out")
+    done = accelerator("--out", tmp_path / "out")
     assert done.returncode == 1 and "--tiny tries this on one" in done.stderr
     assert not (tmp_path / "out").exists()
 

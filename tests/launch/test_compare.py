@@ -1,27 +1,10 @@
 """The comparison with transformers, of the smallest preset, as the accelerator's suite runs it."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-from tests import QUICK_COMPILING
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def python(*arguments, **variables):
-    return subprocess.run(
-        [sys.executable, *map(str, arguments)],
-        cwd=ROOT,
-        env={**os.environ, "XLA_FLAGS": QUICK_COMPILING, **variables},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+from tests.launch.process import python
 
 
 @pytest.fixture(scope="module")

@@ -1,43 +1,26 @@
 """The demo, as a user starts it, on few samples."""
 
 import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from tests import QUICK_COMPILING
+from tests.launch.process import launch
 from twig_jax.api import DIGITS
 from twig_jax.data import digits, questions
 
-ROOT = Path(__file__).resolve().parents[2]
+demo = partial(launch, "demo")
 
 
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory):
-    """One real device, and a compilation cache of its own that the tests here share."""
-    cache = tmp_path_factory.mktemp("cache")
-    return {**os.environ, "XLA_FLAGS": QUICK_COMPILING, "JAX_COMPILATION_CACHE_DIR": str(cache)}
-
-
-def launch(environment, *arguments):
-    command = [sys.executable, "-m", "launch.demo", *map(str, arguments)]
-    return subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900
-    )
-
-
-@pytest.fixture(scope="module")
-def run(environment, tmp_path_factory):
+def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
     few = ("--samples", 4, "--timed_samples", 2, "--repeats", 1, "--batch", 4, "--gamma", 3)
     few = (*few, "--pruned", "0.889")
-    result = launch(environment, *few, "--html", folder / "demo.html", "--json", "-")
+    result = demo(*few, "--html", folder / "demo.html", "--json", "-")
     assert result.returncode == 0, result.stderr[-2000:]
     return json.loads(result.stdout), result.stderr, (folder / "demo.html").read_text()
 
@@ -82,12 +65,10 @@ def test_the_report_stands_alone(run):
     assert 'class="draft"' in html
 
 
-def test_one_image(environment, tmp_path):
+def test_one_image(tmp_path):
     page, question = questions.example("test", 0, 3, mix={"cell": 1.0})
     Image.fromarray(page.image).save(tmp_path / "page.png")
-    result = launch(
-        environment, "--image", tmp_path / "page.png", "--prompt", question.text, "--json", "-"
-    )
+    result = demo("--image", tmp_path / "page.png", "--prompt", question.text, "--json", "-")
     assert result.returncode == 0, result.stderr[-2000:]
     content = json.loads(result.stdout)
     assert content["text"]
@@ -95,37 +76,34 @@ def test_one_image(environment, tmp_path):
 
 
 @pytest.mark.parametrize("broken", ["missing.png", "corrupt.png"])
-def test_a_bad_image_is_named(environment, tmp_path, broken):
+def test_a_bad_image_is_named(tmp_path, broken):
     page = digits.page("test", 0, 0)
     Image.fromarray(page.image).save(tmp_path / "whole.png")
     (tmp_path / "corrupt.png").write_bytes((tmp_path / "whole.png").read_bytes()[:300])
-    result = launch(environment, "--image", tmp_path / broken, "--prompt", "Find the two.")
+    result = demo("--image", tmp_path / broken, "--prompt", "Find the two.")
     assert result.returncode == 1
     assert broken in result.stderr
     assert "Traceback" not in result.stderr
 
 
-def test_growing_the_twig_again(environment, tmp_path):
-    result = launch(environment, "--grow", "--grow_steps", 1, "--out", tmp_path / "run")
+def test_growing_the_twig_again(tmp_path):
+    result = demo("--grow", "--grow_steps", 1, "--out", tmp_path / "run")
     assert result.returncode == 0, result.stderr[-2000:]
     assert "tokar" in result.stdout
     assert (tmp_path / "run" / "metrics.jsonl").is_file()
 
 
-def benchmark(environment, *arguments):
-    command = [sys.executable, "-m", "launch.benchmark", "--checkpoint", "digits", *arguments]
-    return subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900
-    )
+def benchmark(*arguments):
+    return launch("benchmark", "--checkpoint", "digits", *arguments)
 
 
-def test_the_benchmark(environment, tmp_path):
+def test_the_benchmark(tmp_path):
     few = "--modes=plain,ttp_ssd --batch=2 --max_new_tokens=3,4 --repeats=1 --gamma=2".split()
     few.append("--int8_drafts")
     picture = tmp_path / "benchmark.png"
     profile = tmp_path / "profile.txt"
     files = ("--plot", str(picture), "--profile", str(profile))
-    result = benchmark(environment, *few, "--json", "-", *files)
+    result = benchmark(*few, "--json", "-", *files)
     assert result.returncode == 0, result.stderr[-2000:]
     results = json.loads(result.stdout)
     rows = results["results"]
@@ -161,8 +139,8 @@ def test_the_benchmark(environment, tmp_path):
         ("--weights=calibrated:0.8", "--weights is for a --preset"),
     ],
 )
-def test_the_benchmark_names_bad_flags(environment, flag, said):
-    result = benchmark(environment, flag, "--plot", "picture.png")
+def test_the_benchmark_names_bad_flags(flag, said):
+    result = benchmark(flag, "--plot", "picture.png")
     assert result.returncode == 1
     assert said in result.stderr and "Traceback" not in result.stderr
 

@@ -1,27 +1,17 @@
 """The evaluation launcher, as a user runs it."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
+from functools import partial
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.launch.process import launch
 
-
-def evaluate(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "launch.evaluate", *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
+evaluate = partial(launch, "evaluate")
 
 
 def test_shares_give_what_one_process_gives(tmp_path):
-    common = ("--task", "digits", "--limit", "6", "--batch", "3")
+    common = ("--task", "digits", "--limit", "6", "--batch", "4")
     common += ("--modes", "plain,ttp_ssd", "--avg_retained", "16")
     timed = ("--timed_samples", "2", "--repeats", "1")
     done = evaluate(*common, *timed, "--out", str(tmp_path / "one"), "--json", "-")

@@ -1,11 +1,8 @@
 """launch.generate: one question, a file of questions, and what goes wrong."""
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,21 +11,14 @@ from PIL import Image
 
 import twig_jax
 from launch.generate import with_fitted_tree
+from tests.launch.process import ROOT, launch, python
 from twig_jax.decoding import shape
 
-ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "page.png"
 ASK = "What digit is in row B, column 3?"
 
 
-def launcher(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "launch.generate", *map(str, arguments)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-    )
+launcher = partial(launch, "generate")
 
 
 @pytest.fixture(scope="module")
@@ -75,10 +65,8 @@ def test_one_question():
 
 def test_the_readme_s_python():
     code = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert done.stdout.strip()
+    done = python("-c", code)
+    assert done.returncode == 0 and done.stdout.strip(), done.stderr
 
 
 def test_the_tree_that_fits_here(model, monkeypatch, tmp_path, capsys):

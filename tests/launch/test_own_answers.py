@@ -1,33 +1,46 @@
 """The launcher that lets a base answer its training questions, as a user runs it."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
+import pytest
+
+from tests.launch.process import launch
 from twig_jax.data.images import load_image
 from twig_jax.data.sources import DigitsSource, open_source
 
-ROOT = Path(__file__).resolve().parents[2]
-
 
 def own_answers(*arguments):
-    command = [sys.executable, "-m", "launch.own_answers", "--max_new_tokens", "8", "--batch", "2"]
-    return subprocess.run(
-        [*command, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=500
-    )
+    return launch("own_answers", "--max_new_tokens", 8, "--batch", 4, *arguments)
 
 
-def test_the_base_s_own_words_in_every_turn(tmp_path):
+@pytest.fixture
+def asked(tmp_path):
+    """A file of three conversations of two turns each."""
+    samples, entries = DigitsSource(), []
+    for index in range(3):
+        sample, image = samples[index], tmp_path / f"{index}.png"
+        load_image(sample.images[0]).save(image)
+        turns = [text for turn in sample.turns[:2] for text in turn]
+        said = [
+            {"from": who, "value": x} for who, x in zip(["human", "gpt"] * 2, turns, strict=True)
+        ]
+        entries.append({"id": sample.id, "image": image.name, "conversations": said})
+    path = tmp_path / "asked.json"
+    path.write_text(json.dumps(entries))
+    return path
+
+
+def test_the_base_s_own_words_in_every_turn(asked, tmp_path):
     """A run that was killed while it wrote goes on; drafting changes no answer."""
     fast, out = tmp_path / "fast.jsonl", tmp_path / "plain" / "own.jsonl"
-    done = own_answers("--out", fast, "--limit", 2)
+    data = ("--data", asked, "--images", tmp_path)
+    done = own_answers(*data, "--out", fast, "--limit", 2)
     assert done.returncode == 0, done.stderr
     assert "2 conversations answered, 0 bad ones left out" in done.stdout
     out.parent.mkdir()
     out.write_bytes(fast.read_bytes()[:-20])
     base = ("--checkpoint", "twig_jax/assets/digits/base")  # without a twig
-    done = own_answers(*base, "--out", out, "--limit", 3)
+    done = own_answers(*data, *base, "--out", out, "--limit", 3)
     assert done.returncode == 0 and "2 conversations answered" in done.stdout, done.stderr
     said = [
         [json.loads(line)["conversations"] for line in path.read_text().splitlines()]
@@ -35,19 +48,19 @@ def test_the_base_s_own_words_in_every_turn(tmp_path):
     ]
     assert said[0] == said[1][:2]
 
-    source, asked = open_source(out), DigitsSource()
+    source, theirs = open_source(out), open_source(asked)
     assert len(source) == 3
     first = []
     for index in range(3):
-        mine, theirs = source[index], asked[index]
-        assert mine.id == theirs.id
-        assert [q for q, _ in mine.turns] == [q for q, _ in theirs.turns[: len(mine.turns)]]
+        mine, given = source[index], theirs[index]
+        assert mine.id == given.id
+        assert [q for q, _ in mine.turns] == [q for q, _ in given.turns[: len(mine.turns)]]
         assert all(answer and len(answer.split()) <= 8 for _, answer in mine.turns)
-        assert (load_image(mine.images[0]).tobytes()) == load_image(theirs.images[0]).tobytes()
-        first.append(mine.turns[0][1] == " ".join(theirs.turns[0][1].split()[:8]))
+        assert load_image(mine.images[0]).tobytes() == load_image(given.images[0]).tobytes()
+        first.append(mine.turns[0][1] == " ".join(given.turns[0][1].split()[:8]))
     assert any(first)  # the base is right 96 times of 100
 
-    done = own_answers("--out", out, "--limit", 3)
+    done = own_answers(*data, "--out", out)
     assert done.returncode == 0 and "has all 3 conversations" in done.stdout
 
 

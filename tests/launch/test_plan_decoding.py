@@ -1,30 +1,20 @@
 """launch.plan_decoding as a user runs it."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
+from functools import partial
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.launch.process import ROOT, launch
 
-
-def launch(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "launch.plan_decoding", *map(str, arguments)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+plan_decoding = partial(launch, "plan_decoding")
 
 
 def test_the_documentation_s_command(tmp_path):
     """The one that does without a compiler of the devices."""
     page = (ROOT / "docs" / "performance.md").read_text()
     (command,) = [line for line in page.splitlines() if "plan_decoding --topology h100" in line]
-    result = launch(*command.split()[3:], "--json", tmp_path / "plan.json")
+    result = plan_decoding(*command.split()[3:], "--json", tmp_path / "plan.json")
     assert result.returncode == 0, result.stderr[-2000:]
     plans = json.loads((tmp_path / "plan.json").read_text())
     lines = result.stdout.splitlines()
@@ -50,6 +40,6 @@ def test_the_documentation_s_command(tmp_path):
     ],
 )
 def test_mistakes_are_named(arguments, message):
-    result = launch(*arguments)
+    result = plan_decoding(*arguments)
     assert result.returncode == 1 and message in result.stderr
     assert "Traceback" not in result.stderr

@@ -1,18 +1,12 @@
 """The report launcher, as a user runs it."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
+from functools import partial
 
+from tests.launch.process import launch
 from tests.made_runs import PLAIN, TWIG, evaluation
 
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def report(*arguments):
-    command = [sys.executable, "-m", "launch.report", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+report = partial(launch, "report")
 
 
 def test_a_report_of_two_folders(tmp_path):

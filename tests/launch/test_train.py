@@ -1,27 +1,19 @@
 """Training runs, as a user starts them, for a few steps."""
 
 import json
-import os
 import re
 import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
+from functools import partial
 
 import pytest
 
 from tests import QUICK_COMPILING
+from tests.launch.process import ROOT, environment, launch
 
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def launch(*arguments):
-    command = [sys.executable, "-m", "launch.train", *map(str, arguments)]
-    environment = {**os.environ, "XLA_FLAGS": QUICK_COMPILING}
-    return subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900
-    )
+train = partial(launch, "train")
 
 
 def test_sigterm_ends_with_the_status_that_asks_for_more(tmp_path):
@@ -38,7 +30,7 @@ def test_sigterm_ends_with_the_status_that_asks_for_more(tmp_path):
     with subprocess.Popen(
         [*command, *(f"--set={s}" for s in settings)],
         cwd=ROOT,
-        env={**os.environ, "XLA_FLAGS": QUICK_COMPILING},
+        env=environment(),
         stderr=subprocess.PIPE,
         text=True,
     ) as process:
@@ -74,15 +66,14 @@ def test_the_processes_of_a_slurm_step_train_one_twig(tmp_path):
         subprocess.Popen(
             command,
             cwd=ROOT,
-            env={
-                **os.environ,
-                "XLA_FLAGS": f"{QUICK_COMPILING} --xla_force_host_platform_device_count=2",
-                "SLURM_JOB_ID": str(job),
-                "SLURM_STEP_NODELIST": "localhost",
-                "SLURM_NTASKS": "2",
-                "SLURM_PROCID": str(index),
-                "SLURM_LOCALID": str(index),
-            },
+            env=environment(
+                XLA_FLAGS=f"{QUICK_COMPILING} --xla_force_host_platform_device_count=2",
+                SLURM_JOB_ID=str(job),
+                SLURM_STEP_NODELIST="localhost",
+                SLURM_NTASKS="2",
+                SLURM_PROCID=str(index),
+                SLURM_LOCALID=str(index),
+            ),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -104,7 +95,7 @@ def test_the_processes_of_a_slurm_step_train_one_twig(tmp_path):
 def test_what_the_base_teaches_is_written(tmp_path):
     few = ("--set=steps=1", "--set=data.batch_size=8", "--set=data.row_tokens=212")
     stage = ("--config", "configs/digits_twigpp_stage1.py", *few)
-    result = launch(*stage, "--write_targets", tmp_path / "targets")
+    result = train(*stage, "--write_targets", tmp_path / "targets")
     assert result.returncode == 0, result.stderr[-2000:]
     names = {path.name for path in (tmp_path / "targets").iterdir()}
     assert names == {"000001-0of1.npz", "targets.json"}
@@ -112,11 +103,11 @@ def test_what_the_base_teaches_is_written(tmp_path):
 
 def test_a_plan_is_printed_and_nothing_trained(tmp_path):
     plan = ("--plan", "--topology", "h100:8", "--plan_json", tmp_path / "plan.json")
-    result = launch("--config", "configs/llava15_7b_twig.py", *plan)
+    result = train("--config", "configs/llava15_7b_twig.py", *plan)
     assert result.returncode == 0, result.stderr[-2000:]
     assert "h100:8: 8 devices, ESTIMATED from shapes" in result.stdout
     assert json.loads((tmp_path / "plan.json").read_text())["fits"]
-    result = launch("--config", "configs/llava15_7b_twig.py", "--plan")
+    result = train("--config", "configs/llava15_7b_twig.py", "--plan")
     assert result.returncode == 1 and "--plan and --topology go together" in result.stderr
 
 
@@ -132,7 +123,7 @@ def test_a_plan_is_printed_and_nothing_trained(tmp_path):
     ],
 )
 def test_mistakes_are_named(arguments, message):
-    result = launch(*arguments)
+    result = train(*arguments)
     assert result.returncode == 1
     assert message in result.stderr
     assert "Traceback" not in result.stderr

@@ -105,8 +105,8 @@ def test_two_processes_train_as_one(tmp_path, data):
     They save and are told to stop together, though only one gets the signal, and go on; the end is
     one process's again.
     """
-    fsdp = "mesh=(4, 2, 1)"
-    pair = two_workers(tmp_path / "two", fsdp, *data)
+    run = "mesh=(4, 2, 1)", "steps=12"
+    pair = two_workers(tmp_path / "two", *run, *data)
     log = tmp_path / "two" / "metrics.jsonl"
     deadline = time.monotonic() + 240
     while not (log.exists() and len(losses(tmp_path / "two")) >= 2):
@@ -116,20 +116,20 @@ def test_two_processes_train_as_one(tmp_path, data):
     ended = [finish(process) for process in pair]
     assert [status for status, _, _ in ended] == [PREEMPTED, PREEMPTED], ended
     stopped = max(losses(tmp_path / "two"))
-    assert all(f"saved at step {stopped} of 20" in out for _, out, _ in ended)
-    assert stopped < 20
+    assert all(f"saved at step {stopped} of 12" in out for _, out, _ in ended)
+    assert stopped < 12
     assert str(stopped) in {path.name for path in (tmp_path / "two" / "checkpoints").iterdir()}
 
     if data:
         # Hosts read parts of the data; one process that goes on takes over all of them.
-        going_on = [worker(tmp_path / "two", fsdp, *data)]
+        going_on = [worker(tmp_path / "two", *run, *data)]
     else:
-        going_on = two_workers(tmp_path / "two", fsdp)
+        going_on = two_workers(tmp_path / "two", *run)
     for status, _, said in map(finish, going_on):
         assert status == 0, said
-    assert steps(tmp_path / "two") == list(range(1, 21))
+    assert steps(tmp_path / "two") == list(range(1, 13))
     if not data:
-        status, _, said = finish(worker(tmp_path / "one", fsdp))
+        status, _, said = finish(worker(tmp_path / "one", *run))
         assert status == 0, said
         for step, loss in losses(tmp_path / "one").items():
             # Sums come in another order, and differences grow as training goes on.
