@@ -16,9 +16,6 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
-# Tracing makes objects by the million, nearly none of them in cycles.
-gc.set_threshold(100_000, 10, 10)
-
 # Before jax is imported: its backend reads them once.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if os.environ["JAX_PLATFORMS"] == "cpu":
@@ -35,6 +32,8 @@ import numpy as np
 import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+# Tracing makes objects by the million, nearly none of them in cycles.
+gc.set_threshold(100_000, 10, 10)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
