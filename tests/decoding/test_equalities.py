@@ -23,7 +23,6 @@ from tests.decoding.models import (
     request,
     run,
     tokens,
-    weights,
 )
 from twig_jax.config import TwigConfig
 from twig_jax.decoding.generate import Generator, compiled_programs
@@ -210,4 +209,4 @@ def test_bad_requests_say_what_is_wrong() -> None:
     with pytest.raises(ValueError, match="at least one request"):
         run([])
     with pytest.raises(ValueError, match="needs a twig"):
-        Generator(CONFIG, weights()).generate([good], CALL)
+        Generator(CONFIG, {}).generate([good], CALL)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import jax
@@ -14,9 +15,10 @@ from twig_jax.decoding.buckets import (
     check_memory,
     device_memory,
     fit,
+    nbytes,
     program_for,
 )
-from twig_jax.decoding.network import Program
+from twig_jax.decoding.network import Program, Weights
 from twig_jax.decoding.prefill import Inputs
 from twig_jax.decoding.settings import OF_TWIG, Controls, Request, Settings, controls
 from twig_jax.hardware import runs_triton
@@ -46,18 +48,24 @@ class Need(NamedTuple):
 class Batches:
     """Makes the batches of one model.
 
-    twig_config, schedule, buckets: as in `Generator`. has_twig, has_tokenizer: what there is beside
-    the base. weights_bytes: of one device. dtype: of visual embeddings.
+    All is as in `Generator`. has_tokenizer: whether answers can be read as text.
     """
 
     config: LlavaConfig
+    weights: Weights
     twig_config: TwigConfig | None
     schedule: Schedule | None
     buckets: tuple[Bucket, ...]
-    has_twig: bool
     has_tokenizer: bool
-    weights_bytes: int
-    dtype: np.dtype
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of weights and computation."""
+        return self.weights.base["text"]["embed_tokens"]["embedding"].dtype
+
+    @cached_property
+    def _weights_bytes(self) -> int:
+        return nbytes(self.weights)
 
     def prepare(
         self,
@@ -99,7 +107,7 @@ class Batches:
             gpu=runs_triton(device),
         )
         limit = device_memory(device)
-        check_memory(program, chosen, self.weights_bytes, self.dtype.itemsize, limit)
+        check_memory(program, chosen, self._weights_bytes, self.dtype.itemsize, limit)
         filled = own + [None] * (chosen.rows - len(own))
         return Prepared(
             program,
@@ -115,7 +123,9 @@ class Batches:
         if (settings.prune or settings.draft) and self.schedule is None:
             raise ValueError(f"mode {settings.mode} needs a twig; load one, or use mode plain")
         asks = settings.prune and self.schedule is not None and self.schedule.rank is None
-        if not self.has_twig and (settings.draft or (asks and settings.selector in OF_TWIG)):
+        if self.weights.twig is None and (
+            settings.draft or (asks and settings.selector in OF_TWIG)
+        ):
             raise ValueError(
                 f"mode {settings.mode} with selector {settings.selector!r} needs a twig; this is a "
                 'schedule without one, for mode ttp by "fastv" or "given"'

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from twig_jax.config import LlavaConfig, TwigConfig
 from twig_jax.decoding.batch import Batches, Prepared
-from twig_jax.decoding.buckets import Bucket, nbytes
+from twig_jax.decoding.buckets import Bucket
 from twig_jax.decoding.cache import State, idle, insert
 from twig_jax.decoding.images import AT_ONCE, ImageEncoder, encode, place, upload
 from twig_jax.decoding.loop import decode
@@ -105,14 +105,7 @@ class Generator:
         self.mesh = mesh
         self.detokenize = detokenize
         self.batches = Batches(
-            config,
-            twig_config,
-            self.schedule,
-            tuple(buckets),
-            has_twig=twig is not None,
-            has_tokenizer=detokenize is not None,
-            weights_bytes=nbytes(weights),
-            dtype=self._dtype,
+            config, weights, twig_config, self.schedule, tuple(buckets), detokenize is not None
         )
         self.draft_cost = draft_cost
         self.images = ImageEncoder(config, remembered_images)
@@ -226,7 +219,7 @@ class Generator:
                 pixels=np.zeros((bucket.images, size, size, 3), np.float32),
             )
             for size in IMAGE_PROGRAMS if bucket.images else ():
-                self.images.warm_up(self.weights.base, size, self._dtype)
+                self.images.warm_up(self.weights.base, size, self.batches.dtype)
             own = replace(settings, max_new_tokens=bucket.new, min_new_tokens=0)
             running = self.start([replace(request, settings=own)] * bucket.rows, own, bucket=bucket)
             running.run(1)
@@ -286,25 +279,21 @@ class Generator:
         d, M = self.config.text.hidden_size, self.config.vision.num_tokens
         rows, images = prepared.bucket.rows, prepared.bucket.images
         if not images:
-            return np.zeros((rows, 0, d), self._dtype)
+            return np.zeros((rows, 0, d), self.batches.dtype)
         pixels = [x for r in requests if r.pixels is not None for x in r.pixels]
-        encoded = iter(self.images(self.weights.base, pixels, self._dtype))
-        nothing = upload(np.zeros((M, d), self._dtype))
+        encoded = iter(self.images(self.weights.base, pixels, self.batches.dtype))
+        nothing = upload(np.zeros((M, d), self.batches.dtype))
         table: list[list[Any]] = []
         for request in requests:
             row: list[Any] = []
             if request.visual is not None:
-                whole = np.zeros((-(-len(request.visual) // M) * M, d), self._dtype)
-                whole[: len(request.visual)] = np.asarray(request.visual).astype(self._dtype)
+                whole = np.zeros((-(-len(request.visual) // M) * M, d), self.batches.dtype)
+                whole[: len(request.visual)] = np.asarray(request.visual).astype(self.batches.dtype)
                 row += [upload(x) for x in whole.reshape(-1, M, d)]
             row += [next(encoded) for _ in (() if request.pixels is None else request.pixels)]
             table.append(row + [nothing] * (images - len(row)))
         table += [[nothing] * images] * (rows - len(table))
         return place(table)
-
-    @property
-    def _dtype(self) -> np.dtype:
-        return self.weights.base["text"]["embed_tokens"]["embedding"].dtype
 
     def context(self) -> Any:
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
