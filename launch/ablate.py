@@ -166,7 +166,7 @@ class _Bench:
 
         own, folder = self.model.generator, self._grown(variant, seed)
         base = own.weights.base
-        dtype = base["text"]["embed_tokens"]["embedding"].dtype
+        dtype = own.weights.dtype
         grown, twig = read_twig(folder, base, own.config, dtype, lambda _, x: jnp.asarray(x))
         changes = {"K_f": variant.K_f} if variant.K_f is not None else {}
         generator = Generator(

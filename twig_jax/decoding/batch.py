@@ -58,11 +58,6 @@ class Batches:
     buckets: tuple[Bucket, ...]
     has_tokenizer: bool
 
-    @property
-    def dtype(self) -> np.dtype:
-        """Of weights and computation."""
-        return self.weights.base["text"]["embed_tokens"]["embedding"].dtype
-
     @cached_property
     def _weights_bytes(self) -> int:
         return nbytes(self.weights)
@@ -107,7 +102,7 @@ class Batches:
             gpu=runs_triton(device),
         )
         limit = device_memory(device)
-        check_memory(program, chosen, self._weights_bytes, self.dtype.itemsize, limit)
+        check_memory(program, chosen, self._weights_bytes, self.weights.dtype.itemsize, limit)
         filled = own + [None] * (chosen.rows - len(own))
         return Prepared(
             program,
@@ -194,5 +189,5 @@ class Batches:
             lengths[b], kept[b] = new, budgets[b][:segments]
             if request.scores is not None:
                 scores[b, : len(request.scores)] = request.scores
-        visual: Any = np.zeros((B, 0, self.config.text.hidden_size), self.dtype)
+        visual: Any = np.zeros((B, 0, self.config.text.hidden_size), self.weights.dtype)
         return Inputs(tokens, is_visual, lengths, visual, kept, scores)

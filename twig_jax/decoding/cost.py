@@ -106,7 +106,7 @@ def shapes(
     weights: real, or of `shapes_of_weights`.
     """
     p, config = program, program.base
-    dtype = weights.base["text"]["embed_tokens"]["embedding"].dtype
+    dtype = weights.dtype
 
     def array(dtype: Any, *shape: int) -> Any:
         return jax.ShapeDtypeStruct((rows, *shape), dtype)

@@ -219,7 +219,7 @@ class Generator:
                 pixels=np.zeros((bucket.images, size, size, 3), np.float32),
             )
             for size in IMAGE_PROGRAMS if bucket.images else ():
-                self.images.warm_up(self.weights.base, size, self.batches.dtype)
+                self.images.warm_up(self.weights.base, size, self.weights.dtype)
             own = replace(settings, max_new_tokens=bucket.new, min_new_tokens=0)
             running = self.start([replace(request, settings=own)] * bucket.rows, own, bucket=bucket)
             running.run(1)
@@ -279,16 +279,16 @@ class Generator:
         d, M = self.config.text.hidden_size, self.config.vision.num_tokens
         rows, images = prepared.bucket.rows, prepared.bucket.images
         if not images:
-            return np.zeros((rows, 0, d), self.batches.dtype)
+            return np.zeros((rows, 0, d), self.weights.dtype)
         pixels = [x for r in requests if r.pixels is not None for x in r.pixels]
-        encoded = iter(self.images(self.weights.base, pixels, self.batches.dtype))
-        nothing = upload(np.zeros((M, d), self.batches.dtype))
+        encoded = iter(self.images(self.weights.base, pixels, self.weights.dtype))
+        nothing = upload(np.zeros((M, d), self.weights.dtype))
         table: list[list[Any]] = []
         for request in requests:
             row: list[Any] = []
             if request.visual is not None:
-                whole = np.zeros((-(-len(request.visual) // M) * M, d), self.batches.dtype)
-                whole[: len(request.visual)] = np.asarray(request.visual).astype(self.batches.dtype)
+                whole = np.zeros((-(-len(request.visual) // M) * M, d), self.weights.dtype)
+                whole[: len(request.visual)] = np.asarray(request.visual).astype(self.weights.dtype)
                 row += [upload(x) for x in whole.reshape(-1, M, d)]
             row += [next(encoded) for _ in (() if request.pixels is None else request.pixels)]
             table.append(row + [nothing] * (images - len(row)))

@@ -39,6 +39,11 @@ class Weights(NamedTuple):
     int8: Params = None
 
     @property
+    def dtype(self) -> jnp.dtype:
+        """Of states and caches: the embeddings', whatever kernels are kept in."""
+        return self.base["text"]["embed_tokens"]["embedding"].dtype
+
+    @property
     def drafter(self) -> Params:
         """The twig that drafts."""
         return self.twig if self.int8 is None else self.int8

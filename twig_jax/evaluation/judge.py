@@ -221,7 +221,7 @@ class Judge:
 
 def _memory(generator: Generator, settings: Settings, requests: Sequence[Request]) -> int:
     program = generator.batches.prepare(requests[:1], settings).program
-    itemsize = generator.weights.base["text"]["embed_tokens"]["embedding"].dtype.itemsize
+    itemsize = generator.weights.dtype.itemsize
     weights = generator.weights if program.runs_twig else generator.weights.base
     return nbytes(weights) + state_bytes(program, 1, itemsize)
 

@@ -216,12 +216,11 @@ def timed(generator: Generator, requests: Sequence[Request], settings: Settings)
 def _vision(generator: Generator, requests: Sequence[Request], repeats: int) -> float:
     """Seconds of the vision tower on all images, after a call that compiles."""
     pixels = [x for r in requests if r.pixels is not None for x in r.pixels]
-    base = generator.weights.base
-    dtype = base["text"]["embed_tokens"]["embedding"].dtype
+    weights = generator.weights
     times = []
     for _ in range(repeats + 1):
         began = time.perf_counter()
-        jax.block_until_ready(generator.images(base, pixels, dtype))
+        jax.block_until_ready(generator.images(weights.base, pixels, weights.dtype))
         times.append(time.perf_counter() - began)
     return statistics.median(times[1:])
 

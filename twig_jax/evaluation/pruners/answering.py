@@ -115,8 +115,7 @@ class Rival:
         for b, request in enumerate(requests):
             tokens[b, : len(request.ids)] = request.ids
             is_visual[b, : len(request.ids)] = request.is_visual
-        base = self.generator.weights.base
-        dtype = base["text"]["embed_tokens"]["embedding"].dtype
+        weights = self.generator.weights
         with self.generator.context():
             ranked = _rank(
                 self.generator.config,
@@ -124,11 +123,11 @@ class Rival:
                 self.twig,
                 self.pruner,
                 R,
-                base,
+                weights.base,
                 tokens,
                 is_visual,
                 np.array([len(r.ids) for r in requests], np.int32),
-                np.stack([np.asarray(r.pixels) for r in requests]).astype(dtype),
+                np.stack([np.asarray(r.pixels) for r in requests]).astype(weights.dtype),
                 np.array([_seed(r) for r in requests], np.uint32),
             )
         return jax.device_get(ranked)
