@@ -151,6 +151,19 @@ def test_drafts_are_those_of_a_naive_drafting(tree) -> None:
     assert len(sizes) > 2 and max(sizes) >= (tree[3] or 2 * tree[0])
 
 
+def test_the_best_of_many_words_are_drafted() -> None:
+    """Two of 1,100 words are looked for in chunks of them, the best two of three among all."""
+    many = generator(text=dataclasses.replace(CONFIG.text, vocab_size=1100))
+    two, three = (
+        many.generate(told(ROWS[2:6], **shape), dataclasses.replace(CALL, **shape))
+        for shape in ({"gamma": 1, "children": 2}, {"gamma": 1, "children": 3, "nodes": 2})
+    )
+    for one, other in zip(two, three, strict=True):
+        assert [x.tolist() for x in one.drafts] == [x.tolist() for x in other.drafts]
+        np.testing.assert_allclose(np.concatenate(one.probs), np.concatenate(other.probs), 1e-5)
+    assert len({draft for r in two for x in r.drafts for draft in x}) > 20
+
+
 def test_a_tree_around_the_chain_accepts_more() -> None:
     """With one expanded node a level, the chain is a path of the tree."""
     chain, tree = (

@@ -16,7 +16,7 @@ from twig_jax.sharding.rules import path_string
 def floats(tree):
     """The float kernels that int8 ones stand for."""
     return jax.tree.map(
-        lambda x: x.values.astype(np.float32) * x.scale if isinstance(x, Int8) else x,
+        lambda x: x.values.T.astype(np.float32) * x.scale if isinstance(x, Int8) else x,
         tree,
         is_leaf=lambda x: isinstance(x, Int8),
     )
@@ -36,9 +36,9 @@ def test_no_entry_is_off_by_more_than_half_a_step(seed, sizes, dtype):
     w = np.asarray(w, np.float64)
     assert values.dtype == np.int8 and scale.dtype == np.float32
     step = np.abs(w).max(0) / 127
-    off = np.abs(np.asarray(values, np.float64) * np.asarray(scale) - w)
+    off = np.abs(np.asarray(values.T, np.float64) * np.asarray(scale) - w)
     assert (off <= 0.5001 * step).all()
-    assert (np.abs(np.asarray(values)).max(0) == np.where(step > 0, 127, 0)).all()
+    assert (np.abs(np.asarray(values)).max(1) == np.where(step > 0, 127, 0)).all()
 
 
 @pytest.fixture(scope="module")

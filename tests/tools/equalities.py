@@ -15,6 +15,7 @@ import os
 import sys
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 from absl import app, flags, logging
 from tqdm import tqdm
@@ -41,8 +42,9 @@ def main(argv: list[str]) -> None:
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + count
     import jax
 
-    with jax.default_matmul_precision("highest"):
-        report = compare_all()
+    # For all threads.
+    jax.config.update("jax_default_matmul_precision", "highest")
+    report = compare_all()
     print(json.dumps(report))
     sys.exit(report["differences"] > 0)
 
@@ -88,20 +90,35 @@ def compare_model(shape, rng, counts) -> None:
         requests.append(models.request(prompt, images, *texts, **random_settings(shape, rng)))
     call = dataclasses.replace(models.CALL, avg_retained=average(shape, MOST_KEPT))
 
-    for fast, slow in (("ssd", "plain"), ("ttp_ssd", "ttp")):
-        known = models.run(requests, call, model, mode=slow)
-        # For the gap at a difference: plain decoding is pruning that keeps all.
-        last = shape[2] if slow == "ttp" else 5
+    alone = rng.choice(rows, ALONE, replace=False).tolist()
+
+    def together(mode, adaptive=False):
+        return models.run(requests, call, model, mode=mode, adaptive=adaptive)
+
+    def by_themselves(mode):
+        each = ([models.change(requests[i], gamma=6)] for i in alone)
+        return [(one, models.run(one, call, model, mode=mode)) for one in each]
+
+    # Compiling takes most of the time, and none of these programs waits for another.
+    with ThreadPoolExecutor() as pool:
+        running = [
+            (
+                pool.submit(together, slow),
+                [pool.submit(together, fast, adaptive) for adaptive in (False, True)],
+                pool.submit(by_themselves, fast),
+            )
+            for fast, slow in (("ssd", "plain"), ("ttp_ssd", "ttp"))
+        ]
+    # For the gap at a difference: plain decoding is pruning that keeps all.
+    for last, (slow, fast, single) in zip((5, shape[2]), running, strict=True):
         reference = models.generator(TwigConfig(*shape[:2], last), seed, text=text)
-        for adaptive in (False, True):
-            found = models.run(requests, call, model, mode=fast, adaptive=adaptive)
+        known = slow.result()
+        for found in (answers.result() for answers in fast):
             counts["drafted"] += sum(len(d) for r in found for d in r.drafts)
             counts["accepted"] += sum(int(r.matched.sum()) for r in found)
             compare(reference, requests, found, known, counts)
-        for i in rng.choice(rows, ALONE, replace=False).tolist():
-            alone = [models.change(requests[i], gamma=6)]
-            found = models.run(alone, call, model, mode=fast)
-            compare(reference, alone, found, known[i : i + 1], counts)
+        for i, (one, found) in zip(alone, single.result(), strict=True):
+            compare(reference, one, found, known[i : i + 1], counts)
 
 
 def average(shape, kept: int) -> float:

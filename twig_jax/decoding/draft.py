@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 
 from twig_jax.decoding.cache import Cache, State, commit, sees, slots_of
 from twig_jax.decoding.network import Program, Weights
@@ -13,6 +14,7 @@ from twig_jax.models.attention import KV
 from twig_jax.pruning.select import first_of, take
 
 _SPAN = 8  # tokens that the twig catches up in one pass
+_CHUNK = 64  # words, of which the best is looked for first
 
 
 class Drafts(NamedTuple):
@@ -271,12 +273,22 @@ def draft(
 
 
 def _best(x: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
-    """The largest of the last axis and where they are, as `lax.top_k`."""
-    if count > 1:
+    """The largest of the last axis and where they are, as `lax.top_k` but for which of equals."""
+    if count == 1:
+        # A reduction, for which a GPU need not leave the graph of its kernels.
+        at = x.argmax(-1, keepdims=True).astype(jnp.int32)
+        return jnp.take_along_axis(x, at, axis=-1), at
+    if x.shape[-1] < 8 * count * _CHUNK:
         return jax.lax.top_k(x, count)
-    # A reduction, for which a GPU need not leave the graph of its kernels.
-    at = x.argmax(-1, keepdims=True).astype(jnp.int32)
-    return jnp.take_along_axis(x, at, axis=-1), at
+    # They are in the chunks with the largest maxima, so that few are left to choose from: choosing
+    # takes far longer than a reduction, on CPUs and GPUs.
+    beside = [(0, 0)] * (x.ndim - 1)
+    x = jnp.pad(x, [*beside, (0, -x.shape[-1] % _CHUNK)], constant_values=-jnp.inf)
+    chunks = rearrange(x, "... (n c) -> ... n c", c=_CHUNK)
+    _, which = jax.lax.top_k(chunks.max(-1), count)
+    few = jnp.take_along_axis(chunks, which[..., None], axis=-2)
+    best, at = jax.lax.top_k(rearrange(few, "... n c -> ... (n c)"), count)
+    return best, jnp.take_along_axis(which, at // _CHUNK, axis=-1) * _CHUNK + at % _CHUNK
 
 
 def _kept(

@@ -35,9 +35,12 @@ _STOP_CHUNK = 8  # iterations between two looks for stops, where nobody watches
 
 IMAGE_PROGRAMS = tuple(1 << i for i in range(AT_ONCE.bit_length()))
 
-jitted_prefill = jax.jit(prefill, static_argnums=0)
-# Compilers for GPUs make one product of those with one input (queries, keys and values; gate and
-# up), however large their weights; other compilers do not look at it.
+# Compilers for GPUs can make one product of those with one input (queries, keys and values; gate
+# and up). Of few tokens it reads all weights as they lie, however large; for whole prompts the
+# weights would be put together in memory first. Other compilers do not look at it.
+jitted_prefill = jax.jit(
+    prefill, static_argnums=0, compiler_options={"xla_gpu_dot_merger_threshold_mb": 0}
+)
 jitted_decode = jax.jit(
     decode,
     static_argnums=0,

@@ -52,17 +52,22 @@ class ImageEncoder:
         while len(out) < len(images):
             part = images[len(out) : len(out) + AT_ONCE]
             size = 1 << (len(part) - 1).bit_length()
-            pixels = np.zeros((size, *part[0].shape), dtype)
-            pixels[: len(part)] = np.asarray(part).astype(dtype)
-            visual = encode(self.config, base, pixels)
+            pixels = np.zeros((size, *part[0].shape), np.float32)
+            for i, image in enumerate(part):
+                pixels[i] = image
+            visual = encode(self.config, base, pixels, dtype)
             out += visual[: len(part)]
             self.encoded += len(part)
         return out
 
 
-@partial(jax.jit, static_argnums=0)
-def encode(config: LlavaConfig, base: Params, pixels: jax.Array | np.ndarray) -> list[jax.Array]:
-    """Pixels [n, H, W, 3] -> one [M, d] an image."""
+@partial(jax.jit, static_argnums=(0, 3))
+def encode(
+    config: LlavaConfig, base: Params, pixels: jax.Array | np.ndarray, dtype: jnp.dtype
+) -> list[jax.Array]:
+    """Pixels [n, H, W, 3] -> one [M, d] an image, computed in `dtype`."""
+    # Rounded on the device: for one image on a host that takes as long as a layer.
+    pixels = jnp.asarray(pixels, dtype)
     visual = Llava(config).apply({"params": base}, pixels[:, None], method="encode")
     return [spread(x) for x in visual]
 

@@ -6,8 +6,10 @@ Symmetric, one scale an output channel, weights alone:
 
 The scale comes after the product, so that the values' conversion is all that is left before it:
 compilers for accelerators make it where the product reads its operand, and no float copy of a
-kernel is written. Google's qwix does the same for any model, by replacing jax's products while a
-module is traced; here there is one kind of layer, and its parameters stay a plain tree of arrays.
+kernel is written. Values lie as [out, in]: GPUs read them faster where what is summed over is
+contiguous (docs/performance.md). Google's qwix does the same for any model, by replacing jax's
+products while a module is traced; here there is one kind of layer, and its parameters stay a plain
+tree of arrays.
 """
 
 import re
@@ -25,14 +27,15 @@ _KERNELS = re.compile(r"(text/)?(layers_\d+/(q|k|v|o|gate|up|down)_proj|lm_head)
 
 
 class Int8(NamedTuple):
-    """A kernel [in, out] in int8."""
+    """A kernel [in, out] in int8, transposed."""
 
-    values: jax.Array  # int8 [in, out], from -127 to 127
+    values: jax.Array  # int8 [out, in], from -127 to 127
     scale: jax.Array  # float32 [out]
 
     def after(self, x: jax.Array) -> jax.Array:
         """x @ kernel: [..., in] -> [..., out] of the same type, summed in float32."""
-        y = jnp.matmul(x, self.values.astype(x.dtype), preferred_element_type=jnp.float32)
+        w = self.values.astype(x.dtype)
+        y = jnp.einsum("...i,oi->...o", x, w, preferred_element_type=jnp.float32)
         return (y * self.scale).astype(x.dtype)
 
 
@@ -42,7 +45,7 @@ def quantise(kernel: Any) -> Int8:
     w = jnp.asarray(kernel, jnp.float32)
     largest = jnp.abs(w).max(0)
     scale = jnp.where(largest > 0, largest / 127, 1.0)
-    return Int8(jnp.round(w / scale).astype(jnp.int8), scale)
+    return Int8(jnp.round(w / scale).astype(jnp.int8).T, scale)
 
 
 def is_kernel(path: str) -> bool:

@@ -12,9 +12,11 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 RULES: tuple[tuple[str, P], ...] = (
-    (r"(q|k|v|gate|up)_proj/kernel(/values)?", P("fsdp", "tensor")),
-    (r"(q|k|v|gate|up)_proj/kernel/scale", P("tensor")),
-    (r"(o|down|out)_proj/kernel(/values)?", P("tensor", "fsdp")),
+    (r"((q|k|v|gate|up)_proj|lm_head)/kernel", P("fsdp", "tensor")),
+    (r"((q|k|v|gate|up)_proj|lm_head)/kernel/values", P("tensor", "fsdp")),  # of int8: [out, in]
+    (r"((q|k|v|gate|up)_proj|lm_head)/kernel/scale", P("tensor")),
+    (r"(o|down|out)_proj/kernel", P("tensor", "fsdp")),
+    (r"(o|down)_proj/kernel/values", P("fsdp", "tensor")),
     (r"(o|down)_proj/kernel/scale", P("fsdp")),
     (r"(q|k|v)_proj/bias", P("tensor")),
     (r"(q|k)_gate/kernel", P("fsdp", "tensor")),
@@ -24,8 +26,6 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"fc2/kernel", P("tensor", "fsdp")),
     (r"(fc2|out_proj)/bias", P()),
     (r"embed_tokens/embedding", P("tensor", "fsdp")),
-    (r"lm_head/kernel(/values)?", P("fsdp", "tensor")),
-    (r"lm_head/kernel/scale", P("tensor")),
     (r"linear_1/kernel", P("fsdp", "tensor")),
     (r"linear_1/bias", P("tensor")),
     (r"linear_2/kernel", P("tensor", "fsdp")),
