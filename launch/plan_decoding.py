@@ -3,7 +3,7 @@
     python -m launch.plan_decoding --topology v5e:2x4
     python -m launch.plan_decoding --topology h100:1,h200:1 --batch 1,8,32,128
 
-The decoding loop is compiled ahead of time, which needs the compiler of the devices alone
+Prefill and the decoding loop are compiled ahead of time, which needs the devices' compiler alone
 (pip install 'jax[tpu]' or 'jax[cuda12]'); for GPUs without theirs all is from shapes. Weights are
 never there. Nothing is timed: milliseconds are predictions from the data sheets' peaks, see
 docs/performance.md.
@@ -80,47 +80,63 @@ def planned(batches: list[int]) -> list[Any]:
 
 
 def report(plans: list[Any]) -> None:
-    """The plans as a table."""
+    """The plans as two tables, of iterations and of prompts."""
     from twig_jax.decoding.plan import HOP, LAUNCH
 
-    headers = (
-        "topology|rows|mode|from|GiB a device|fits|floor MB|moved MB|GFLOP|collectives|MB|copies|"
-        "kernels|memory ms|math ms|link ms|starts ms|iteration ms|token ms|over plain"
-    )
-    plain = {(p.topology, p.rows): p.token for p in plans if p.mode == "plain"}
-    lines = []
+    parts = ["floor MB", "moved MB", "GFLOP", "collectives", "MB", "kernels"]
+    parts += ["memory ms", "math ms", "link ms", "starts ms"]
+    plain = {(p.topology, p.rows): p for p in plans if p.mode == "plain"}
+    iterations, prompts = [], []
     for plan in plans:
-        seconds = plan.seconds
+        which = [plan.topology, f"{plan.rows}", plan.mode]
         usual = plain.get((plan.topology, plan.rows))
-        lines.append(
+        iterations.append(
             [
-                plan.topology,
-                f"{plan.rows}",
-                plan.mode,
+                *which,
                 "compiler" if plan.compiled else "shapes",
                 f"{plan.total / 2**30:.2f}",
                 "yes" if plan.total <= plan.capacity else "NO",
-                f"{plan.floor / 1e6:.0f}",
-                "" if plan.moved is None else f"{plan.moved / 1e6:.0f}",
-                f"{plan.flops / 1e9:.1f}",
-                f"{sum(one.count for one in plan.collectives.values()):.0f}",
-                f"{sum(one.bytes for one in plan.collectives.values()) / 1e6:.1f}",
+                *_cells(plan.iteration),
                 "" if plan.copies is None else f"{plan.copies:.0f}",
-                "" if plan.kernels is None else f"{plan.kernels:.0f}",
-                *(f"{1e3 * part:.2f}" for part in seconds.values()),
-                f"{1e3 * plan.iteration:.2f}",
+                f"{1e3 * plan.iteration.total:.2f}",
                 f"{1e3 * plan.token:.2f}",
-                "" if usual is None else f"{usual / plan.token:.2f}",
+                "" if usual is None else f"{usual.token / plan.token:.2f}",
             ]
         )
-    print(aligned(headers.split("|"), lines))
+        prompts.append(
+            [
+                *which,
+                *_cells(plan.prompt),
+                f"{1e3 * plan.prompt.total:.2f}",
+                "" if usual is None else f"{usual.prompt.total / plan.prompt.total:.2f}",
+            ]
+        )
+    first, last = ["topology", "rows", "mode"], ["over plain"]
+    held = ["from", "GiB a device", "fits"]
+    times = ["copies", "iteration ms", "token ms"]
+    print(aligned([*first, *held, *parts, *times, *last], iterations))
+    print("\nPrompts, without their images, with first drafts:")
+    print(aligned([*first, *parts, "prompt ms", *last], prompts))
     print(
-        f"Of one device and one iteration, in which ssd drafts {_GAMMA.value} tokens ahead and "
+        f"Of one device, and of one iteration, in which ssd drafts {_GAMMA.value} tokens ahead and "
         f"{_TOKAR.value:.1%} of\ndrafts are taken to be accepted. Times are PREDICTED, not "
         "measured: bytes and FLOPs at the\npeaks of data sheets, collectives over a ring at "
         f"{1e6 * HOP:g} µs a hop, {1e6 * LAUNCH:g} µs for the start\nand end of each kernel of a "
         "GPU."
     )
+
+
+def _cells(taken: Any) -> list[str]:
+    """A prompt's or an iteration's."""
+    return [
+        f"{taken.floor / 1e6:.0f}",
+        "" if taken.moved is None else f"{taken.moved / 1e6:.0f}",
+        f"{taken.flops / 1e9:.1f}",
+        f"{sum(one.count for one in taken.collectives.values()):.0f}",
+        f"{sum(one.bytes for one in taken.collectives.values()) / 1e6:.1f}",
+        "" if taken.kernels is None else f"{taken.kernels:.0f}",
+        *(f"{1e3 * part:.2f}" for part in taken.seconds.values()),
+    ]
 
 
 if __name__ == "__main__":

@@ -42,41 +42,63 @@ def test_bytes_and_flops_by_hand():
     norms = 2 * d  # of a layer; the last norm is one more
     slots = 64 + 576 + 129
     cache = 2 * slots * d  # of a layer
-    plain = seven_b("plain")
+    plain = seven_b("plain").iteration
     one, last = layer + norms + cache, d + head  # passes through a layer and the head
     assert plain.floor == 2 * (L * one + last)
     # Each number takes part once, in a multiplication and an addition.
     assert plain.flops == 2 * (L * (layer + cache) + head)
-    drafts = seven_b("ssd")
+    drafts = seven_b("ssd").iteration
     trunk, twig, deep = K * one, T * one + last, (L - K) * one + last
     # Trunk: the pending token and five levels. Twig: five levels.
     assert drafts.floor == 2 * (6 * trunk + 5 * twig + deep)
     # Six tokens are verified.
     once = layer + cache
     assert drafts.flops == 2 * (6 * K * once + 5 * (T * once + head) + 6 * ((L - K) * once + head))
-    wide = seven_b("ssd", "h100:8")
+    wide = seven_b("ssd", "h100:8").iteration
     assert wide.floor == pytest.approx(drafts.floor / 8, rel=1e-3)  # norms are on all devices
 
 
 def test_a_prediction_is_the_slowest_part_and_the_collectives():
     found = seven_b("ssd", "h100:8", tokar=0.5)
-    chip, part = CHIPS["h100"], found.seconds
-    assert part["memory"] == found.floor / chip.bandwidth
-    assert part["arithmetic"] == found.flops / chip.flops
+    one = found.iteration
+    chip, part = CHIPS["h100"], one.seconds
+    assert part["memory"] == one.floor / chip.bandwidth
+    assert part["arithmetic"] == one.flops / chip.flops
     # Two all-reduces a layer: six passes of the trunk, five of the twig, one of the rest.
     passes = 2 * (2 * 6 + 3 * 5 + 30)
     tokens = 2 * (2 * 6 + 3 * 6 + 30 * 6)
-    assert found.collectives == {"all-reduce": Collective(passes, tokens * 4096 * 2)}
+    assert one.collectives == {"all-reduce": Collective(passes, tokens * 4096 * 2)}
     sent = 2 * 7 / 8 * tokens * 4096 * 2 / chip.link
     assert part["collectives"] == pytest.approx(passes * 8 * HOP + sent)
     assert part["memory"] > part["arithmetic"]
-    assert found.iteration == part["memory"] + part["collectives"]
-    assert found.tokens == 1 + 0.5 * 5 and found.token == found.iteration / 3.5
+    assert one.total == part["memory"] + part["collectives"]
+    assert found.tokens == 1 + 0.5 * 5 and found.token == one.total / 3.5
     # Many rows of one device wait for arithmetic.
     config, twig = preset("llava-1.5-7b")
     busy = plan(config, twig, Settings(mode="plain"), Bucket(2048, 64, 0, 8), "h100:1")
-    assert busy.iteration == busy.seconds["arithmetic"] > busy.seconds["memory"]
-    assert busy.tokens == 1 and not busy.collectives
+    part = busy.iteration.seconds
+    assert busy.iteration.total == part["arithmetic"] > part["memory"]
+    assert busy.tokens == 1 and not busy.iteration.collectives
+
+
+def test_a_prompt_is_arithmetic():
+    """Of LLaVA-1.5-7B: all slots through all layers, or pruned, with first drafts."""
+    d, f, V, L, P = 4096, 11008, 32064, 32, 64 + 576
+    layer, head = 4 * d * d + 3 * d * f, d * V
+    plain, pruned, drafted = (seven_b(mode, "h100:8") for mode in ("plain", "ttp", "ttp_ssd"))
+    # The last token goes through the deep layers once more, with the first answer's.
+    seen = [P * P / 2] * 2 + [(P + 1) * P / 2] * (L - 2)
+    products = (2 * P + (L - 2) * (P + 1)) * layer + 2 * d * sum(seen) + head
+    assert plain.prompt.flops == pytest.approx(2 * products / 8)
+    part = plain.prompt.seconds
+    assert part["arithmetic"] > part["memory"] == plain.prompt.floor / CHIPS["h100"].bandwidth
+    reduced = plain.prompt.collectives["all-reduce"]
+    assert reduced == Collective(2 * L, 2 * (2 * P + (L - 2) * (P + 1)) * d * 2)
+    assert 2.5 < plain.prompt.seconds["arithmetic"] / pruned.prompt.seconds["arithmetic"] < 4
+    assert 0 < drafted.prompt.flops - pruned.prompt.flops < 0.03 * pruned.prompt.flops
+    # Trunk and twig at every level of drafts, and leaves through the trunk.
+    more = drafted.prompt.collectives["all-reduce"].count
+    assert more == pruned.prompt.collectives["all-reduce"].count + 2 * (5 * 2 + 5 * 3)
 
 
 def test_collectives_over_a_ring():
@@ -123,12 +145,16 @@ def test_a_plan_for_tpus_is_that_of_the_compiled_loop(monkeypatch):
     monkeypatch.setattr("twig_jax.hardware._tpus", lambda name: jax.devices())
     found, shapes = tiny("v5e:2x4", tensor=2, mode="plain"), tiny("h100:8", tensor=2, mode="plain")
     assert found.compiled and found.mesh == (4, 1, 2)
-    assert found.copies == 0 and shapes.copies is None and shapes.kernels is None
-    assert found.moved > found.floor == shapes.floor
-    assert found.seconds["memory"] == found.moved / CHIPS["v5e"].bandwidth
-    # The estimate's, and what putting an embedding and the best word together takes.
-    expected = shapes.collectives["all-reduce"]
-    assert expected.count <= found.collectives["all-reduce"].count <= expected.count + 4
+    assert found.copies == 0 and shapes.copies is None
+    for one, by_shape in (
+        (found.iteration, shapes.iteration),
+        (found.prompt, shapes.prompt),
+    ):
+        assert one.moved > one.floor == by_shape.floor and by_shape.kernels is None
+        assert one.seconds["memory"] == one.moved / CHIPS["v5e"].bandwidth
+        # The estimate's, and what putting an embedding and the best word together takes.
+        expected = by_shape.collectives["all-reduce"]
+        assert expected.count <= one.collectives["all-reduce"].count <= expected.count + 4
     assert json.loads(json.dumps(found.as_json()))["fits"]
 
 
@@ -136,11 +162,12 @@ def test_a_plan_for_gpus_counts_the_starts_of_kernels(monkeypatch):
     monkeypatch.setattr("twig_jax.hardware._tpus", lambda name: jax.devices())
     monkeypatch.setattr("twig_jax.hardware._gpus", lambda chip, count: jax.devices())
     gpus, tpus = (tiny(name, tensor=2, mode="plain") for name in ("h100:8", "v5e:2x4"))
-    assert gpus.compiled and gpus.kernels > CONFIG.text.num_layers
-    part = gpus.seconds
-    assert part["launches"] == gpus.kernels * LAUNCH and tpus.seconds["launches"] == 0
-    assert gpus.iteration == part["memory"] + part["collectives"] + part["launches"]
-    assert part["memory"] == gpus.moved / CHIPS["h100"].bandwidth
+    assert gpus.compiled and tpus.iteration.seconds["launches"] == 0
+    for one in (gpus.iteration, gpus.prompt):
+        part = one.seconds
+        assert one.kernels > CONFIG.text.num_layers and part["launches"] == one.kernels * LAUNCH
+        assert one.total == part["memory"] + part["collectives"] + part["launches"]
+        assert part["memory"] == one.moved / CHIPS["h100"].bandwidth
 
 
 def test_drafting_counts_as_often_as_there_are_levels(monkeypatch):
@@ -154,7 +181,7 @@ def test_drafting_counts_as_often_as_there_are_levels(monkeypatch):
             BUCKET,
             "v5e:1x1",
             dtype="float32",
-        )
+        ).iteration
         for gamma in (3, 5)
     )
     # Two more levels of trunk and twig, and a little for nodes that are wider.

@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -310,7 +311,15 @@ def test_what_gcloud_refuses_later_is_tried_again(play):
     assert play.kinds() == ["list", *fetched, "sleep", *recreated, *fetched]
 
 
-def test_an_interrupt_leaves_the_slice(play):
+@pytest.fixture
+def interruptible():
+    """Shells have what runs in the background ignore interrupts, and with it what that starts."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupt_leaves_the_slice(play, interruptible):
     play.answer("list", "0 ACTIVE")
     (play.folder / "follow.signal").write_text("INT")
     done = play.run(*tpu("--delete"))

@@ -28,6 +28,11 @@ def test_the_documentation_s_command(tmp_path):
         # The page has the command's plans, as compiled, with the same floors.
         (row,) = [row for row in rows if row[:3] == which]
         assert row[4] == f"{int(told[6]):,}"
+    begin = lines.index("Prompts, without their images, with first drafts:") + 2
+    for line, plan in zip(lines[begin:], plans, strict=False):
+        told = line.split()
+        assert told[:3] == [plan["topology"], str(plan["rows"]), plan["mode"]]
+        assert told[-2] == f"{1e3 * plan['prompt']['total']:.2f}"
     assert "PREDICTED, not measured" in result.stdout
 
 

@@ -1,5 +1,6 @@
 """What decoding takes on machines that need not be there: memory, traffic, collectives, time."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,8 +12,8 @@ from twig_jax.config import LlavaConfig, TwigConfig
 from twig_jax.decoding import cost
 from twig_jax.decoding.buckets import Bucket, program_for, state_bytes
 from twig_jax.decoding.cache import Caches
-from twig_jax.decoding.cost import Shapes
-from twig_jax.decoding.generate import jitted_decode
+from twig_jax.decoding.cost import Pass, Shapes
+from twig_jax.decoding.generate import jitted_decode, jitted_prefill
 from twig_jax.decoding.settings import Settings
 from twig_jax.hardware import Chip, find_topology
 from twig_jax.programs import Collective, Hlo, device_bytes, working_memory
@@ -25,15 +26,36 @@ LAUNCH = 1.5e-6
 
 
 @dataclass(frozen=True)
+class Taken:
+    """What a prompt, without its images, or an iteration takes. All figures are of one device.
+
+    floor: bytes of weights and caches, read once where they are needed. moved: what the program
+    moves between main memory and chip. flops: of matrix products. kernels: what the device is
+    given. seconds: predicted, by what they are spent on.
+    """
+
+    floor: float
+    moved: float | None
+    flops: float
+    collectives: dict[str, Collective]
+    kernels: float | None
+    seconds: dict[str, float]
+
+    @property
+    def total(self) -> float:
+        """Predicted seconds: memory and arithmetic beside each other, all else after them."""
+        part = self.seconds
+        return max(part["memory"], part["arithmetic"]) + part["collectives"] + part["launches"]
+
+
+@dataclass(frozen=True)
 class Plan:
-    """What an iteration of decoding takes on a topology. Bytes and FLOPs are those of one device.
+    """What decoding takes on a topology; bytes are those of one device.
 
     compiled: by the compiler of the topology, ahead of time, or estimated from shapes. memory: by
-    what it holds; its working memory is the larger of the loop's and an estimate of prefill's.
-    floor: weights and caches, read once where they are needed. moved: what the program moves
-    between main memory and chip. flops: of matrix products. copies: of caches, and of int8 kernels
-    as floats, in main memory. kernels: what the device is given. tokens: what an iteration, which
-    drafts all levels, emits a row.
+    what it holds; its working memory is the larger of the two programs'. copies: of caches, and of
+    int8 kernels as floats, in main memory in an iteration. tokens: what an iteration, which drafts
+    all levels, emits a row.
     """
 
     topology: str
@@ -43,13 +65,9 @@ class Plan:
     compiled: bool
     memory: dict[str, float]
     capacity: float
-    floor: float
-    moved: float | None
-    flops: float
-    collectives: dict[str, Collective]
+    prompt: Taken
+    iteration: Taken
     copies: float | None
-    kernels: float | None
-    seconds: dict[str, float]
     tokens: float
 
     @property
@@ -58,20 +76,16 @@ class Plan:
         return sum(self.memory.values())
 
     @property
-    def iteration(self) -> float:
-        """Predicted seconds: memory and arithmetic beside each other, all else after them."""
-        part = self.seconds
-        return max(part["memory"], part["arithmetic"]) + part["collectives"] + part["launches"]
-
-    @property
     def token(self) -> float:
         """Predicted seconds of a row's token."""
-        return self.iteration / self.tokens
+        return self.iteration.total / self.tokens
 
     def as_json(self) -> dict[str, Any]:
         """All figures."""
-        own = {"total": self.total, "iteration": self.iteration, "token": self.token}
-        return {**asdict(self), **own, "fits": self.total <= self.capacity}
+        found = {**asdict(self), "total": self.total, "token": self.token}
+        for name in ("prompt", "iteration"):
+            found[name]["total"] = getattr(self, name).total
+        return {**found, "fits": self.total <= self.capacity}
 
 
 def plan(
@@ -88,10 +102,10 @@ def plan(
     """The plan of decoding on TPUs, such as v5e:2x4, or on so many GPUs, such as h100:8.
 
     tensor: how many devices split heads and words, 0 for all; the others split rows. int8: as for
-    `twig_jax.load`. tokar: share of the levels whose draft is accepted, 0 .. 1. The real loop is
-    compiled for the devices; for GPUs without their compiler all is from shapes. Raises ValueError
-    for a topology that is not known, for TPUs without their compiler, for a mesh that the devices
-    do not make, and for a program that the compiler refuses.
+    `twig_jax.load`. tokar: share of the levels whose draft is accepted, 0 .. 1. The real programs
+    are compiled for the devices; for GPUs without their compiler all is from shapes. Raises
+    ValueError for a topology that is not known, for TPUs without their compiler, for a mesh that
+    the devices do not make, and for a program that the compiler refuses.
     """
     chip, count, devices = find_topology(topology)
     sizes = mesh_sizes((0, 1, tensor) if tensor else (1, 1, 0), count)
@@ -103,31 +117,30 @@ def plan(
     )
     weights = cost.shapes_of_weights(config, twig, dtype, mesh, int8)
     given = cost.shapes(program, bucket.rows, weights, mesh)
-    passes = cost.step(given, program.tree.depth)
-    floor = sum(one.bytes * one.times for one in passes)
-    flops = sum(one.flops * one.times for one in passes)
-    itemsize = jnp.dtype(dtype).itemsize
-    # Prefill's, which is not compiled here; as if tensor parallelism split nothing of it.
-    whole = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(given.state.caches))
-    filling = (state_bytes(program, bucket.rows, itemsize) - whole) / (sizes[0] * sizes[1])
-    working, moved, copies, kernels = 0.0, None, None, None
-    collectives = _needed_collectives(given)
+    depth = program.tree.depth
+    prompts, iterations = _layers(given)
+    prompt = given, chip, cost.prompt(given, depth), prompts
+    iteration = given, chip, cost.step(given, depth), iterations
     if isinstance(mesh, Mesh):
-        try:
-            compiled = lower_decode(given, mesh).compile()
-        except jax.errors.JaxRuntimeError as error:
-            raise ValueError(f"the compiler refuses the loop: {str(error)[:2000]}") from error
-        hlo = Hlo(
-            compiled.as_text(),
-            # Of the loop's own loops, drafting alone has no length that is known beforehand.
-            trips=max(program.tree.depth - 1, 0),
-            # Greedy decoding takes the shorter way of all conditions but whether to draft.
-            rare=r"(?<!/draft)/cond$",
+        filling, loop = (_compiled(lower(given, mesh)) for lower in (lower_prefill, lower_decode))
+        whole, looped = (
+            # Of the loops within, drafting alone has no length that is known beforehand. Greedy
+            # decoding takes the shorter way of all conditions but whether to draft.
+            Hlo(one.as_text(), trips=max(depth - 1, 0), rare=r"(?<!/draft)/cond$")
+            for one in (filling, loop)
         )
-        body = hlo.loop()
-        working, moved, kernels = working_memory(compiled), hlo.traffic(body), hlo.kernels(body)
-        copies = hlo.copies(body, given.state.caches) + hlo.widened(body, given.weights)
-        collectives = hlo.collectives(body)
+        body = looped.loop()
+        taken = _taken(*prompt, whole, whole.entry), _taken(*iteration, looped, body)
+        copies = looped.copies(body, given.state.caches) + looped.widened(body, given.weights)
+        # Prompts make the state, which is counted already.
+        made = device_bytes(given.state)
+        working = max(working_memory(filling) - made, working_memory(loop))
+    else:
+        taken, copies = (_taken(*prompt), _taken(*iteration)), None
+        # Of a prompt, as if tensor parallelism split nothing of it.
+        caches = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(given.state.caches))
+        held = state_bytes(program, bucket.rows, jnp.dtype(dtype).itemsize)
+        working = (held - caches) / (sizes[0] * sizes[1])
     return Plan(
         topology=topology,
         mesh=sizes,
@@ -138,23 +151,22 @@ def plan(
             "weights": device_bytes(given.weights),
             "caches": device_bytes(given.state.caches),
             "rest of the state": device_bytes(given.state._replace(caches=Caches((), (), ()))),
-            "working memory": max(working, filling),
+            "working memory": working,
         },
         capacity=chip.memory * 2**30,
-        floor=floor,
-        moved=moved,
-        flops=flops,
-        collectives=collectives,
+        prompt=taken[0],
+        iteration=taken[1],
         copies=copies,
-        kernels=kernels,
-        seconds={
-            "memory": (floor if moved is None else moved) / chip.bandwidth,
-            "arithmetic": flops / chip.flops,
-            "collectives": collective_seconds(collectives, chip, sizes[2]),
-            "launches": LAUNCH * kernels if chip.cuda and kernels else 0.0,
-        },
-        tokens=1 + tokar * program.tree.depth,
+        tokens=1 + tokar * depth,
     )
+
+
+def lower_prefill(given: Shapes, mesh: Mesh) -> Any:
+    """Prompts without their images, ready to be compiled for a mesh."""
+    with jax.set_mesh(mesh):
+        return jitted_prefill.lower(
+            given.program, given.weights, given.inputs, given.controls, given.cost
+        )
 
 
 def lower_decode(given: Shapes, mesh: Mesh) -> Any:
@@ -162,6 +174,43 @@ def lower_decode(given: Shapes, mesh: Mesh) -> Any:
     stop = jax.ShapeDtypeStruct(given.state.done.shape, jnp.bool_)
     with jax.set_mesh(mesh):
         return jitted_decode.lower(given.program, given.weights, given.state, stop, given.cost, 1)
+
+
+def _compiled(lowered: Any) -> Any:
+    try:
+        return lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        raise ValueError(f"the compiler refuses a program: {str(error)[:2000]}") from error
+
+
+def _taken(
+    given: Shapes,
+    chip: Chip,
+    passes: Sequence[Pass],
+    layers: Sequence[tuple[int, int]],
+    hlo: Hlo | None = None,
+    computation: str = "",
+) -> Taken:
+    """By a computation of a compiled program, else by shapes; layers: as `_all_reduces` takes."""
+    floor = sum(one.bytes * one.times for one in passes)
+    flops = sum(one.flops * one.times for one in passes)
+    collectives, moved, kernels = _all_reduces(given, layers), None, None
+    if hlo is not None:
+        collectives = hlo.collectives(computation)
+        moved, kernels = hlo.traffic(computation), hlo.kernels(computation)
+    return Taken(
+        floor=floor,
+        moved=moved,
+        flops=flops,
+        collectives=collectives,
+        kernels=kernels,
+        seconds={
+            "memory": (floor if moved is None else moved) / chip.bandwidth,
+            "arithmetic": flops / chip.flops,
+            "collectives": collective_seconds(collectives, chip, given.split),
+            "launches": LAUNCH * kernels if chip.cuda and kernels else 0.0,
+        },
+    )
 
 
 def collective_seconds(found: dict[str, Collective], chip: Chip, devices: int) -> float:
@@ -180,22 +229,29 @@ def collective_seconds(found: dict[str, Collective], chip: Chip, devices: int) -
     return total
 
 
-def _needed_collectives(given: Shapes) -> dict[str, Collective]:
-    """Two all-reduces of the states of all tokens in every layer, over the tensor axis."""
+def _layers(given: Shapes) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """(layers, tokens of a row) of every pass, of a prompt and of an iteration."""
+    p, t = given.program, given.program.tree
+    P = p.prompt_slots
+    drafts = []
+    if t.depth:
+        each = [t.expanded] * (t.depth - 1)
+        drafts = [(p.K, n) for n in (*each, t.leaves)] + [(p.twig.T, n) for n in (2, *each)]
+    first = [(p.K, P), (p.twig.T, P)] if p.runs_twig else [(p.K, P)]
+    deep = [(s.last - s.first, p.text_slots + s.slots + p.width) for s in p.segments]
+    whole = p.base.text.num_layers - p.K
+    return [*first, *drafts, *deep], [(p.K, 1), *drafts, (whole, p.width)]
+
+
+def _all_reduces(given: Shapes, layers: Sequence[tuple[int, int]]) -> dict[str, Collective]:
+    """Two of the states of all tokens in every layer, over the tensor axis."""
     if given.split == 1:
         return {}
-    p, t, states = given.program, given.program.tree, given.state.states
-    drafted = [t.expanded] * (t.depth - 1)
-    # (layers, tokens of each pass)
-    parts = [
-        (p.K, [1, *drafted, t.leaves] if t.depth else [1]),
-        (p.twig.T, [2, *drafted] if t.depth else []),
-        (p.base.text.num_layers - p.K, [p.width]),
-    ]
+    states = given.state.states
     of = given.rows * states.shape[-1] * states.dtype.itemsize
     return {
         "all-reduce": Collective(
-            count=sum(2 * layers * len(passes) for layers, passes in parts),
-            bytes=sum(2 * layers * sum(passes) * of for layers, passes in parts),
+            count=sum(2 * each for each, _ in layers),
+            bytes=sum(2 * each * tokens * of for each, tokens in layers),
         )
     }
