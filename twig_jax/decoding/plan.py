@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -118,9 +119,8 @@ def plan(
     weights = cost.shapes_of_weights(config, twig, dtype, mesh, int8)
     given = cost.shapes(program, bucket.rows, weights, mesh)
     depth = program.tree.depth
-    prompts, iterations = _layers(given)
-    prompt = given, chip, cost.prompt(given, depth), prompts
-    iteration = given, chip, cost.step(given, depth), iterations
+    prompt = partial(_taken, chip, given.split, cost.prompt(given, depth))
+    iteration = partial(_taken, chip, given.split, cost.step(given, depth))
     if isinstance(mesh, Mesh):
         filling, loop = (_compiled(lower(given, mesh)) for lower in (lower_prefill, lower_decode))
         whole, looped = (
@@ -130,13 +130,14 @@ def plan(
             for one in (filling, loop)
         )
         body = looped.loop()
-        taken = _taken(*prompt, whole, whole.entry), _taken(*iteration, looped, body)
+        taken = prompt(*_read(whole, whole.entry)), iteration(*_read(looped, body))
         copies = looped.copies(body, given.state.caches) + looped.widened(body, given.weights)
         # Prompts make the state, which is counted already.
         made = device_bytes(given.state)
         working = max(working_memory(filling) - made, working_memory(loop))
     else:
-        taken, copies = (_taken(*prompt), _taken(*iteration)), None
+        first, each = (_all_reduces(given, layers) for layers in _layers(given))
+        taken, copies = (prompt(first), iteration(each)), None
         # Of a prompt, as if tensor parallelism split nothing of it.
         caches = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(given.state.caches))
         held = state_bytes(program, bucket.rows, jnp.dtype(dtype).itemsize)
@@ -183,21 +184,22 @@ def _compiled(lowered: Any) -> Any:
         raise ValueError(f"the compiler refuses a program: {str(error)[:2000]}") from error
 
 
+def _read(hlo: Hlo, computation: str) -> tuple[dict[str, Collective], float, float]:
+    """Collectives, bytes moved and kernels of what a compiled computation runs."""
+    return hlo.collectives(computation), hlo.traffic(computation), hlo.kernels(computation)
+
+
 def _taken(
-    given: Shapes,
     chip: Chip,
+    split: int,
     passes: Sequence[Pass],
-    layers: Sequence[tuple[int, int]],
-    hlo: Hlo | None = None,
-    computation: str = "",
+    collectives: dict[str, Collective],
+    moved: float | None = None,
+    kernels: float | None = None,
 ) -> Taken:
-    """By a computation of a compiled program, else by shapes; layers: as `_all_reduces` takes."""
+    """With predictions; split: devices that share a row."""
     floor = sum(one.bytes * one.times for one in passes)
     flops = sum(one.flops * one.times for one in passes)
-    collectives, moved, kernels = _all_reduces(given, layers), None, None
-    if hlo is not None:
-        collectives = hlo.collectives(computation)
-        moved, kernels = hlo.traffic(computation), hlo.kernels(computation)
     return Taken(
         floor=floor,
         moved=moved,
@@ -207,7 +209,7 @@ def _taken(
         seconds={
             "memory": (floor if moved is None else moved) / chip.bandwidth,
             "arithmetic": flops / chip.flops,
-            "collectives": collective_seconds(collectives, chip, given.split),
+            "collectives": collective_seconds(collectives, chip, split),
             "launches": LAUNCH * kernels if chip.cuda and kernels else 0.0,
         },
     )
