@@ -26,8 +26,9 @@ def test_the_documentation_s_command(tmp_path):
         assert told[:4] == [*which, "compiler" if plan["compiled"] else "shapes"]
         assert told[-2] == f"{1e3 * plan['token']:.2f}"
         # The page has the command's plans, as compiled, with the same floors.
-        (row,) = [row for row in rows if row[:3] == which]
+        row, *prompt = [row for row in rows if row[:3] == which]
         assert row[4] == f"{int(told[6]):,}"
+        assert all(row[3] == f"{plan['prompt']['floor'] / 1e6:,.0f}" for row in prompt)
     begin = lines.index("Prompts, without their images, with first drafts:") + 2
     for line, plan in zip(lines[begin:], plans, strict=False):
         told = line.split()
