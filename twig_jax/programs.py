@@ -200,7 +200,7 @@ class Hlo:
         return count
 
     def widened(self, computation: str, like: Any) -> float:
-        """Float arrays in main memory that are the int8 kernels [in, out] of a tree `like`.
+        """Float arrays in main memory that are the int8 kernels [out, in] of a tree `like`.
 
         like: as for `copies`. Compilers should widen kernels where a product reads them instead.
         """
