@@ -99,8 +99,9 @@ def compare_model(shape, rng, counts) -> None:
         each = ([models.change(requests[i], gamma=6)] for i in alone)
         return [(one, models.run(one, call, model, mode=mode)) for one in each]
 
-    # Compiling takes most of the time, and none of these programs waits for another.
-    with ThreadPoolExecutor() as pool:
+    # Compiling takes most of the time, so that programs are compiled beside each other. Those of
+    # several devices must come to all of them in one order.
+    with ThreadPoolExecutor(1 if mesh else None) as pool:
         running = [
             (
                 pool.submit(together, slow),
