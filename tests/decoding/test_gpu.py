@@ -7,15 +7,18 @@ have none there.
 import dataclasses
 import functools
 
+import numpy as np
 import pytest
 
 from tests.decoding.models import CONFIG, generator, mixed, run, tokens
-from twig_jax.decoding import batch, network
-from twig_jax.models import fused_attention, llama
+from twig_jax.decoding import batch, images, network
+from twig_jax.models import clip, fused_attention, llama
 from twig_jax.sharding.mesh import make_mesh
 
 # Heads as wide as the kernel needs.
 TEXT = dataclasses.replace(CONFIG.text, head_dim=16)
+
+interpreted = functools.partial(fused_attention.fused_attend, interpret=True)
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +34,7 @@ def known():
 @pytest.fixture
 def used(known, monkeypatch):
     """Makes programs for GPUs; counts what is traced: kernels, and tokens run as two."""
-    counts = {"kernels": 0, "twofold": 0}
+    counts = {"kernels": 0, "images": 0, "twofold": 0}
 
     def counted(name, function):
         def call(*args, **kwargs):
@@ -40,10 +43,11 @@ def used(known, monkeypatch):
 
         return call
 
-    kernel = functools.partial(fused_attention.fused_attend, interpret=True)
-    monkeypatch.setattr(llama, "fused_attend", counted("kernels", kernel))
+    monkeypatch.setattr(llama, "fused_attend", counted("kernels", interpreted))
+    monkeypatch.setattr(clip, "fused_attend", counted("images", interpreted))
     monkeypatch.setattr(network, "_run_twofold", counted("twofold", network._run_twofold))
-    monkeypatch.setattr(batch, "runs_triton", lambda device: True)
+    for module in (batch, images):
+        monkeypatch.setattr(module, "runs_triton", lambda device: True)
     return counts
 
 
@@ -72,3 +76,14 @@ def test_rows_and_heads_of_a_mesh(used, known):
     model = generator(text=TEXT, made={"mesh": make_mesh(4, 1, 2)})
     assert tokens(run(mixed(), model=model, mode="ttp_ssd")) == known["ttp", 4]
     assert used["kernels"] > 0 < used["twofold"]
+
+
+def test_images(used):
+    vision = dataclasses.replace(CONFIG.vision, hidden_size=32)
+    model = generator(vision=vision)
+    base, pixels = model.weights.base, list(mixed()[0].pixels)
+    found = model.images(base, pixels, model.weights.dtype)
+    assert used["images"] == vision.layers_used
+    for one, image in zip(found, pixels, strict=True):
+        elsewhere = images.encode(model.config, base, image[None], model.weights.dtype, False)[0]
+        np.testing.assert_allclose(one, elsewhere, atol=1e-5)

@@ -104,8 +104,11 @@ def grow(cache: Cache, slots: int) -> Cache:
 def commit(cache: Cache, block: Cache, slots: jax.Array) -> Cache:
     """Writes block [B, K, W, D] to slots int32 [B, W] of every layer; out-of-range slots drop.
 
-    A single token whose slot is out of range goes to the last one, which no answer reaches.
+    Without a block nothing is written. A single token whose slot is out of range goes to the last
+    one, which no answer reaches.
     """
+    if not block:
+        return cache
     if slots.shape == (1, 1):
         # One operation in place, where a scatter has to read what it may have to leave.
         at = (0, 0, slots[0, 0], 0)

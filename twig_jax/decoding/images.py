@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from twig_jax.config import LlavaConfig
+from twig_jax.hardware import runs_triton
 from twig_jax.models.llava import Llava, Params
 from twig_jax.sharding.placement import spread
 
@@ -55,20 +56,21 @@ class ImageEncoder:
             pixels = np.zeros((size, *part[0].shape), np.float32)
             for i, image in enumerate(part):
                 pixels[i] = image
-            visual = encode(self.config, base, pixels, dtype)
+            gpu = runs_triton(jax.local_devices()[0])
+            visual = encode(self.config, base, pixels, dtype, gpu)
             out += visual[: len(part)]
             self.encoded += len(part)
         return out
 
 
-@partial(jax.jit, static_argnums=(0, 3))
+@partial(jax.jit, static_argnums=(0, 3, 4))
 def encode(
-    config: LlavaConfig, base: Params, pixels: jax.Array | np.ndarray, dtype: jnp.dtype
+    config: LlavaConfig, base: Params, pixels: jax.Array | np.ndarray, dtype: jnp.dtype, gpu: bool
 ) -> list[jax.Array]:
-    """Pixels [n, H, W, 3] -> one [M, d] an image, computed in `dtype`."""
+    """Pixels [n, H, W, 3] -> one [M, d] an image, computed in `dtype`. gpu: see `Program`."""
     # Rounded on the device, as hosts take a third of a millisecond an image for it.
     pixels = jnp.asarray(pixels, dtype)
-    visual = Llava(config).apply({"params": base}, pixels[:, None], method="encode")
+    visual = Llava(config).apply({"params": base}, pixels[:, None], gpu, method="encode")
     return [spread(x) for x in visual]
 
 

@@ -275,6 +275,8 @@ def prefill(
         iterations=n,
         trace=empty_trace(B, p.max_new, W),
     )
+    if not p.draft:  # node 0, the prompt's last token, is there already
+        drafts, new_deep = drafts._replace(trunk=()), [()] * len(new_deep)
     state = accept(p, spread_rows(state), drafts, tuple(new_deep), choice, cost)
     return state, Signals(ranked[0], kept[0], logits[:, 0], states, gates, is_visual)
 

@@ -32,17 +32,23 @@ class Context(NamedTuple):
 
 
 def rope_angles(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
-    """cos and sin of the rotary angles, float32 [..., S, D / 2], for int32 positions [..., S]."""
+    """cos and sin of the rotary angles, float32 [..., S, D], for int32 positions [..., S].
+
+    Both halves of D have the same angles.
+    """
     inv_freq = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angles = positions[..., None].astype(jnp.float32) * inv_freq  # [B, S, D/2]
-    return jnp.cos(angles), jnp.sin(angles)
+    angles = positions[..., None].astype(jnp.float32) * inv_freq  # [..., S, D/2]
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    return jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([sin, sin], axis=-1)
 
 
 def apply_rope(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
     """Rotates x [B, S, H, D] by the angles of `rope_angles` (the rotate-half convention)."""
-    cos, sin = (t[:, :, None, :] for t in rope)  # [B, S, 1, D/2]
-    x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)
+    cos, sin = (t[:, :, None, :] for t in rope)  # [B, S, 1, D]
+    y = x.astype(jnp.float32)
+    x1, x2 = jnp.split(y, 2, axis=-1)
+    # Sums of whole heads: halves that are made apart are put together by kernels of their own.
+    return (y * cos + jnp.concatenate([-x2, x1], axis=-1) * sin).astype(x.dtype)
 
 
 def _logits(q: jax.Array, k: jax.Array, mask: jax.Array) -> jax.Array:

@@ -1,9 +1,10 @@
-"""Attention of a few queries over long blocks of keys as one kernel of a GPU, by Pallas and Triton.
+"""Attention over blocks of keys as one kernel of a GPU, by Pallas and Triton.
 
-XLA makes seven or more kernels of `attention.attend` here, each over a few microseconds of data
-and each with a start and an end of its own. This one reads keys and values once, with a running
-maximum (Milakov and Gimelshein 2018), and parts of the slots beside each other, as few rows have
-fewer heads than a GPU has processors (flash decoding).
+XLA makes four to seven kernels of `attention.attend`, each with a start and an end of its own, and
+scores [Q, S] that are written and read. This one keeps them on the chip, with a running maximum
+(Milakov and Gimelshein 2018; flash attention, Dao et al. 2022). Where queries are few it reads
+parts of the slots beside each other, as few rows have fewer heads than a GPU has processors (flash
+decoding).
 """
 
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from jax.experimental import pallas as pl
 
-from twig_jax.models.attention import Context
+from twig_jax.models.attention import Context, attend
 from twig_jax.sharding.placement import partition
 
 try:
@@ -23,25 +24,21 @@ try:
 except ImportError:  # jax means to give it up one day
     triton = None  # type: ignore[assignment]
 
-_ROWS = 64  # queries of a key head at most
+_ROWS = 64  # queries of a key head that one program takes
 _SLOTS = 64  # read at a time
-_PROGRAMS = 2048  # about as many as keep a GPU busy
+_PROGRAMS = 2048  # about as many of few queries as keep a GPU busy
 _PARTS = 16  # of a block at most: they are added up one by one
 
 
-def fits(q: jax.Array, context: Sequence[Context]) -> bool:
-    """Whether the kernel is made for such queries [B, Q, H, D], and jax still has its compiler."""
-    _, Q, H, D = q.shape
-    few = Q * H // context[0].kv.k.shape[1] <= _ROWS
-    return triton is not None and few and D in (16, 32, 64, 128, 256)
-
-
 def fused_attend(q: jax.Array, context: Sequence[Context], *, interpret: bool = False) -> jax.Array:
-    """`attention.attend` of q [B, Q, H, D] where it `fits`: the same but for rounding.
+    """`attention.attend` of q [B, Q, H, D], the same but for rounding.
 
     Each device of the mesh that is set attends for its rows and heads. interpret: computes on any
-    device what the kernel would, slowly.
+    device what the kernel would, slowly. For D that is no power of two, and where jax no longer has
+    the kernel's compiler, it is `attend`.
     """
+    if triton is None or q.shape[-1] not in (16, 32, 64, 128, 256):
+        return attend(q, context)
     here = partial(_attend, interpret=interpret)
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
@@ -65,17 +62,23 @@ def _attend(q: jax.Array, context: Sequence[Context], *, interpret: bool) -> jax
     K = context[0].kv.k.shape[1]
     queries = rearrange(q * D**-0.5, "B Q (K G) D -> B K (G Q) D", K=K)
     rows = queries.shape[2]
+    size = min(max(pl.next_power_of_2(rows), 16), _ROWS)  # 16: a matrix unit's least
+    count = pl.cdiv(rows, size)
+    # Whole prompts keep a GPU busy without parts.
+    most = min(max(_PROGRAMS // (B * K), 1), _PARTS) if count == 1 else 1
     blocks: list[jax.Array] = []
     shares = []
     for c in context:
         # Booleans have no addresses of their own in Triton.
         mask = jnp.broadcast_to(c.mask[:, None], (B, H // K, *c.mask.shape[1:])).astype(jnp.int8)
         blocks += [*c.kv, rearrange(mask, "B G Q S -> B (G Q) S")]
-        shares.append(_Share.of(c.kv.k.shape[2], min(max(_PROGRAMS // (B * K), 1), _PARTS)))
+        shares.append(_Share.of(c.kv.k.shape[2], most))
     parts = sum(share.parts for share in shares)
+    # With three stages in flight only one program of 64 queries fits on a processor.
+    compiler = triton.CompilerParams(num_warps=4, num_stages=3 if count == 1 else 2)
     sums, tops, totals = pl.pallas_call(
-        partial(_kernel, shares),
-        grid=(B, K, parts),
+        partial(_kernel, shares, size, count),
+        grid=(B, K * count, parts),
         in_specs=[pl.no_block_spec] * (1 + len(blocks)),
         out_specs=[pl.no_block_spec] * 3,
         out_shape=[
@@ -83,7 +86,7 @@ def _attend(q: jax.Array, context: Sequence[Context], *, interpret: bool) -> jax
             jax.ShapeDtypeStruct((parts, B, K, rows), jnp.float32),
             jax.ShapeDtypeStruct((parts, B, K, rows), jnp.float32),
         ],
-        compiler_params=None if interpret else triton.CompilerParams(num_warps=4, num_stages=3),
+        compiler_params=None if interpret else compiler,
         interpret=interpret,
         name="fused_attention",
     )(queries, *blocks)
@@ -106,34 +109,38 @@ class _Share(NamedTuple):
     @classmethod
     def of(cls, slots: int, most: int) -> "_Share":
         """In `most` parts or fewer."""
-        width = min(max(pl.next_power_of_2(slots), 16), _SLOTS)  # 16: a matrix unit's least
+        width = min(max(pl.next_power_of_2(slots), 16), _SLOTS)
         chunks = pl.cdiv(pl.cdiv(slots, width), most)
         return cls(pl.cdiv(slots, chunks * width), chunks, width)
 
 
-def _kernel(shares: Sequence[_Share], q_ref: Any, *refs: Any) -> None:
-    """One part of the slots of one key head of one row of the batch."""
+def _kernel(shares: Sequence[_Share], size: int, count: int, q_ref: Any, *refs: Any) -> None:
+    """`size` queries of a key head of a row of the batch over one part of the slots.
+
+    Each head has `count` such programs.
+    """
     blocks, out_refs = refs[:-3], refs[-3:]
-    b, head, part = (pl.program_id(axis) for axis in range(3))
+    b, program, part = (pl.program_id(axis) for axis in range(3))
+    queries = pl.ds(program % count * size, size)
     first = 0
     for i, share in enumerate(shares):
         block = blocks[3 * i : 3 * i + 3]
+        place = (part, b, program // count, queries)
         mine = (part >= first) & (part < first + share.parts)
-        pl.when(mine)(partial(_part, share, part - first, part, b, head, q_ref, block, out_refs))
+        pl.when(mine)(partial(_part, share, part - first, place, q_ref, block, out_refs))
         first += share.parts
 
 
 def _part(
-    share: _Share, number: Any, part: Any, b: Any, head: Any, q_ref: Any, block: Any, out_refs: Any
+    share: _Share, number: Any, place: tuple[Any, ...], q_ref: Any, block: Any, out_refs: Any
 ) -> None:
-    """Part `number` of a block, which is the `part`-th of all: its weighted sum, top and total."""
+    """Part `number` of a block: its weighted sum, top and total, which belong in a place of all."""
     k_ref, v_ref, mask_ref = block
+    part, b, head, queries = place
     rows, D = q_ref.shape[2:]
-    size = max(pl.next_power_of_2(rows), 16)
-    # From 0 on, but not known to be: jax refuses slices that are known to pass the end.
-    every = pl.ds(part * 0, size)
-    real = jnp.arange(size) < rows
-    q = _load(q_ref.at[b, head, every, :], real[:, None])
+    size = queries.size
+    real = queries.start + jnp.arange(size) < rows
+    q = _load(q_ref.at[b, head, queries, :], real[:, None])
 
     def add(i: Any, carry: Any) -> Any:
         """Adds a chunk to what there is: maximum, total of the weights, and their sum."""
@@ -142,7 +149,7 @@ def _part(
         slots = pl.ds(began, share.width)
         there = began + jnp.arange(share.width) < k_ref.shape[2]
         # All that is read is asked for first.
-        seen = _load(mask_ref.at[b, every, slots], real[:, None] & there)
+        seen = _load(mask_ref.at[b, queries, slots], real[:, None] & there)
         k = _load(k_ref.at[b, head, slots, :], there[:, None])
         v = _load(v_ref.at[b, head, slots, :], there[:, None])
         logits = jnp.dot(q, k.T, preferred_element_type=jnp.float32)
@@ -158,9 +165,9 @@ def _part(
         add(0, carry) if share.chunks == 1 else jax.lax.fori_loop(0, share.chunks, add, carry)
     )
     sums, tops, totals = out_refs
-    triton.store(sums.at[part, b, head, every, :], out, mask=real[:, None])
-    triton.store(tops.at[part, b, head, every], top, mask=real)
-    triton.store(totals.at[part, b, head, every], total, mask=real)
+    triton.store(sums.at[part, b, head, queries, :], out, mask=real[:, None])
+    triton.store(tops.at[part, b, head, queries], top, mask=real)
+    triton.store(totals.at[part, b, head, queries], total, mask=real)
 
 
 def _load(ref: Any, mask: jax.Array) -> jax.Array:

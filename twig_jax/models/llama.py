@@ -9,7 +9,7 @@ from flax import linen as nn
 
 from twig_jax.config import TextConfig
 from twig_jax.models.attention import KV, Context, apply_rope, attend, attention_rows, rope_angles
-from twig_jax.models.fused_attention import fits, fused_attend
+from twig_jax.models.fused_attention import fused_attend
 from twig_jax.models.layers import Dense, RMSNorm
 
 Rope = tuple[jax.Array, jax.Array]
@@ -70,7 +70,7 @@ class DecoderLayer(nn.Module):
                 block = jax.tree.map(partial(jnp.where, slot == index + i), kv_i, block)
             kv = block
         context = [Context(kv, mask)] if cached is None else [cached, Context(kv, mask)]
-        attention = fused_attend if fused and fits(q, context) else attend
+        attention = fused_attend if fused else attend
         x = x + self.o_proj(rearrange(attention(q, context), "B S H D -> B S (H D)"))
         y = self.post_attention_layernorm(x)
         return x + self.down_proj(jax.nn.silu(self.gate_proj(y)) * self.up_proj(y)), kv

@@ -26,9 +26,12 @@ class Llava(nn.Module):
         self.projector = Projector(c.text.hidden_size)
         self.text = Decoder(c.text, c.text.num_layers)
 
-    def encode(self, pixels: jax.Array) -> jax.Array:
-        """Normalised pixels [B, I, H, W, 3] -> visual embeddings [B, I·M, d]."""
-        features = self.vision(rearrange(pixels, "B I h w c -> (B I) h w c"))
+    def encode(self, pixels: jax.Array, fused: bool = False) -> jax.Array:
+        """Normalised pixels [B, I, H, W, 3] -> visual embeddings [B, I·M, d].
+
+        fused: as for `DecoderLayer`.
+        """
+        features = self.vision(rearrange(pixels, "B I h w c -> (B I) h w c"), fused)
         return rearrange(self.projector(features), "(B I) M d -> B (I M) d", B=pixels.shape[0])
 
     def embed(self, tokens: jax.Array) -> jax.Array:
