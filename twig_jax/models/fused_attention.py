@@ -25,7 +25,8 @@ except ImportError:  # jax means to give it up one day
     triton = None  # type: ignore[assignment]
 
 _ROWS = 64  # queries of a key head that one program takes
-_SLOTS = 64  # read at a time
+_SLOTS = 64  # read at a time, if their keys are no larger than
+_KEYS = 2**14  # bytes, so that what is in flight fits on the smaller chips too
 _PROGRAMS = 2048  # about as many of few queries as keep a GPU busy
 _PARTS = 16  # of a block at most: they are added up one by one
 
@@ -72,10 +73,10 @@ def _attend(q: jax.Array, context: Sequence[Context], *, interpret: bool) -> jax
         # Booleans have no addresses of their own in Triton.
         mask = jnp.broadcast_to(c.mask[:, None], (B, H // K, *c.mask.shape[1:])).astype(jnp.int8)
         blocks += [*c.kv, rearrange(mask, "B G Q S -> B (G Q) S")]
-        shares.append(_Share.of(c.kv.k.shape[2], most))
+        shares.append(_Share.of(c.kv.k.shape[2], most, D * q.dtype.itemsize))
     parts = sum(share.parts for share in shares)
-    # With three stages in flight only one program of 64 queries fits on a processor.
-    compiler = triton.CompilerParams(num_warps=4, num_stages=3 if count == 1 else 2)
+    # Few queries leave room for a third chunk in flight.
+    compiler = triton.CompilerParams(num_warps=4, num_stages=3 if size == 16 else 2)
     sums, tops, totals = pl.pallas_call(
         partial(_kernel, shares, size, count),
         grid=(B, K * count, parts),
@@ -107,9 +108,9 @@ class _Share(NamedTuple):
     width: int
 
     @classmethod
-    def of(cls, slots: int, most: int) -> "_Share":
-        """In `most` parts or fewer."""
-        width = min(max(pl.next_power_of_2(slots), 16), _SLOTS)
+    def of(cls, slots: int, most: int, size: int) -> "_Share":
+        """In `most` parts or fewer, of slots whose keys are `size` bytes each."""
+        width = max(min(pl.next_power_of_2(slots), _SLOTS, _KEYS // size), 16)
         chunks = pl.cdiv(pl.cdiv(slots, width), most)
         return cls(pl.cdiv(slots, chunks * width), chunks, width)
 
