@@ -4,9 +4,11 @@ Answers must be those of the programs for other devices, token for token; with d
 have none there.
 """
 
+import contextlib
 import dataclasses
 import functools
 
+import jax
 import numpy as np
 import pytest
 
@@ -78,12 +80,14 @@ def test_rows_and_heads_of_a_mesh(used, known):
     assert used["kernels"] > 0 < used["twofold"]
 
 
-def test_images(used):
+@pytest.mark.parametrize("mesh", [None, (4, 1, 2)])
+def test_images(used, mesh):
     vision = dataclasses.replace(CONFIG.vision, hidden_size=32)
-    model = generator(vision=vision)
-    base, pixels = model.weights.base, list(mixed()[0].pixels)
-    found = model.images(base, pixels, model.weights.dtype)
+    model = generator(vision=vision, made={"mesh": mesh and make_mesh(*mesh)})
+    base, dtype, pixels = model.weights.base, model.weights.dtype, list(mixed()[0].pixels)
+    with jax.set_mesh(model.mesh) if mesh else contextlib.nullcontext():
+        found = model.images(base, pixels, dtype)
+        elsewhere = images.encode(model.config, base, np.stack(pixels), dtype, False)
     assert used["images"] == vision.layers_used
-    for one, image in zip(found, pixels, strict=True):
-        elsewhere = images.encode(model.config, base, image[None], model.weights.dtype, False)[0]
-        np.testing.assert_allclose(one, elsewhere, atol=1e-5)
+    for one, other in zip(found, elsewhere, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)

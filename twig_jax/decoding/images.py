@@ -50,13 +50,13 @@ class ImageEncoder:
 
     def _encode(self, base: Params, images: list[np.ndarray], dtype: jnp.dtype) -> list[jax.Array]:
         out: list[jax.Array] = []
+        gpu = runs_triton(jax.local_devices()[0])
         while len(out) < len(images):
             part = images[len(out) : len(out) + AT_ONCE]
             size = 1 << (len(part) - 1).bit_length()
             pixels = np.zeros((size, *part[0].shape), np.float32)
             for i, image in enumerate(part):
                 pixels[i] = image
-            gpu = runs_triton(jax.local_devices()[0])
             visual = encode(self.config, base, pixels, dtype, gpu)
             out += visual[: len(part)]
             self.encoded += len(part)

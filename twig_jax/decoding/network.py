@@ -142,7 +142,7 @@ class Program:
         alone = tokens == 1 and rows <= spread  # on its device
         if method == "logits":
             return apply(_twofold(*args))[:, :1] if alone else apply(*args)
-        kwargs["fused"] = True
+        apply = partial(apply, fused=True)
         return _run_twofold(apply, *args, **kwargs) if alone else apply(*args, **kwargs)
 
 

@@ -35,8 +35,8 @@ def fused_attend(q: jax.Array, context: Sequence[Context], *, interpret: bool = 
     """`attention.attend` of q [B, Q, H, D], the same but for rounding.
 
     Each device of the mesh that is set attends for its rows and heads. interpret: computes on any
-    device what the kernel would, slowly. For D that is no power of two, and where jax no longer has
-    the kernel's compiler, it is `attend`.
+    device what the kernel would, slowly. Unless D is a power of two from 16 to 256, and where jax
+    no longer has the kernel's compiler, it is `attend`.
     """
     if triton is None or q.shape[-1] not in (16, 32, 64, 128, 256):
         return attend(q, context)
