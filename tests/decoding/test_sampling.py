@@ -176,6 +176,37 @@ def test_filters_equal_those_of_transformers(own, seed) -> None:
         np.testing.assert_allclose(ours[row], known, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize(
+    "own", [{"top_k": 50}, {"top_p": 0.9}, {"top_p": 0.999}, {"top_k": 200, "top_p": 0.8}], ids=str
+)
+def test_filters_of_thirty_thousand_words_equal_those_of_transformers(own) -> None:
+    """But for words that a sum in float32 may put on either side of top_p, an error of 1e-5."""
+    logits = np.random.default_rng(0).normal(0, 3, (2, 3, 32_000)).astype(np.float32)
+    one = Settings(temperature=0.7, **own)
+    c = jax.tree.map(jnp.asarray, controls([one, one], eos=EOS))
+    passed = np.isfinite(jax.jit(filtered)(c, logits))
+    off = 1e-5 if one.top_p < 1 else 0
+    for row, query in np.ndindex(2, 3):
+        least, most = (
+            theirs(dataclasses.replace(one, top_p=p), logits[row, query], [], []) > 0
+            for p in (one.top_p - off, one.top_p + off)
+        )
+        assert (least <= passed[row, query]).all() and (passed[row, query] <= most).all()
+        assert 0 <= most.sum() - least.sum() < 100
+
+
+def test_equal_logits_pass_together() -> None:
+    """Also zeros of both signs, and what is below zero."""
+    each = [Settings(temperature=1, top_k=2), Settings(temperature=1, top_p=0.6)]
+    c = jax.tree.map(jnp.asarray, controls(each, eos=EOS))
+    for tie in (2.0, 0.0, -2.0):
+        logits = np.array([tie + 1, tie, tie, tie - 1, -np.inf], np.float32)
+        logits[2] = -0.0 if tie == 0 else tie
+        # The first token has 0.53 of the mass, so that top_p needs another one too.
+        passed = np.isfinite(filtered(c, jnp.broadcast_to(logits, (2, 1, 5))))
+        assert passed[:, 0].tolist() == [[True, True, True, False, False]] * 2
+
+
 def test_a_row_without_filters_keeps_every_token_beside_one_with() -> None:
     """Also those whose probability rounds to nothing in a sum."""
     c = jax.tree.map(jnp.asarray, controls([Settings(temperature=1), Settings(top_k=2)], eos=EOS))

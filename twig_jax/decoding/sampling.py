@@ -11,8 +11,12 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from twig_jax.decoding.settings import Controls
+from twig_jax.sharding.placement import spread
+
+_HIGHEST = np.uint32(1 << 31)
 
 Seen = Callable[[], jax.Array]  # bool [B, V], which tokens were there; asked for where it matters
 
@@ -70,7 +74,7 @@ def filtered(controls: Controls, logits: jax.Array) -> jax.Array:
     c = jax.tree.map(lambda x: x[:, None, None], controls)
     return jax.lax.cond(
         ((c.top_k > 0) | (c.top_p < 1) | (c.min_p > 0)).any(),
-        lambda x: jnp.where(x >= _threshold(x, c), x, -jnp.inf),
+        lambda x: jnp.where(_allowed(x, c), x, -jnp.inf),
         lambda x: x,
         logits / jnp.where(c.temperature > 0, c.temperature, 1),
     )
@@ -128,15 +132,39 @@ def _penalised(
     return jnp.where(seen, lower, logits)
 
 
-def _threshold(logits: jax.Array, c: Controls) -> jax.Array:
-    """The lowest logit [B, Q, 1] that top_k, top_p and min_p, in this order, all let pass."""
-    V = logits.shape[-1]
-    best = -jnp.sort(-logits, axis=-1)
-    rank = jnp.arange(V)
-    allowed = (c.top_k == 0) | (rank < c.top_k)
-    p = jax.nn.softmax(jnp.where(allowed, best, -jnp.inf), axis=-1)
-    # A token stays if those above it do not reach top_p yet; the first always does. Sums may round
-    # up to 1 before the last token, and rows without top_p keep all.
-    allowed &= (rank == 0) | (jnp.cumsum(p, axis=-1) - p < c.top_p) | (c.top_p == 1)
-    allowed &= p >= c.min_p * p[..., :1]
-    return jnp.min(jnp.where(allowed, best, jnp.inf), axis=-1, keepdims=True)
+def _allowed(logits: jax.Array, c: Controls) -> jax.Array:
+    """Which tokens of logits [B, Q, V] top_k, top_p and min_p, in this order, let pass.
+
+    Equal logits pass together. The lowest that pass are found bit by bit, with a sum over all words
+    for each: sorting the words takes ten times as long.
+    """
+    logits = spread(logits, "rows")  # all words on each device, as they are read again and again
+    keys = _ordered(logits)
+    k = jnp.where(c.top_k > 0, c.top_k, logits.shape[-1])
+    kth = _largest(lambda key: (keys >= key).sum(-1, keepdims=True) >= k, logits)
+    weights = jnp.exp(logits - logits.max(-1, keepdims=True))
+    left = jnp.where(keys >= kth, weights, 0)
+    # A token stays if those above it do not reach top_p. Sums may round up to all before the last
+    # token, and rows without top_p keep it.
+    mass = jnp.where(c.top_p < 1, c.top_p * left.sum(-1, keepdims=True), jnp.inf)
+    last = _largest(
+        lambda key: jnp.where(keys >= key, left, 0).sum(-1, keepdims=True) >= mass, logits
+    )
+    return (keys >= jnp.maximum(kth, last)) & (weights >= c.min_p)
+
+
+def _ordered(x: jax.Array) -> jax.Array:
+    """Integers uint32 in the order of float32 numbers."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    return jnp.where(x < 0, ~bits, bits | _HIGHEST)
+
+
+def _largest(holds: Callable[[jax.Array], jax.Array], logits: jax.Array) -> jax.Array:
+    """The largest uint32 [B, Q, 1] that `holds` is true of, as it is of all below; 0 if of none."""
+
+    def add(i: jax.Array, found: jax.Array) -> jax.Array:
+        more = found | (_HIGHEST >> i.astype(jnp.uint32))
+        return jnp.where(holds(more), more, found)
+
+    nothing = jnp.zeros((*logits.shape[:-1], 1), jnp.uint32)
+    return jax.lax.fori_loop(0, 32, add, nothing)
