@@ -20,8 +20,14 @@ class Ticket:
         self.request = request
         self.result: Result | None = None
         self.done = False
-        self.text = ""
         self._scheduler = scheduler
+
+    @property
+    def text(self) -> str:
+        """What can be shown of the answer by now."""
+        if self.result is not None:
+            return self.result.text or ""
+        return self._scheduler.text(self)
 
     def cancel(self) -> None:
         """Ends it where it is; other answers are not disturbed."""
@@ -30,9 +36,10 @@ class Ticket:
     def __iter__(self) -> Iterator[str]:
         said = 0
         while True:
-            if len(self.text) > said:
-                piece, said = self.text[said:], len(self.text)
-                yield piece
+            text = self.text
+            if len(text) > said:
+                yield text[said:]
+                said = len(text)
             elif self.done:
                 return
             else:
@@ -80,6 +87,10 @@ class Scheduler:
         """The questions that have a row."""
         return [ticket for ticket in self._rows if ticket is not None]
 
+    def text(self, ticket: Ticket) -> str:
+        """What can be shown of the answer to a question that waits or runs."""
+        return self._batch.text(self._rows.index(ticket)) if ticket in self._rows else ""
+
     def cancel(self, ticket: Ticket) -> None:
         """Ends a question, waiting or running."""
         if ticket in self._queue:
@@ -110,11 +121,8 @@ class Scheduler:
             pass
 
     def _deliver(self) -> None:
-        """Hands out text, and the results of rows that are through."""
+        """Hands out the results of rows that are through."""
         through = [b for b, row in enumerate(self._batch.rows) if row is not None and row.done]
-        for b, ticket in enumerate(self._rows):
-            if ticket is not None:
-                ticket.text = self._batch.text(b)
         if not through:
             return
         for b, result in zip(through, self._batch.results(through), strict=True):

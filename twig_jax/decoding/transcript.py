@@ -41,9 +41,13 @@ class Transcript:
         if self.stopped:
             return
         self._ended = ended
+        # Decoding takes as long as an answer is: once for all that came, and token by token only
+        # where a stop is to be cut off.
+        text = self._decode(tokens) if self._texts else ""
+        there = [stop for stop in self._texts if stop in text]
         for size in range(len(self.tokens) + 1, len(tokens) + 1):
             self.tokens = tokens[:size]
-            if size > self._min_new and self.can_stop and self._stop():
+            if size > self._min_new and self._stop(there):
                 self.stopped = self._ended = True
                 return
 
@@ -63,18 +67,18 @@ class Transcript:
     def _decode(self, tokens: np.ndarray) -> str:
         return "" if self._detokenize is None else self._detokenize(tokens.tolist())
 
-    def _stop(self) -> bool:
-        """Whether the newest token completes a stop; cuts it off."""
+    def _stop(self, texts: Sequence[str]) -> bool:
+        """Whether the newest token completes a stop, one of `texts` or a sequence; cuts it off."""
         size = len(self.tokens)
         for sequence in self._sequences:
             if tuple(self.tokens[size - len(sequence) :].tolist()) == sequence:
                 self.tokens = self.tokens[: size - len(sequence)]
                 return True
-        if not self._texts:
+        if not texts:
             return False
         text, before = self._decode(self.tokens), self._decode(self.tokens[:-1])
         starts = []
-        for stop in self._texts:
+        for stop in texts:
             # Only what the newest token completes: an earlier one came before min_new_tokens.
             start = text.find(stop, max(0, len(before.rstrip(_UNFINISHED)) - len(stop) + 1))
             if start >= 0:
