@@ -142,9 +142,16 @@ def test_vqav2_has_a_file_for_the_official_judge(tmp_path):
 
 
 def test_vqav2_validation(tmp_path):
-    found = [{"question_id": i, "image_id": 42, "question": f"Q{i}?"} for i in range(4)]
+    found = [{"question_id": i, "image_id": 42, "question": f"Q{i}?"} for i in range(6)]
     write(tmp_path / "v2_OpenEnded_mscoco_val2014_questions.json", {"questions": found})
-    given = [["2"] * 10, ["cat"] * 2 + ["a dog"] * 8, ["The cat"] * 10, ["no"] * 10]
+    given = [
+        ["two"] * 10,
+        ["cat"] * 2 + ["the dog"] * 8,
+        ["The cat"] * 10,
+        ["The\ncat "] * 10,
+        ["the beach"] * 5 + ["beach"] * 2 + ["sand"] * 3,
+        ["no"] * 10,
+    ]
     annotations = [
         {"question_id": i, "answers": [{"answer": a, "answer_id": j} for j, a in enumerate(own)]}
         for i, own in enumerate(given)
@@ -153,11 +160,11 @@ def test_vqav2_validation(tmp_path):
     benchmark = BENCHMARKS["vqav2_val"](tmp_path)
     assert benchmark.questions()[0].prompt == f"Q0?{BRIEF}"
     assert benchmark.questions()[0].images[0].name == "COCO_val2014_000000000042.jpg"
-    score = benchmark.score(answered(benchmark, "two", "a cat", "the cat"))
-    # Annotators who agree are compared as they wrote it, so "the cat" is not "cat".
-    expected = [1, (2 * (1 / 3) + 8 * (2 / 3)) / 10, 0, 0]
+    score = benchmark.score(answered(benchmark, "2", "a cat", "the cat", "The\tcat", "a beach"))
+    # Where annotators agree nothing is normalised: "two" is not "2" then, nor "The cat" "the cat".
+    expected = [0, (2 * (1 / 3) + 8 * (2 / 3)) / 10, 0, 1, 1, 0]
     assert list(score.points.values()) == pytest.approx(expected)
-    assert score.figures["accuracy"] == pytest.approx(25 * sum(expected))
+    assert score.figures["accuracy"] == pytest.approx(100 * sum(expected) / 6)
 
 
 def test_textvqa(tmp_path):
@@ -247,7 +254,7 @@ def test_mme(tmp_path):
     assert rows[1].startswith("1.txt\tIs it b?  Please answer")
 
 
-def mmbench(folder, benchmark="mmbench"):
+def mmbench(folder, benchmark="mmbench", turned=False):
     image = base64.b64encode(b"an image").decode()
     names = ["index", "question", "hint", "A", "B", "C", "D", "answer", "category", "image"]
     names += ["source", "l2-category", "comment", "split"]
@@ -255,6 +262,11 @@ def mmbench(folder, benchmark="mmbench"):
         ["7", "Which?", "nan", "cat", "dog", "", "", "B", "c", image, "s", "l", "", "dev"],
         ["8", "Why?", "Look.", "x", "y", "z", "N/A", "A", "c", image, "s", "l", "", "dev"],
     ]
+    if turned:
+        rows += [
+            ["1000007", "Which?", "nan", "dog", "cat", "", "", "A", *rows[0][8:]],
+            ["1000008", "Why?", "Look.", "z", "x", "y", "N/A", "B", *rows[1][8:]],
+        ]
     split = "test" if benchmark == "mmbench_test" else "dev"
     table = "".join("\t".join(row) + "\n" for row in [names, *rows])
     write(folder / f"mmbench_{split}_20230712.tsv", table)
@@ -281,16 +293,16 @@ def test_mmbench(tmp_path):
     assert rows[1][0] == "7" and rows[1][6] == "B"
 
 
-def test_mmbench_in_circles(tmp_path):
-    """A question counts where the answer is right however its options are turned."""
-    benchmark = mmbench(tmp_path, "mmbench_circular")
-    questions = benchmark.questions()
-    assert [q.id for q in questions] == [7, 7, 8, 8, 8]
-    assert questions[1].stated == "Which?\nA. dog\nB. cat"
-    assert questions[1].also["option_char"] == ["B", "A"]
-    score = benchmark.score(answered(benchmark, "B", "A", "A", "C", "C"))
-    assert list(score.points.values()) == [1, 1, 1, 1, 0]
+def test_mmbench_counts_what_is_right_however_it_is_turned(tmp_path):
+    """The published table has each question once a turn, a million apart."""
+    benchmark = mmbench(tmp_path, turned=True)
+    assert [q.id for q in benchmark.questions()] == [7, 8, 1_000_007, 1_000_008]
+    answers = answered(benchmark, "B", "A", "A", "A")
+    score = benchmark.score(answers)
+    assert list(score.points.values()) == [1, 1, 1, 0]
     assert score.figures == {"accuracy": 50}
+    predictions = [row[6] for row in benchmark.upload(answers)[1]]
+    assert predictions == ["prediction", "B", "A", "A", "A"]
 
 
 def test_scienceqa(tmp_path):
@@ -326,21 +338,22 @@ def test_mmmu(tmp_path):
             "image_2": "2.png",
         },
         {"id": "2", "question": "How many?", "question_type": "open", "answer": "1,200"},
+        {"id": "3", "question": "What?", "question_type": "open", "answer": "['24/7', '3.429']"},
     ]
     write(tmp_path / "mmmu_val.jsonl", rows)
     mmmu = BENCHMARKS["mmmu"](tmp_path)
-    first, second = mmmu.questions()
+    first, second, _ = mmmu.questions()
     assert first.prompt == (
         "Compare <image> and <image>.\n(A) same\n(B) other's\n\n"
         "Answer with the option's letter from the given choices directly."
     )
     assert [i.name for i in first.images] == ["1.png", "2.png"]
     assert second.prompt == f"How many?{BRIEF}"
-    answers = answered(mmmu, "It is (B).", "the answer is 1200")
+    answers = answered(mmmu, "It is (B).", "the answer is 1200", "about 3.43")
     assert mmmu.score(answers).figures == {"accuracy": 100}
     assert mmmu.upload(answers)[0] == "mmmu_val.json"
     content = mmmu.upload(answers)[1]
-    assert content == {"val_Art_1": "B", "2": "the answer is 1200"}
+    assert content == {"val_Art_1": "B", "2": "the answer is 1200", "3": "about 3.43"}
     rows[0]["image_2"] = None
     write(tmp_path / "mmmu_val.jsonl", rows)
     with pytest.raises(ValueError, match="val_Art_1 has no image_2"):
@@ -366,13 +379,13 @@ def test_mmmu_choices(text, letter):
 @pytest.mark.parametrize(
     ("text", "known", "right"),
     [
-        ("x = 3.14159", "3.14", True),
-        ("The total is 1,234 dollars", "1234", True),
-        ("thus a or b", "b", True),
-        ("absent", "b", False),  # a single letter counts beside a space alone
+        ("x = 3.14159", ["3.14"], True),
+        ("The total is 1,234 dollars", ["1234"], True),
+        ("thus a or b", ["b"], True),
+        ("absent", ["b"], False),  # a single letter counts beside a space alone
         ("so it is a red car.", ["blue", "red car"], True),
-        ("first is 5\nfinal is 6", "5", True),
-        ("7", "8", False),
+        ("first is 5\nfinal is 6", ["5"], True),
+        ("7", ["8"], False),
     ],
 )
 def test_mmmu_open_answers(text, known, right):

@@ -20,7 +20,6 @@ BENCHMARKS: dict[str, Callable[..., Benchmark]] = {
     "pope": Pope,
     "mme": MME,
     "mmbench": MMBench,
-    "mmbench_circular": partial(MMBench, circular=True),
     "mmbench_test": partial(MMBench, split="test_20230712"),
     "scienceqa": ScienceQA,
     "mmvet": mm_vet,

@@ -33,6 +33,7 @@ _NOTHING = {
     "", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN",
     "<NA>", "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null", "none",
 }  # fmt: skip
+_TURN = 10**6
 # Columns of MMBench's table that its upload does not have.
 _NOT_UPLOADED = ("hint", "category", "source", "image", "comment", "l2-category")
 
@@ -41,12 +42,11 @@ _NOT_UPLOADED = ("hint", "category", "source", "image", "comment", "l2-category"
 class MMBench:
     """mmbench_dev_20230712.tsv, or another table of the same columns: its images are in it.
 
-    circular: every question is asked once for every rotation of its options.
+    The table has every question several times, its options turned, with _TURN added to its index.
     """
 
     folder: Path
     split: str = "dev_20230712"
-    circular: bool = False
     max_new_tokens: int = 128
 
     def questions(self) -> list[Question]:
@@ -58,22 +58,19 @@ class MMBench:
                 if row.get(letter, "") in _NOTHING:
                     break
                 options.append(row[letter])
-            letters = list("ABCD"[: len(options)])
             hint = row.get("hint", "")
             asked = row["question"] if hint in _NOTHING else f"{hint}\n{row['question']}"
-            for turn in range(len(options) if self.circular else 1):
-                lines = [f"{x}. {o}" for x, o in zip("ABCD", options, strict=False)]
-                stated = "\n".join([asked, *lines])
-                also = {"round_id": turn, "options": options, "option_char": letters}
-                image = base64.b64decode(row["image"])
-                index = int(row["index"])
-                prompt = f"{stated}\n{_BY_LETTER}"
-                questions.append(Question(index, prompt, (image,), stated, also))
-                options, letters = options[1:] + options[:1], letters[1:] + letters[:1]
+            lines = [f"{x}. {o}" for x, o in zip("ABCD", options, strict=False)]
+            stated = "\n".join([asked, *lines])
+            letters = list("ABCD"[: len(options)])
+            also = {"round_id": 0, "options": options, "option_char": letters}
+            image = base64.b64decode(row["image"])
+            prompt = f"{stated}\n{_BY_LETTER}"
+            questions.append(Question(int(row["index"]), prompt, (image,), stated, also))
         return questions
 
     def score(self, answers: Answers) -> Score | None:
-        """Share of questions whose every asked rotation has the right letter; None without answers.
+        """Share of questions that have the right letter however turned; None without answers.
 
         A letter is read off an answer's beginning, or the answer is an option's very words; the
         official judge asks a language model where it finds neither.
@@ -82,24 +79,20 @@ class MMBench:
         if not any(right.values()):
             return None
         points: dict[Key, float | None] = {}
-        whole: dict[str, bool] = defaultdict(lambda: True)
+        whole: dict[int, bool] = defaultdict(lambda: True)
         asked = self.questions()
         for q in asked:
             points[q.key] = None
             if q.key in answers:
                 at = _chosen(answers[q.key], q.also["options"])
-                known = right[q.id]
-                points[q.key] = float(at is not None and q.also["option_char"][at] == known)
-            whole[q.key.id] &= bool(points[q.key])
+                points[q.key] = float(at is not None and "ABCD"[at] == right[q.id])
+            whole[q.id % _TURN] &= bool(points[q.key])
         score = collect(asked, points)
         return Score({"accuracy": mean(whole.values())}, score.points, score.unanswered)
 
     def upload(self, answers: Answers) -> tuple[str, Any]:
         """The table without hints and images but with a column `prediction`, for a spreadsheet."""
-        said: dict[str, str] = {}
-        for q in self.questions():
-            if q.key in answers:
-                said.setdefault(q.key.id, answers[q.key])
+        said = {key.id: text for key, text in answers.items()}
         rows = self._rows()
         names = [name for name in rows[0] if name not in _NOT_UPLOADED]
         names.insert(6, "prediction")
@@ -223,7 +216,7 @@ class MMMU:
             if row["question_type"] == "multiple-choice":
                 right = parse_choice(answers[q.key], _options(row)) == row["answer"]
             else:
-                right = open_right(answers[q.key], row["answer"])
+                right = open_right(answers[q.key], _known(row["answer"]))
             points[q.key] = float(right)
         return collect(asked, points)
 
@@ -247,10 +240,16 @@ class MMMU:
 
 
 def _options(row: dict[str, Any]) -> dict[str, str]:
-    """Letter -> option; the data set writes the list as Python does."""
-    found = row.get("options", [])
-    found = ast.literal_eval(found) if isinstance(found, str) else found
-    return dict(zip(string.ascii_uppercase, (str(o) for o in found), strict=False))
+    """Letter -> option."""
+    return dict(zip(string.ascii_uppercase, _known(row.get("options", [])), strict=False))
+
+
+def _known(found: Any) -> list[str]:
+    """One or several texts; the data set writes a list as Python does."""
+    if isinstance(found, str):
+        several = found.startswith(("['", '["', "[]"))
+        found = ast.literal_eval(found) if several else [found]
+    return [str(one) for one in found]
 
 
 def parse_choice(text: str, options: dict[str, str]) -> str | None:
@@ -279,7 +278,7 @@ _NUMBER = (
 )
 
 
-def open_right(text: str, known: str | Sequence[str]) -> bool:
+def open_right(text: str, known: Sequence[str]) -> bool:
     """Whether an open answer has a known one among what it may mean, by MMMU's rules.
 
     What an answer may mean: what follows its last "is", "so", ... and every number in that.
@@ -300,7 +299,7 @@ def open_right(text: str, known: str | Sequence[str]) -> bool:
     found = found or [text]
     numbers = [n for part in found for pattern in _NUMBER for n in re.findall(pattern, part)]
     meant = [x for part in (*found, *numbers) for x in _normal(part)]
-    answers = [x for one in ([known] if isinstance(known, str) else known) for x in _normal(one)]
+    answers = [x for one in known for x in _normal(one)]
     return any(
         any(isinstance(a, str) and a in m for a in answers) if isinstance(m, str) else m in answers
         for m in meant

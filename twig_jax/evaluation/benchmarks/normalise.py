@@ -36,7 +36,12 @@ _CONTRACTIONS = {
 _CONTRACTIONS["somebody'd"] = "somebodyd"  # the official table's slip
 
 
-def unpunctuated(text: str) -> str:
+def blank(text: str) -> str:
+    """Breaks and tabs are spaces, and none is at an end."""
+    return text.replace("\n", " ").replace("\t", " ").strip()
+
+
+def _unpunctuated(text: str) -> str:
     """A mark goes where a space is beside it or digits have commas, and is a space elsewhere."""
     out = text
     drops = _COMMA.search(text) is not None
@@ -48,7 +53,7 @@ def unpunctuated(text: str) -> str:
 
 def vqa(text: str) -> str:
     """Of the VQA evaluation: no punctuation and articles, digits, apostrophes in contractions."""
-    text = unpunctuated(text.replace("\n", " ").replace("\t", " ").strip())
+    text = _unpunctuated(blank(text))
     words = [_DIGITS.get(w, w) for w in text.lower().split()]
     return " ".join(_CONTRACTIONS.get(w, w) for w in words if w not in _ARTICLES)
 

@@ -119,7 +119,7 @@ class VQAv2Val:
         return questions
 
     def score(self, answers: Answers) -> Score:
-        """The official accuracy over ten annotators."""
+        """The official accuracy over ten annotators; where they agree, of answers as written."""
         path = self.folder / "v2_mscoco_val2014_annotations.json"
         known = {
             str(found["question_id"]): found["answers"]
@@ -127,10 +127,9 @@ class VQAv2Val:
         }
         points: dict[Key, float | None] = {}
         for key, text in answers.items():
-            annotators = [a["answer"] for a in look_up(known, key.id, path)]
-            if len(set(annotators)) > 1:
-                annotators = [normalise.unpunctuated(a) for a in annotators]
-            points[key] = normalise.consensus(normalise.vqa(text), annotators)
+            annotators = [normalise.blank(a["answer"]) for a in look_up(known, key.id, path)]
+            rule = normalise.vqa if len(set(annotators)) > 1 else normalise.blank
+            points[key] = normalise.consensus(rule(text), [rule(a) for a in annotators])
         return collect(self.questions(), points)
 
     def upload(self, answers: Answers) -> tuple[str, Any]:
