@@ -131,7 +131,7 @@ class _Bench:
             ),
             batch=_BATCH.value,
             model_id=Path(config.base).name,
-            notes={"limit": _LIMIT.value},
+            notes={"limit": _LIMIT.value, "gamma": _GAMMA.value, "theta": _THETA.value},
             limited=_LIMIT.value is not None,
         )
         plain = Way("plain")
@@ -143,20 +143,32 @@ class _Bench:
         """The figures of a variant with a twig of one seed; only its budget where it has none."""
         from twig_jax.evaluation.judge import Way
 
-        judge = self._judge(variant, seed)
         way = Way(variant.mode)
         row: dict[str, Any] = {"avg_retained": None, "retained": None}
         if variant.mode != "ssd":
             budget = _RETAINED.value or round(self.model.config.vision.num_tokens / 9)
             way = Way(variant.mode, variant.selector, budget)
-            row = {"avg_retained": budget, "retained": _kept(judge, budget)}
+            row = {"avg_retained": budget, "retained": self._kept(variant, budget)}
             if row["retained"] is None:
                 return row
+        judge = self._judge(variant, seed)
         if _TIMED.value:
             row |= judge.speeds([way], _TIMED.value, _REPEATS.value)[way]
         if variant.answered:
             row |= judge.row(way, judge.answers(way), self.score)[0]
         return row
+
+    def _kept(self, variant: Any, budget: float) -> int | None:
+        """R of one image; None where no R reaches the budget."""
+        from twig_jax.pruning.budget import retained
+        from twig_jax.training.overrides import override
+
+        base, twig = override(self.config, variant.trained).model()
+        if variant.K_f is not None:
+            twig = dataclasses.replace(twig, K_f=variant.K_f)
+        with contextlib.suppress(ValueError):
+            return retained(budget, twig, base.text.num_layers, base.vision.num_tokens)
+        return None
 
     def _judge(self, variant: Any, seed: int) -> Any:
         import jax.numpy as jnp
@@ -199,25 +211,17 @@ class _Bench:
 
     def _trained(self, name: str, config: Any, seed: int) -> Path:
         from launch.training import train
+        from twig_jax.evaluation.answers import same
 
         out = self.out / "twigs" / name / f"seed{seed}"
+        config = dataclasses.replace(config, seed=seed)
+        out.mkdir(parents=True, exist_ok=True)
+        same(out / "config.json", dataclasses.asdict(config))
         if not (out / "twig" / "twig.json").is_file():
-            config = dataclasses.replace(config, seed=seed, out=str(out))
+            config = dataclasses.replace(config, out=str(out))
             print(f"training {out}", file=sys.stderr)
             train(config, export=str(out / "twig"), say=lambda text: print(text, file=sys.stderr))
         return out / "twig"
-
-
-def _kept(judge: Any, budget: float) -> int | None:
-    """R of one image; None where no R reaches the budget."""
-    from twig_jax.pruning.budget import retained
-
-    own = judge.model.generator
-    with contextlib.suppress(ValueError):
-        return retained(
-            budget, own.twig_config, own.config.text.num_layers, own.config.vision.num_tokens
-        )
-    return None
 
 
 def _table(lines: list[dict[str, Any]]) -> str:

@@ -43,12 +43,15 @@ def main(argv: list[str]) -> None:
     from twig_jax.runtime import use_compilation_cache
 
     use_compilation_cache()
-    if _GROW.value:
-        grow()
-    elif _IMAGE.value is not None:
-        answer_one()
-    else:
-        compare()
+    try:
+        if _GROW.value:
+            grow()
+        elif _IMAGE.value is not None:
+            answer_one()
+        else:
+            compare()
+    except (ImportError, MemoryError, OSError, ValueError) as error:
+        sys.exit(f"demo: {error}")
 
 
 def say(text: str = "") -> None:
@@ -71,10 +74,7 @@ def answer_one() -> None:
         theta=_THETA.value,
         max_new_tokens=MAX_NEW,
     )
-    try:
-        result = model.generate(_PROMPT.value, [_IMAGE.value], settings)
-    except (FileNotFoundError, ValueError) as error:
-        sys.exit(f"demo: {error}")
+    result = model.generate(_PROMPT.value, [_IMAGE.value], settings)
     say(result.text or "")
     write_json(
         _JSON.value,
@@ -125,10 +125,7 @@ def compare() -> None:
 
     began = time.perf_counter()
     budgets = [float(share) for share in _PRUNED.value]
-    try:
-        model = api.load()
-    except FileNotFoundError as error:
-        sys.exit(f"demo: {error}")
+    model = api.load()
     config, tokenizer = model.config, model.tokenizer
     common = Settings(
         gamma=_GAMMA.value, theta=_THETA.value, max_new_tokens=MAX_NEW, avg_retained=1.0

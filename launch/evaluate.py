@@ -82,6 +82,7 @@ def evaluate() -> None:
     share = _share()
     benchmark = open_benchmark(task, Path(_DATA.value), _LIMIT.value, _SEED.value)
     questions = benchmark.questions()[: _LIMIT.value]
+    check_files(benchmark)
     if _TRAINED_ON.value is not None:
         check_held_out(questions)
 
@@ -115,38 +116,52 @@ def evaluate() -> None:
         notes=_settings(),
         limited=_LIMIT.value is not None,
     )
-    found: dict[Any, dict[str, Any]] = {}
-    base = None
     chosen = ways(_MODES.value, _SELECTOR.value, budgets)
     for way in chosen:
         judge.check(way)
     for way in chosen:
-        lines = _answers(judge, way, share)
-        if len(lines) < len(questions):
-            print(
-                f"{way.name}: {len(lines)} of {len(questions)} answered, the rest by other "
-                "processes"
-            )
-            continue
+        _answer(judge, way, share)
+    # Whoever is last finds all there is to judge, and judges it.
+    answered = {way: judge.answered(way) for way in chosen}
+    waiting = {way: lines for way, lines in answered.items() if len(lines) < len(questions)}
+    for way, lines in waiting.items():
+        print(f"{way.name}: {len(lines)} of {len(questions)} answered, the rest by other processes")
+    if waiting:
+        return
+    found: dict[Any, dict[str, Any]] = {}
+    base = None
+    for way, lines in answered.items():
         found[way], score = judge.row(way, lines, base)
         base = score if way.mode == "plain" else base
         upload = benchmark.upload(said(lines))
         if upload is not None:
             path = write_upload(judge.folder / way.name, *upload)
             print(f"{way.name}: for the official judge: {path}")
-    if found:
-        if _TIMED.value:
-            for way, speed in _speeds(judge, list(found)).items():
-                found[way] = speed | found[way]
-        content = {
-            "schema": 1,
-            **environment(),
-            "settings": _settings() | {"limit": _LIMIT.value},
-            "results": list(found.values()),
-        }
-        write_json(str(judge.folder / "results.json"), content)
-        write_json(_JSON.value, content)
-        print(_table(list(found.values())), file=sys.stderr if _JSON.value == "-" else sys.stdout)
+    if _TIMED.value:
+        for way, speed in _speeds(judge, chosen).items():
+            found[way] = speed | found[way]
+    content = {
+        "schema": 1,
+        **environment(),
+        "settings": _settings() | {"limit": _LIMIT.value},
+        "results": list(found.values()),
+    }
+    write_json(str(judge.folder / "results.json"), content)
+    write_json(_JSON.value, content)
+    print(_table(list(found.values())), file=sys.stderr if _JSON.value == "-" else sys.stdout)
+
+
+def check_files(benchmark: Any) -> None:
+    """Raises where what a benchmark is scored and uploaded with is missing, before it is asked."""
+    import tempfile
+
+    from twig_jax.evaluation.benchmarks.files import write_upload
+
+    benchmark.score({})
+    upload = benchmark.upload({})
+    if upload is not None:
+        with tempfile.TemporaryDirectory() as folder:
+            write_upload(Path(folder), *upload)
 
 
 def check_held_out(questions: list) -> None:
@@ -176,13 +191,13 @@ def _share() -> tuple[int, int]:
     return int(i), int(n)
 
 
-def _answers(judge: Any, way: Any, share: tuple[int, int]) -> dict:
-    """The lines of a way's answers, after this process' share of them."""
+def _answer(judge: Any, way: Any, share: tuple[int, int]) -> None:
+    """Answers this process' share of the questions."""
     from tqdm import tqdm
 
     total = len(judge.questions[share[0] :: share[1]])
     with tqdm(total=total, unit="answer", desc=way.name, disable=not sys.stderr.isatty()) as bar:
-        return judge.answers(way, share, bar.update)
+        judge.answers(way, share, bar.update)
 
 
 def _speeds(judge: Any, ways: list) -> dict:

@@ -194,7 +194,7 @@ def questions() -> list[dict[str, Any]]:
     path = Path(_BATCH_FILE.value)
     folder = path.parent if _IMAGE_FOLDER.value is None else Path(_IMAGE_FOLDER.value)
     asked = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(path.read_text().split("\n"), 1):
         if not line.strip():
             continue
         try:

@@ -153,7 +153,7 @@ def _calibrated(c: Mapping[str, Any] | None) -> list[str]:
 
 def write_json(path: str | None, content: Any) -> None:
     """Writes a result file; "-" is standard output, None writes nothing."""
-    text = json.dumps(content, indent=1)
+    text = json.dumps(content, indent=1, allow_nan=False)
     if path == "-":
         print(text)
     elif path:

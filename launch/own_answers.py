@@ -70,7 +70,10 @@ def answer(out: Path) -> None:
                     bar.write(f"left out: {error}", file=sys.stderr)
             said = conversations(model, [sample for _, sample in samples])
             for (index, sample), turns in zip(samples, said, strict=True):
-                if turns:
+                if isinstance(turns, Exception):
+                    bad += 1
+                    bar.write(f"left out: {sample.id}: {turns}", file=sys.stderr)
+                elif turns:
                     row = as_row(index, sample, turns, out.parent / "images")
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")
             file.flush()
@@ -89,32 +92,44 @@ def known(out: Path) -> set[int]:
     return {json.loads(line)["index"] for line in whole.splitlines()}
 
 
-def conversations(model: Any, samples: list[Any]) -> list[list[tuple[str, str]]]:
-    """Turns of (question, own answer) of each; after an empty answer nothing more is asked."""
+Turns = list[tuple[str, str]]
+
+
+def conversations(model: Any, samples: list[Any]) -> list[Turns | Exception]:
+    """Turns of (question, own answer) of each, or why it cannot be asked.
+
+    After an empty answer nothing more is asked.
+    """
     from twig_jax.data import conversation
     from twig_jax.decoding.settings import Settings
 
     settings = Settings(
         mode="plain" if model.generator.twig_config is None else "ssd", max_new_tokens=_NEW.value
     )
-    said: list[list[tuple[str, str]]] = [[] for _ in samples]
+    said: list[Turns] = [[] for _ in samples]
+    bad: dict[int, Exception] = {}
     asks = list(range(len(samples)))
     while asks:
-        requests = []
+        requests = {}
         for i in asks:
             turns = [*said[i], (samples[i].turns[len(said[i])][0], None)]
             markers = sum(question.count(conversation.IMAGE) for question, _ in turns)
             text = conversation.prompt(model.conventions.template, turns)
-            requests.append(model.request(text, samples[i].images[:markers], raw=True))
-        results = model.generator.generate_many(requests, settings, _BATCH.value)
+            try:
+                request = model.request(text, samples[i].images[:markers], raw=True)
+                model.generator.batches.prepare([request], settings)
+                requests[i] = request
+            except (MemoryError, OSError, ValueError) as error:
+                bad[i] = error
+        results = model.generator.generate_many(list(requests.values()), settings, _BATCH.value)
         going = []
-        for i, result in zip(asks, results, strict=True):
+        for i, result in zip(requests, results, strict=True):
             if result.text:
                 said[i].append((samples[i].turns[len(said[i])][0], result.text))
                 if len(said[i]) < len(samples[i].turns):
                     going.append(i)
         asks = going
-    return said
+    return [bad.get(i, turns) for i, turns in enumerate(said)]
 
 
 def as_row(index: int, sample: Any, turns: list[tuple[str, str]], folder: Path) -> dict[str, Any]:

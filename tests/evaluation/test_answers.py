@@ -20,7 +20,8 @@ class Model:
 
     def ask(self, question):
         if question.id in self.bad:
-            raise ValueError(f"no image of {question.id}")
+            error = MemoryError if question.id == 3 else ValueError
+            raise error(f"no image of {question.id}")
         return SimpleNamespace(id=question.id, is_visual=np.array([0, 0, 0, 1, 1]))
 
     def decode(self, requests, told):
@@ -118,7 +119,8 @@ def test_what_cannot_be_asked_is_told_and_tried_again(tmp_path, whole):
     lines = Model(bad=(3, 22)).run(folder)
     found = [json.loads(line) for line in lines.values() if failed(line)]
     assert [(x["question_id"], x["text"]) for x in found] == [(3, ""), (22, "")]
-    assert found[0]["metadata"]["error"] == "no image of 3"
+    errors = [x["metadata"]["error"] for x in found]
+    assert errors == ["no image of 3", "no image of 22"]
     # The file is whole: what is missing in it would not be counted.
     assert len((folder / "answers.jsonl").read_text().splitlines()) == 23
     better = Model()
@@ -129,6 +131,6 @@ def test_what_cannot_be_asked_is_told_and_tried_again(tmp_path, whole):
 
 def test_answers_by_other_settings_are_not_mixed(tmp_path):
     Model(most=23).run(tmp_path / "run")
-    message = "run has answers with mode 'plain', not 'ttp', theta None, not 0.5; remove it"
+    message = "run is of mode 'plain', not 'ttp', theta None, not 0.5; remove it"
     with pytest.raises(ValueError, match=message):
         Model().run(tmp_path / "run", mode="ttp", theta=0.5)

@@ -75,6 +75,13 @@ def test_relacc_is_a_ratio_with_an_interval_around_it():
     assert relacc(base, base) == (1.0, 1.0, 1.0)
 
 
+def test_relacc_of_few_right_answers() -> None:
+    """Draws in which the base has no right answer have no ratio; without any there is none."""
+    ratio, low, high = relacc([1, 1, 0, 0], [1, 0, 0, 0])
+    assert ratio == 2 and 0 < low < high
+    assert np.isnan(relacc([1, 0, 0], [0, 0, 0])).all()
+
+
 def test_the_ceiling_follows_from_layer_counts():
     # Nothing drafted: an iteration is one pass over all layers for one token.
     assert ceiling(TwigConfig(1, 2, 12), 16, 0, 0) == 1.0

@@ -86,6 +86,12 @@ def test_a_bad_image_is_named(tmp_path, broken):
     assert "Traceback" not in result.stderr
 
 
+def test_a_bad_budget_is_no_traceback():
+    result = demo("--pruned", "x")
+    assert result.returncode == 1 and "demo: could not convert" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
 def test_growing_the_twig_again(tmp_path):
     result = demo("--grow", "--grow_steps", 1, "--out", tmp_path / "run")
     assert result.returncode == 0, result.stderr[-2000:]

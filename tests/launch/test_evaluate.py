@@ -32,6 +32,14 @@ def test_shares_give_what_one_process_gives(tmp_path):
     for run in ("plain", "ttp_ssd-twig-16"):
         one, two = (tmp_path / x / "digits" / run / "answers.jsonl" for x in ("one", "two"))
         assert one.read_bytes() == two.read_bytes()
+    # Figures are of all ways: nothing is written while one waits for others.
+    results = tmp_path / "two" / "digits" / "results.json"
+    before = results.read_bytes()
+    assert len(json.loads(before)["results"]) == 2
+    more = ("--timed_samples", "0", "--share", "0/2", "--modes", "plain,ttp")
+    done = evaluate(*common, *more, "--out", str(tmp_path / "two"))
+    assert done.returncode == 0 and "ttp-twig-16: 3 of 6 answered" in done.stdout
+    assert results.read_bytes() == before
 
 
 @pytest.mark.parametrize(
@@ -50,8 +58,19 @@ def test_shares_give_what_one_process_gives(tmp_path):
             "no number of kept tokens gives 8 visual tokens a layer",
         ),
         (("--task", "pope", "--data", "nowhere"), "nowhere/llava_pope_test.jsonl is not there"),
+        (
+            ("--task", "digits", "--checkpoint", "twig_jax/assets/digits/base", "--modes", "ssd"),
+            "mode ssd needs a twig",
+        ),
     ],
 )
 def test_bad_input(arguments, message):
     done = evaluate(*arguments)
     assert done.returncode == 1 and f"evaluate: {message}" in done.stderr
+
+
+def test_files_of_the_score_are_looked_for_first(tmp_path):
+    line = {"question_id": 0, "image": "0.jpg", "text": "Is it?"}
+    (tmp_path / "llava_gqa_testdev_balanced.jsonl").write_text(json.dumps(line) + "\n")
+    done = evaluate("--task", "gqa", "--data", str(tmp_path), "--checkpoint", "nowhere")
+    assert done.returncode == 1 and "testdev_balanced_questions.json is not there" in done.stderr

@@ -91,9 +91,10 @@ def test_a_file_of_questions(tmp_path):
     rows = [
         {"question_id": "a", "image": "page.png", "text": ASK},
         {"question_id": "b", "image": "broken.png", "text": ASK},
-        {"question_id": "c", "text": "Who are you?"},
+        {"question_id": "c", "text": "Who are\u2028you?"},  # that ends no line of JSON
     ]
-    (tmp_path / "ask.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    lines = (json.dumps(row, ensure_ascii=False) for row in rows)
+    (tmp_path / "ask.jsonl").write_text("\n".join(lines))
     done = launcher("--batch_file", tmp_path / "ask.jsonl", "--json", tmp_path / "out.jsonl")
     # A question that cannot be answered is reported, never dropped.
     assert done.returncode == 1 and "1 of 3 questions could not be answered" in done.stderr

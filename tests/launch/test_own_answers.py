@@ -65,6 +65,17 @@ def test_the_base_s_own_words_in_every_turn(asked, tmp_path):
     assert done.returncode == 0 and "has all 3 conversations" in done.stdout
 
 
+def test_what_cannot_be_read_is_left_out(asked, tmp_path):
+    """A truncated image, which ends neither this run nor the next."""
+    image, out = tmp_path / "1.png", tmp_path / "own.jsonl"
+    image.write_bytes(image.read_bytes()[:-200])
+    done = own_answers("--data", asked, "--images", tmp_path, "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert "2 conversations answered, 1 bad ones left out" in done.stdout
+    assert "left out: " in done.stderr and "1.png" in done.stderr
+    assert [json.loads(line)["index"] for line in out.read_text().splitlines()] == [0, 2]
+
+
 def test_bad_input(tmp_path):
     done = own_answers("--out", tmp_path / "own.jsonl", "--data", "nowhere.json")
     assert done.returncode == 1 and "own_answers: no data at nowhere.json" in done.stderr

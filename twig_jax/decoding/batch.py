@@ -112,12 +112,12 @@ class Batches:
             own,
         )
 
-    def need(self, i: int, request: Request, settings: Settings) -> Need:
-        """What request i takes; ValueError for a bad one."""
+    def check(self, settings: Settings) -> None:
+        """Raises ValueError for settings that this model has no answer to, whatever is asked."""
         settings.check()
         if (settings.prune or settings.draft) and self.schedule is None:
             raise ValueError(f"mode {settings.mode} needs a twig; load one, or use mode plain")
-        asks = settings.prune and self.schedule is not None and self.schedule.rank is None
+        asks = settings.prune and self._asks
         if self.weights.twig is None and (
             settings.draft or (asks and settings.selector in OF_TWIG)
         ):
@@ -127,10 +127,20 @@ class Batches:
             )
         if settings.prune and settings.avg_retained is None:
             raise ValueError(f"mode {settings.mode} needs avg_retained")
-        if asks and settings.selector == "given" and request.scores is None:
-            raise ValueError(f'request {i}: selector "given" needs scores')
         if not self.has_tokenizer and any(isinstance(s, str) for s in settings.stop):
             raise ValueError("stopping at texts needs a tokenizer; give sequences of token ids")
+
+    @property
+    def _asks(self) -> bool:
+        """Whether what prunes is asked for by name."""
+        return self.schedule is not None and self.schedule.rank is None
+
+    def need(self, i: int, request: Request, settings: Settings) -> Need:
+        """What request i takes; ValueError for a bad one."""
+        self.check(settings)
+        asks = settings.prune and self._asks
+        if asks and settings.selector == "given" and request.scores is None:
+            raise ValueError(f'request {i}: selector "given" needs scores')
         M = self.config.vision.num_tokens
         if not 0 <= request.before < max(len(request.ids), 1):
             raise ValueError(f"request {i}: of {len(request.ids)} ids, {request.before} are before")
@@ -141,6 +151,12 @@ class Batches:
         )
         if len(request.ids) == 0 or len(request.ids) != len(request.is_visual):
             raise ValueError(f"request {i}: ids and is_visual must have one length above 0")
+        positions = self.config.text.max_positions
+        if len(request.ids) + settings.max_new_tokens > positions:
+            raise ValueError(
+                f"request {i}: a prompt of {len(request.ids)} tokens and {settings.max_new_tokens} "
+                f"new ones take more than the {positions} positions that the model knows"
+            )
         if request.is_visual[-1]:
             raise ValueError(f"request {i}: the prompt's last token must be text")
         if new_slots != given:

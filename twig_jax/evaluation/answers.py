@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -39,8 +40,9 @@ def answer_share(
     """Answers one share of the questions that `folder` has no answers to yet.
 
     share: (i, n) for the i-th of n processes, each of which appends to a file of its own there.
-    ask: makes a request, ValueError or OSError for a question that cannot be asked; decode: answers
-    requests, telling each (index, result). told: is given how many more questions are done with.
+    ask: makes a request, in a thread of its own; ValueError, OSError or MemoryError for a question
+    that cannot be asked. decode: answers requests, telling each (index, result). told: is given how
+    many more questions are done with.
 
     settings: what the answers depend on, kept in run.json and in each line's metadata. Raises
     ValueError where the folder has answers by other settings. detokenize: tokens -> text, for
@@ -51,16 +53,28 @@ def answer_share(
     every question, answers.jsonl has them in the questions' order.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    _same(folder / "run.json", {"model_id": model_id, **settings})
+    same(folder / "run.json", {"model_id": model_id, **settings})
     i, n = share
     own = folder / f"answers.{i}-of-{n}.jsonl"
-    there = {k: line for k, line in _lines(folder, questions).items() if not failed(line)}
+    there = {k: line for k, line in answered(folder, questions).items() if not failed(line)}
     # What a kill left of a line goes, and what failed.
     written = read_answers(own, questions) if own.exists() else {}
     write_answers(own, questions, {k: v for k, v in written.items() if k in there})
     waiting = [q for q in questions[i::n] if q.key not in there]
     told(len(questions[i::n]) - len(waiting))
-    with open(own, "a") as file:
+    size = _WINDOW * batch
+    parts = [waiting[first : first + size] for first in range(0, len(waiting), size)]
+
+    def made(part: Sequence[Question]) -> list[tuple[Question, Request | Exception]]:
+        found: list[tuple[Question, Request | Exception]] = []
+        for question in part:
+            try:
+                found.append((question, ask(question)))
+            except (MemoryError, OSError, ValueError) as error:
+                found.append((question, error))
+        return found
+
+    with open(own, "a") as file, ThreadPoolExecutor(1) as pool:
 
         def write(question: Question, text: str, more: dict[str, Any]) -> None:
             line = answer_line(question, text, model_id, {**settings, **more})
@@ -68,7 +82,9 @@ def answer_share(
             file.flush()
             told(1)
 
-        for first in range(0, len(waiting), _WINDOW * batch):
+        # The images of the next part are read while the device answers this one.
+        coming = [pool.submit(made, part) for part in parts[:1]]
+        for number in range(len(parts)):
             asked: list[Question] = []
             requests: list[Request] = []
 
@@ -80,22 +96,26 @@ def answer_share(
             ) -> None:
                 write(asked[at], result.text or "", _described(requests[at], result, detokenize))
 
-            for question in waiting[first : first + _WINDOW * batch]:
-                try:
-                    requests.append(ask(question))
+            found = coming.pop().result()
+            coming += [pool.submit(made, part) for part in parts[number + 1 : number + 2]]
+            for question, request in found:
+                if isinstance(request, Exception):
+                    write(question, "", {"error": str(request)})
+                else:
                     asked.append(question)
-                except (OSError, ValueError) as error:
-                    write(question, "", {"error": str(error)})
+                    requests.append(request)
             if requests:
                 decode(requests, tell)
         os.fsync(file.fileno())
-    lines = _lines(folder, questions)
+    lines = answered(folder, questions)
     if len(lines) == len(questions):
         write_answers(folder / "answers.jsonl", questions, lines)
     return lines
 
 
-def _same(path: Path, settings: dict[str, Any]) -> None:
+def same(path: Path, settings: dict[str, Any]) -> None:
+    """Keeps settings in a file; ValueError where those there are others."""
+    settings = json.loads(json.dumps(settings))
     if not path.exists():
         part = path.with_name(f"{path.name}.{os.getpid()}")
         part.write_text(json.dumps(settings, indent=1) + "\n")
@@ -104,9 +124,7 @@ def _same(path: Path, settings: dict[str, Any]) -> None:
     other = {k for k in {*there, *settings} if there.get(k) != settings.get(k)}
     if other:
         said = ", ".join(f"{k} {there.get(k)!r}, not {settings.get(k)!r}" for k in sorted(other))
-        raise ValueError(
-            f"{path.parent} has answers with {said}; remove it or choose another folder"
-        )
+        raise ValueError(f"{path.parent} is of {said}; remove it or choose another folder")
 
 
 def failed(line: str) -> bool:
@@ -114,7 +132,8 @@ def failed(line: str) -> bool:
     return "error" in json.loads(line)["metadata"]
 
 
-def _lines(folder: Path, questions: Sequence[Question]) -> dict[Key, str]:
+def answered(folder: Path, questions: Sequence[Question]) -> dict[Key, str]:
+    """The lines of all shares in a folder so far."""
     found: dict[Key, str] = {}
     for path in sorted(folder.glob("answers.*-of-*.jsonl")):
         for key, line in read_answers(path, questions).items():

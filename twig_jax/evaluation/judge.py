@@ -14,7 +14,7 @@ from twig_jax.config import MODES
 from twig_jax.decoding.buckets import nbytes, state_bytes
 from twig_jax.decoding.generate import Generator
 from twig_jax.decoding.settings import Request, Result, Settings
-from twig_jax.evaluation.answers import answer_share, failed
+from twig_jax.evaluation.answers import answer_share, answered, failed
 from twig_jax.evaluation.benchmarks.files import Benchmark, Key, Question, Score, mean, texts
 from twig_jax.evaluation.pruners.answering import Rival
 from twig_jax.evaluation.scoring import relacc
@@ -76,8 +76,10 @@ class Judge:
     def check(self, way: Way) -> None:
         """Raises ValueError for a way that cannot be, before anything is answered."""
         settings = way.settings(self.common)
-        settings.check()
-        if way.selector is not None:
+        if way.selector is None:
+            self.model.generator.batches.check(settings)
+        else:
+            settings.check()
             rival = self._rival(way.selector)
             rival.engine(settings)
             rival.budget(settings, images=1)
@@ -116,6 +118,10 @@ class Judge:
             detokenize=self.model.generator.detokenize,
             told=told,
         )
+
+    def answered(self, way: Way) -> dict[Key, str]:
+        """The lines of a way's answers so far, by whatever process."""
+        return answered(self.folder / way.name, self.questions)
 
     def row(
         self, way: Way, lines: Mapping[Key, str], base: Score | None
@@ -160,7 +166,9 @@ class Judge:
             main = next(iter(score.figures))
             _, low, high = relacc(points, [of.points[k] for k in keys])
             ratio = score.figures[main] / of.figures[main] if of.figures[main] else None
-            row |= {"relacc": ratio, "relacc_low": low, "relacc_high": high}
+            figures = {"relacc": ratio, "relacc_low": low, "relacc_high": high}
+            # A base without a right answer has no ratio.
+            row |= {k: None if x is None or x != x else x for k, x in figures.items()}
         return row, score
 
     def speeds(

@@ -63,18 +63,21 @@ def relacc(
 ) -> tuple[float, float, float]:
     """Accelerated accuracy over the base's on the same samples, with a 95 % interval.
 
-    The interval is a paired bootstrap over samples. nan where the base answers nothing right.
+    The interval is a paired bootstrap over samples, without draws in which the base has nothing
+    right. All three are nan where it never has.
     """
     pairs = np.stack([accelerated, base], axis=1).astype(float)  # [n, 2]
     rng = np.random.default_rng(seed)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        ratio = pairs[:, 0].mean() / pairs[:, 1].mean()
-        # One draw at a time: all of a large benchmark's would not fit into memory.
-        means = np.array(
-            [pairs[rng.integers(len(pairs), size=len(pairs))].mean(0) for _ in range(draws)]
-        )
-        low, high = np.nanpercentile(means[:, 0] / means[:, 1], [2.5, 97.5])
-    return float(ratio), float(low), float(high)
+    mean, of = pairs.mean(0)
+    if not of:
+        return float("nan"), float("nan"), float("nan")
+    # One draw at a time: all of a large benchmark's would not fit into memory.
+    means = np.array(
+        [pairs[rng.integers(len(pairs), size=len(pairs))].mean(0) for _ in range(draws)]
+    )
+    means = means[means[:, 1] > 0]
+    low, high = np.percentile(means[:, 0] / means[:, 1], [2.5, 97.5])
+    return float(mean / of), float(low), float(high)
 
 
 def ceiling(twig: TwigConfig, layers: int, levels: float, accepted: float) -> float:

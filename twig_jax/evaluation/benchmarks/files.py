@@ -172,7 +172,7 @@ def texts(lines: Mapping[Key, str]) -> dict[Key, str]:
 
 def write_answers(path: Path, asked: Sequence[Question], lines: Mapping[Key, str]) -> None:
     """All lines in the questions' order, in one step: the old file is there until then."""
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(f"{path.name}.{os.getpid()}")  # another process may write it too
     part.write_text("".join(f"{lines[q.key]}\n" for q in asked if q.key in lines))
     os.replace(part, path)
 

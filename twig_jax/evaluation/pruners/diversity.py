@@ -47,7 +47,8 @@ def dart(probe: Probe, retained: int) -> Ranked:
     """Pivots, and for each the tokens that duplicate it least; after K layers.
 
     Pivots are the visual tokens and the last text tokens with the largest keys; the others are
-    compared by the states that go on.
+    compared by the states that go on. (The released code compares them after the decoder's last
+    norm, which the paper does not speak of.)
     """
     x, kv = probe.run(probe.K)
     assert kv is not None
