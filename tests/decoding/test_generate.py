@@ -5,12 +5,14 @@ import itertools
 import logging
 
 import jax
+import numpy as np
 import pytest
 
 from tests.decoding.models import CALL, generator, mixed, request
 from twig_jax.decoding import buckets
 from twig_jax.decoding.buckets import Bucket
 from twig_jax.decoding.generate import compiled_programs
+from twig_jax.decoding.settings import Request
 
 WORDS = ["", "", "", *"abcdefghijklmnopqrstuvwxyz", *map(str, range(10)), "é"]
 BUCKET = Bucket(rows=4, text=32, images=2, new=32)
@@ -158,6 +160,12 @@ def test_many_questions_come_back_in_order() -> None:
     assert sorted(i for i, _ in told) == list(range(10))
 
 
+def test_a_batch_is_filled_up_without_encoding_again() -> None:
+    model = generator()
+    model.generate_many([request(i, 1, 2, 3) for i in range(5)], CALL, batch=4)
+    assert model.images.encoded == 5
+
+
 def test_a_batch_too_large_for_the_memory_says_what_would_fit(monkeypatch) -> None:
     model = speaking()
     weights = buckets.nbytes(model.weights)
@@ -185,6 +193,28 @@ def test_the_estimate_covers_the_state() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"ids": np.array([3, 4, 1000, 5])}, "ids of words must be from 0 to 36"),
+        ({"ids": np.array([3, 4, -1, 5])}, "ids of words must be from 0 to 36"),
+        ({"ids": np.full(5000, 3), "is_visual": np.zeros(5000, bool)}, "more than the 4096 posit"),
+        ({"pixels": np.zeros((1, 9, 9, 3), np.float32)}, r"pixels must be of shape \[.., \d+, \d+"),
+        ({"visual": np.zeros((9, 1), np.float32)}, r"visual must be of shape \[.., \d+\], not"),
+        ({"scores": np.zeros(3, np.float32)}, "3 scores for 4 tokens"),
+        ({"is_visual": np.zeros(3, bool)}, "must have one length"),
+    ],
+    ids=str,
+)
+def test_requests_that_mean_nothing(changes, message) -> None:
+    good = Request(np.array([3, 4, 5, 6], np.int32), np.zeros(4, bool))
+    with pytest.raises(ValueError, match=f"request 0: .*{message}"):
+        generator().generate([dataclasses.replace(good, **changes)], CALL)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"stop": "USER:"}, "stop must be several texts"),
+        ({"stop": ("",)}, "stop must be several texts"),
+        ({"stop": (5,)}, "stop must be several texts"),
         ({"temperature": -1.0}, "temperature must be 0 or more"),
         ({"top_p": 0.0}, "top_p must be above 0"),
         ({"top_k": -1}, "top_k must be at least 0"),

@@ -7,11 +7,14 @@ import subprocess
 import sys
 
 import jax
+import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
 from tests.decoding.models import CALL, mixed
 from tests.decoding.worker import model
+from twig_jax.decoding import batch, buckets
+from twig_jax.decoding.images import encode
 from twig_jax.sharding.mesh import make_mesh
 
 
@@ -42,6 +45,38 @@ def test_a_mesh_changes_no_token(shape, expected) -> None:
     assert [r.tokens.tolist() for r in results] == expected
 
 
+def test_images_are_encoded_by_all_devices() -> None:
+    """Each encodes a fourth of eight images, with the same result."""
+    mesh = make_mesh(4, 1, 2)
+    alone, spread = model(), model(mesh)
+    size = alone.config.vision.image_size
+    pixels = np.random.default_rng(0).normal(size=(8, size, size, 3)).astype(np.float32)
+
+    def encoded(one):
+        given = one.config, one.weights.base, pixels, one.weights.dtype, False
+        with one.context():
+            compiled = encode.lower(*given).compile()
+            return np.stack(encode(*given)), compiled.cost_analysis()["flops"]
+
+    (known, all_of_it), (found, part) = encoded(alone), encoded(spread)
+    np.testing.assert_allclose(found, known, rtol=1e-5, atol=1e-6)  # of sums in another order
+    assert part < 0.3 * all_of_it
+
+
+def test_memory_is_that_of_each_device(monkeypatch) -> None:
+    """Four pairs of devices with room for one row each, or a little more, take four."""
+    mesh = make_mesh(2, 2, 2)
+    spread = model(mesh)
+    program = spread.batches.prepare(mixed(), CALL).program
+    room = buckets.nbytes(spread.weights) + 1.5 * buckets.state_bytes(program, 1, 4, split=2)
+    monkeypatch.setattr(batch, "device_memory", lambda _: room)
+    assert len(spread.generate(mixed(), CALL)) == 4
+    with pytest.raises(MemoryError, match="about 4 rows of this shape"):
+        spread.generate(mixed() * 2, CALL)
+    with pytest.raises(MemoryError, match="not even one row fits"):
+        model().generate(mixed(), CALL)
+
+
 def test_two_processes_give_the_same(expected) -> None:
     """Four devices each, joined by real collectives; every process gets every answer."""
     with socket.socket() as free:
@@ -64,4 +99,6 @@ def test_two_processes_give_the_same(expected) -> None:
     for worker in workers:
         out, err = worker.communicate(timeout=300)
         assert worker.returncode == 0, err[-3000:]
-        assert json.loads(out.splitlines()[-1]) == expected
+        tokens, compiled = json.loads(out.splitlines()[-1])
+        assert tokens == expected
+        assert not compiled  # when the same was asked again, and looked at after every iteration

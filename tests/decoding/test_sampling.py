@@ -36,7 +36,7 @@ from tests.decoding.models import (
     tokens,
 )
 from twig_jax.decoding.buckets import Bucket
-from twig_jax.decoding.sampling import adjusted, choose, filtered
+from twig_jax.decoding.sampling import choose, filtered, gumbel, scores
 from twig_jax.decoding.settings import Settings, controls
 
 LIKELY = 1e-3
@@ -165,11 +165,11 @@ def test_filters_equal_those_of_transformers(own, seed) -> None:
     seen = np.zeros((6, V), bool)
     np.put_along_axis(seen, np.concatenate([prompt, answer[:, :2]], axis=1), True, axis=1)
     c = jax.tree.map(jnp.asarray, controls(own, eos=EOS))
-    ours = jax.nn.softmax(
-        jax.jit(lambda c, x, n, seen, path: filtered(c, adjusted(c, x, n, lambda: seen, path)))(
-            c, logits, np.full((6, 1), 4), seen, answer[:, None, 2:].astype(np.int32)
-        )
-    )[:, 0]
+    n = np.full((6, 1), 4)
+    noisy = jax.jit(lambda c, x, n, seen, path: scores(c, x, n, n, lambda: seen, path))(
+        c, logits, n, seen, answer[:, None, 2:].astype(np.int32)
+    )
+    ours = jax.nn.softmax(noisy - gumbel(c.seed, n, V))[:, 0]
     for row in range(6):
         known = theirs(own[row], logits[row, 0], prompt[row].tolist(), answer[row].tolist())
         assert ((known > 0) == (np.asarray(ours[row]) > 0)).all()

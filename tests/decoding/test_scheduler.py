@@ -4,6 +4,7 @@ import dataclasses
 import random
 
 import jax
+import numpy as np
 import pytest
 
 from tests.decoding.models import CALL, generator, request
@@ -102,6 +103,48 @@ def test_a_ticket_streams_its_text() -> None:
     assert len(pieces) > 2
     assert "".join(pieces) == first.result.text
     assert "".join(second) == second.result.text
+
+
+def test_one_that_cannot_start_is_through_and_stops_nobody(monkeypatch) -> None:
+    model = generator()
+    scheduler = Scheduler(model, SETTINGS, BUCKET)
+    tickets = [scheduler.submit(one) for one in some(2)]
+    start = model.start
+
+    def fails(*args, **kwargs):
+        monkeypatch.setattr(model, "start", start)
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(model, "start", fails)
+    with pytest.raises(MemoryError, match="no room"):
+        scheduler.run()
+    scheduler.run()
+    assert [ticket.done for ticket in tickets] == [True, True]
+    assert tickets[0].result is None and len(tickets[1].result.tokens)
+
+
+def test_a_result_holds_nothing_of_other_rows() -> None:
+    scheduler = Scheduler(generator(), SETTINGS, BUCKET)
+    ticket = scheduler.submit(request(1, 1, 4, 4))
+    scheduler.run()
+    own = ticket.result
+    for x in (own.tokens, own.accepted, own.matched, *own.drafts, *own.probs):
+        assert x.base is None or x.base.shape[0] <= 1 + SETTINGS.max_new_tokens + BUCKET.new
+        assert x.base is None or x.base.ndim <= 2
+
+
+def test_a_batch_ranked_by_scores_that_are_given() -> None:
+    settings = dataclasses.replace(SETTINGS, selector="given")
+    model = generator(made={"buckets": [BUCKET]})
+    model.warm_up(settings)
+    scheduler = Scheduler(model, settings, BUCKET)
+    one, text = request(1, 1, 4, 4), request(2, 0, 4, 4)  # without images there is nothing to rank
+    ranked = dataclasses.replace(one, scores=np.arange(len(one.ids), dtype=np.float32))
+    tickets = [scheduler.submit(each) for each in (ranked, text)]
+    scheduler.run()
+    assert all(len(ticket.result.tokens) for ticket in tickets)
+    with pytest.raises(ValueError, match="needs scores"):
+        scheduler.submit(one)
 
 
 def test_what_does_not_fit_is_refused_before_anything_runs() -> None:

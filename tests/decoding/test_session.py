@@ -8,6 +8,7 @@ import pytest
 
 from tests.decoding.models import CALL, generator, request
 from twig_jax.decoding.buckets import Bucket
+from twig_jax.decoding.generate import Generator
 from twig_jax.decoding.session import Session
 from twig_jax.decoding.settings import Request
 
@@ -37,6 +38,8 @@ def whole(session: Session, pixels: list[np.ndarray], settings) -> list[int]:
         ("ttp", {}),
         ("ttp_ssd", {}),
         ("ttp_ssd", {"temperature": 1.0, "seed": 3, "repetition_penalty": 1.3}),
+        ("ssd", {"adaptive": True}),
+        ("ttp_ssd", {"adaptive": True}),
     ],
 )
 def test_turns_equal_the_whole_conversation(mode, changes) -> None:
@@ -79,6 +82,33 @@ def test_a_new_question_chooses_anew_and_an_old_choice_can_be_kept() -> None:
     assert kept[True] != kept[False]
 
 
+def test_an_old_choice_stays_whole_where_less_is_asked_for_later() -> None:
+    settings = dataclasses.replace(CALL, max_new_tokens=12, avg_retained=5)
+    first, second = request(11, 1, 20, 20), request(12, 0, 4, 8)
+    answers = []
+    for later in (settings, dataclasses.replace(settings, avg_retained=3.2)):
+        session = Session(model(), settings, reprune=False)
+        session.ask(first.ids, first.is_visual, first.pixels)
+        answers.append(session.ask(second.ids, second.is_visual, settings=later))
+    assert answers[0].kept.tolist() == answers[1].kept.tolist()
+    assert answers[0].tokens.tolist() == answers[1].tokens.tolist()
+
+
+def test_turns_without_a_twig() -> None:
+    """Pruned by the trunk's own attention."""
+    own = generator()
+    bare = Generator(own.config, own.weights.base, own.twig_config)
+    settings = dataclasses.replace(CALL, mode="ttp", selector="fastv", max_new_tokens=6)
+    session = Session(bare, settings)
+    first, second = request(11, 1, 3, 4), request(12, 0, 2, 6)
+    session.ask(first.ids, first.is_visual, first.pixels)
+    ids = np.concatenate([session.ids, second.ids])
+    is_visual = np.concatenate([session.is_visual, second.is_visual])
+    result = session.ask(second.ids, second.is_visual)
+    (whole,) = bare.generate([Request(ids, is_visual, pixels=first.pixels)], settings)
+    assert result.tokens.tolist() == whole.tokens.tolist()
+
+
 def test_what_cannot_go_on_says_so() -> None:
     turn = request(1, 1, 3, 4)
     session = Session(model(), CALL, reprune=False)
@@ -87,3 +117,10 @@ def test_what_cannot_go_on_says_so() -> None:
         session.ask(turn.ids, turn.is_visual, turn.pixels)
     with pytest.raises(ValueError, match="keeps its mode"):
         session.ask(turn.ids, turn.is_visual, settings=dataclasses.replace(CALL, mode="plain"))
+    drafting = dataclasses.replace(CALL, mode="ssd")
+    session = Session(model(), drafting)
+    with pytest.raises(ValueError, match="drafts in all turns or in none"):
+        session.ask(turn.ids, turn.is_visual, settings=dataclasses.replace(drafting, gamma=0))
+    later = dataclasses.replace(turn, before=3)
+    with pytest.raises(ValueError, match="ask in a Session"):
+        model().generate([later], CALL)

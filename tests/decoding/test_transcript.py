@@ -15,17 +15,26 @@ def detokenize(tokens: Sequence[int]) -> str:
 
 
 def told(tokens: Sequence[int], parts: Sequence[int], own: Settings) -> tuple[list[int], str, bool]:
-    """Tokens, text and whether it stopped, where the tokens come in parts of so many."""
+    """Tokens, text and whether it stopped, where the tokens come in parts of so many.
+
+    What was shown on the way is never taken back.
+    """
     transcript, came = Transcript(own, detokenize), np.array(tokens, np.int32)
     ends = [int(end) for end in np.cumsum(parts) if end < len(tokens)]
+    shown = []
     for end in [*ends, len(tokens)]:
         transcript.update(came[:end], ended=end == len(tokens))
+        shown.append(transcript.text)
+    assert all(shown[-1].startswith(text) for text in shown)
     return transcript.tokens.tolist(), transcript.text, transcript.stopped
+
+
+texts = st.text("ab é", min_size=1, max_size=3)
 
 
 @given(
     st.text("ab é", max_size=30),
-    st.lists(st.text("ab é", min_size=1, max_size=3), max_size=3),
+    st.lists(texts | texts.map(lambda text: tuple(text.encode())), max_size=3),
     st.integers(0, 10),
     st.lists(st.integers(1, 12), max_size=12),
 )

@@ -20,9 +20,17 @@ def model(mesh: Mesh | None = None) -> Generator:
 
 def main(address: str, index: str) -> None:
     jax.distributed.initialize(address, num_processes=2, process_id=int(index))
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, *_, **__: compiled.append(event) if "backend_compile" in event else None
+    )
     with jax.default_matmul_precision("highest"):
-        results = model(make_mesh(2, 2, 2)).generate(mixed(), CALL)
-    print(json.dumps([r.tokens.tolist() for r in results]))
+        spread = model(make_mesh(2, 2, 2))
+        results = spread.generate(mixed(), CALL)
+        assert compiled
+        compiled.clear()
+        spread.generate(mixed(), CALL, watch=lambda _: None)
+    print(json.dumps([[r.tokens.tolist() for r in results], compiled]))
 
 
 if __name__ == "__main__":

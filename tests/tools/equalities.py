@@ -176,7 +176,7 @@ def gap(reference, one, answer, kept: int, mine: int, theirs: int) -> float:
     import numpy as np
 
     from tests.decoding import models
-    from twig_jax.decoding.sampling import adjusted, filtered, gumbel
+    from twig_jax.decoding.sampling import scores
     from twig_jax.decoding.settings import controls
 
     answer = np.asarray(answer, np.int32)
@@ -185,11 +185,9 @@ def gap(reference, one, answer, kept: int, mine: int, theirs: int) -> float:
     seen = np.zeros((1, logits.shape[-1]), bool)
     seen[0, one.ids[~one.is_visual]] = seen[0, answer] = True
     n = jnp.full((1, 1), len(answer))
-    logits = adjusted(own, logits, n, lambda: seen, np.zeros((1, 1, 0), np.int32))
-    if one.settings.temperature > 0:
-        noise = gumbel(own.seed, len(one.ids) + n, logits.shape[-1])
-        logits = filtered(own, logits) + noise
-    x = np.asarray(logits[0, 0])
+    nothing = np.zeros((1, 1, 0), np.int32)
+    found = scores(own, logits, n, len(one.ids) + n, lambda: seen, nothing)
+    x = np.asarray(found[0, 0])
     return float(abs(x[mine] - x[theirs]) / abs(x[np.isfinite(x)]).max())
 
 

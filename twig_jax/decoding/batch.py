@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from twig_jax.config import LlavaConfig, TwigConfig
 from twig_jax.decoding.buckets import (
@@ -48,7 +49,8 @@ class Need(NamedTuple):
 class Batches:
     """Makes the batches of one model.
 
-    All is as in `Generator`. has_tokenizer: whether answers can be read as text.
+    All is as in `Generator`. has_tokenizer: whether answers can be read as text. mesh: what batches
+    are spread over.
     """
 
     config: LlavaConfig
@@ -57,6 +59,7 @@ class Batches:
     schedule: Schedule | None
     buckets: tuple[Bucket, ...]
     has_tokenizer: bool
+    mesh: Mesh | None
 
     @cached_property
     def _weights_bytes(self) -> int:
@@ -102,7 +105,8 @@ class Batches:
             gpu=runs_triton(device),
         )
         limit = device_memory(device)
-        check_memory(program, chosen, self._weights_bytes, self.weights.dtype.itemsize, limit)
+        itemsize = self.weights.dtype.itemsize
+        check_memory(program, chosen, self._weights_bytes, itemsize, limit, self.mesh)
         filled = own + [None] * (chosen.rows - len(own))
         return Prepared(
             program,
@@ -138,19 +142,37 @@ class Batches:
     def need(self, i: int, request: Request, settings: Settings) -> Need:
         """What request i takes; ValueError for a bad one."""
         self.check(settings)
-        asks = settings.prune and self._asks
+        if len(request.ids) == 0 or len(request.ids) != len(request.is_visual):
+            raise ValueError(f"request {i}: ids and is_visual must have one length above 0")
+        M = self.config.vision.num_tokens
+        if not 0 <= request.before < len(request.ids):
+            raise ValueError(f"request {i}: of {len(request.ids)} ids, {request.before} are before")
+        V, d = self.config.text.vocab_size, self.config.text.hidden_size
+        size = self.config.vision.image_size
+        words = request.ids[~request.is_visual]
+        if len(words) and not 0 <= words.min() <= words.max() < V:
+            raise ValueError(f"request {i}: ids of words must be from 0 to {V - 1}")
+        for name, x, shape in (
+            ("pixels", request.pixels, (size, size, 3)),
+            ("visual", request.visual, (d,)),
+        ):
+            if x is not None and x.shape[1:] != shape:
+                raise ValueError(
+                    f"request {i}: {name} must be of shape [.., {str(shape)[1:-1].rstrip(',')}], "
+                    f"not {list(x.shape)}"
+                )
+        if request.scores is not None and len(request.scores) != len(request.ids):
+            raise ValueError(
+                f"request {i}: {len(request.scores)} scores for {len(request.ids)} tokens"
+            )
+        slots = int(request.is_visual.sum())
+        asks = settings.prune and self._asks and slots > 0
         if asks and settings.selector == "given" and request.scores is None:
             raise ValueError(f'request {i}: selector "given" needs scores')
-        M = self.config.vision.num_tokens
-        if not 0 <= request.before < max(len(request.ids), 1):
-            raise ValueError(f"request {i}: of {len(request.ids)} ids, {request.before} are before")
-        slots = int(request.is_visual.sum())
         new_slots = int(request.is_visual[request.before :].sum())
         given = sum(
             0 if x is None else f * len(x) for x, f in ((request.pixels, M), (request.visual, 1))
         )
-        if len(request.ids) == 0 or len(request.ids) != len(request.is_visual):
-            raise ValueError(f"request {i}: ids and is_visual must have one length above 0")
         positions = self.config.text.max_positions
         if len(request.ids) + settings.max_new_tokens > positions:
             raise ValueError(

@@ -1,16 +1,21 @@
 """Shapes: what a program is compiled for, and the memory it takes."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from twig_jax.config import LlavaConfig, TwigConfig
 from twig_jax.decoding.network import Program, Segment
 from twig_jax.decoding.settings import Settings
 from twig_jax.decoding.tree import Tree
+from twig_jax.models.attention import queries_at_once
+from twig_jax.models.fused_attention import fuses
 from twig_jax.pruning.schedule import Schedule, by_twig
+from twig_jax.sharding.placement import ROWS
 
 TEXT_STEP = 32  # undeclared shapes are rounded up to multiples of these
 _NEW_STEP = 32
@@ -101,11 +106,12 @@ def program_for(
     )
 
 
-def state_bytes(program: Program, rows: int, itemsize: int) -> int:
-    """Bytes of a state and of the largest intermediate results of its prefill.
+def state_bytes(program: Program, rows: int, itemsize: int, split: int = 1) -> float:
+    """Bytes of a state and of the largest intermediate results of its prefill, on one device.
 
     The caches are exact, the rest an estimate from shapes: one layer's activations over all prompt
-    slots (feed-forward and attention), and the logits of an iteration.
+    slots (feed-forward and attention), and the logits of an iteration. split: devices that share
+    heads and words.
     """
     p, text = program, program.base.text
     G = p.generated_slots
@@ -113,29 +119,43 @@ def state_bytes(program: Program, rows: int, itemsize: int) -> int:
     slots += sum((s.last - s.first) * (p.text_slots + s.slots + G) for s in p.segments)
     caches = slots * 2 * text.num_kv_heads * text.head_dim * itemsize
     width = max(p.prompt_slots, p.text_slots + p.segments[0].slots + p.width)
-    layer = width * (4 * text.hidden_size + 2 * text.intermediate_size) * itemsize
-    attention = text.num_heads * width * width * 2 * 4
+    states, inner = (
+        width * size * itemsize for size in (4 * text.hidden_size, 2 * text.intermediate_size)
+    )
+    fused = p.gpu and fuses(text.head_dim)
+    attention = 0 if fused else text.num_heads * queries_at_once(width) * width * 2 * 4
     logits = max(p.width, p.tree.expanded) * text.vocab_size * 4 * 3
-    return rows * (caches + layer + attention + logits)
+    split = split if text.num_kv_heads % split == 0 else 1
+    return rows * (states + (caches + inner + attention + logits) / split)
 
 
 def check_memory(
-    program: Program, bucket: Bucket, weights: int, itemsize: int, limit: int | None
+    program: Program,
+    bucket: Bucket,
+    weights: int,
+    itemsize: int,
+    limit: int | None,
+    mesh: Mesh | None = None,
 ) -> None:
     """Raises MemoryError for a batch that `limit` bytes cannot hold, saying what would fit.
 
-    weights: bytes of the parameters. limit None: not known, nothing is checked.
+    weights: bytes of the parameters. Both are of one device of the mesh. limit None: not known,
+    nothing is checked.
     """
     if limit is None:
         return
-    one = state_bytes(program, 1, itemsize)
-    if weights + bucket.rows * one <= limit:
+    sizes = {} if mesh is None else mesh.shape
+    spread = math.prod(sizes.get(axis, 1) for axis in ROWS)
+    spread = spread if bucket.rows % spread == 0 else 1
+    one = state_bytes(program, 1, itemsize, sizes.get("tensor", 1))
+    needed = weights + bucket.rows // spread * one
+    if needed <= limit:
         return
     gb = 1e9
-    rows = int((limit - weights) // one)
+    rows = spread * int((limit - weights) // one)
     said = (
-        f"{bucket} need about {(weights + bucket.rows * one) / gb:.1f} GB, "
-        f"{weights / gb:.1f} GB of it parameters, and there are {limit / gb:.1f} GB; "
+        f"{bucket} need about {needed / gb:.1f} GB of a device, {weights / gb:.1f} GB of it "
+        f"parameters, and there are {limit / gb:.1f} GB; "
     )
     if rows < 1:
         raise MemoryError(said + "not even one row fits: shorten prompts or answers")

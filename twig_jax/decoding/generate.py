@@ -108,7 +108,13 @@ class Generator:
         self.mesh = mesh
         self.detokenize = detokenize
         self.batches = Batches(
-            config, weights, twig_config, self.schedule, tuple(buckets), detokenize is not None
+            config,
+            weights,
+            twig_config,
+            self.schedule,
+            tuple(buckets),
+            detokenize is not None,
+            mesh,
         )
         self.draft_cost = draft_cost
         self.images = ImageEncoder(config, remembered_images)
@@ -182,6 +188,8 @@ class Generator:
         bucket: None to choose one. past: gives the tokens that requests have `before`, in the shape
         of a program. resumes: what another turn needs is kept.
         """
+        if past is None and any(r.before for r in requests):
+            raise ValueError("a request with `before` continues an earlier turn: ask in a Session")
         prepared = self.batches.prepare(requests, settings, bucket=bucket, resumes=resumes)
         began = time.perf_counter()
         earlier = None if past is None else past(prepared.program)
@@ -197,7 +205,7 @@ class Generator:
 
     def idle(self, settings: Settings, bucket: Bucket) -> Running:
         """A batch of free rows, to `insert` into; needs no program but that of a single row."""
-        nobody = Request(np.zeros(1, np.int32), np.zeros(1, bool))
+        nobody = Request(np.zeros(1, np.int32), np.zeros(1, bool), scores=np.zeros(1, np.float32))
         one = self.start([nobody], settings, bucket=replace(bucket, rows=1))
         self._cost(self.batches.prepare([nobody], settings, bucket=bucket))
         with self.context():
@@ -220,6 +228,7 @@ class Generator:
                 ids,
                 np.arange(len(ids)) < len(ids) - 1,
                 pixels=np.zeros((bucket.images, size, size, 3), np.float32),
+                scores=np.zeros(len(ids), np.float32),
             )
             for size in IMAGE_PROGRAMS if bucket.images else ():
                 self.images.warm_up(self.weights.base, size, self.weights.dtype)
@@ -283,9 +292,11 @@ class Generator:
         rows, images = prepared.bucket.rows, prepared.bucket.images
         if not images:
             return np.zeros((rows, 0, d), self.weights.dtype)
-        pixels = [x for r in requests if r.pixels is not None for x in r.pixels]
-        encoded = iter(self.images(self.weights.base, pixels, self.weights.dtype))
-        nothing = upload(np.zeros((M, d), self.weights.dtype))
+        # Rows that only fill a batch up are one request several times.
+        pixels = {id(r.pixels): r.pixels for r in requests if r.pixels is not None}
+        every = [x for images in pixels.values() for x in images]
+        encoded = iter(self.images(self.weights.base, every, self.weights.dtype))
+        found = {which: [next(encoded) for _ in images] for which, images in pixels.items()}
         table: list[list[Any]] = []
         for request in requests:
             row: list[Any] = []
@@ -293,9 +304,11 @@ class Generator:
                 whole = np.zeros((-(-len(request.visual) // M) * M, d), self.weights.dtype)
                 whole[: len(request.visual)] = np.asarray(request.visual).astype(self.weights.dtype)
                 row += [upload(x) for x in whole.reshape(-1, M, d)]
-            row += [next(encoded) for _ in (() if request.pixels is None else request.pixels)]
-            table.append(row + [nothing] * (images - len(row)))
-        table += [[nothing] * images] * (rows - len(table))
+            table.append(row + found.get(id(request.pixels), []))
+        table += [[]] * (rows - len(table))
+        if any(len(row) < images for row in table):
+            nothing = upload(np.zeros((M, d), self.weights.dtype))
+            table = [row + [nothing] * (images - len(row)) for row in table]
         return place(table)
 
     def context(self) -> Any:
@@ -341,8 +354,13 @@ class Generator:
     def _measured(self, prepared: Prepared) -> np.ndarray:
         program, rows = prepared.program, prepared.bucket.rows
         deepest = program.tree.depth
-        one: Any = np.ones(rows, np.int32)
-        blank = jax.tree.map(np.zeros_like, prepared.inputs)._replace(lengths=one)
+        # Whole prompts, also where the requests continue a past.
+        whole = rows, program.prompt_slots
+        blank = jax.tree.map(np.zeros_like, prepared.inputs)._replace(
+            tokens=np.zeros(whole, np.int32),
+            is_visual=np.zeros(whole, bool),
+            lengths=np.ones(rows, np.int32),
+        )
         times = {}
         for levels in sorted({0, 1, deepest}):
             forced = Settings(max_new_tokens=program.max_new, gamma=levels, theta=0.0)

@@ -69,7 +69,7 @@ def encode(
 ) -> list[jax.Array]:
     """Pixels [n, H, W, 3] -> one [M, d] an image, computed in `dtype`. gpu: see `Program`."""
     # Rounded on the device, as hosts take a third of a millisecond an image for it.
-    pixels = jnp.asarray(pixels, dtype)
+    pixels = spread(jnp.asarray(pixels, dtype), "rows")
     visual = Llava(config).apply({"params": base}, pixels[:, None], gpu, method="encode")
     return [spread(x) for x in visual]
 

@@ -109,7 +109,7 @@ class Program:
     @property
     def keeps_twig(self) -> bool:
         """Whether the twig's cache outlives the prompt."""
-        return self.draft or self.resumes
+        return self.runs_twig and (self.draft or self.resumes)
 
     def base_apply(self, weights: Weights, method: str, *args: Any, **kwargs: Any) -> Any:
         """A method of the base."""

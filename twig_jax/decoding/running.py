@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import jax
 import numpy as np
 
 from twig_jax.decoding.cache import State, Trace
@@ -89,7 +90,7 @@ class Running:
         chosen = (
             [b for b, row in enumerate(self.rows) if row is not None] if which is None else which
         )
-        trace, iterations = gather((self.state.trace, self.state.iterations))
+        traces, iterations = gather((self.state.trace, self.state.iterations))
         signals: dict[int, Any] = {}
         out = []
         for b in chosen:
@@ -101,6 +102,7 @@ class Running:
                 signals[id(row.signals)] = fetched
             scores, kept, logits = (x[row.of] for x in signals[id(row.signals)])
             size, rounds = len(row.transcript.tokens), int(iterations[b])
+            trace = jax.tree.map(lambda x, b=b: x[b].copy(), traces)  # not those of all rows
             length, is_visual = len(row.request.ids), row.request.is_visual
             kept = kept[kept < length]
             out.append(
@@ -108,11 +110,11 @@ class Running:
                     tokens=row.transcript.tokens,
                     text=row.transcript.text if self.generator.detokenize else None,
                     stopped_by=row.stopped_by or "",
-                    accepted=trace.accepted[b, :size],
-                    drafts=_ragged(trace, trace.drafts, b, rounds),
-                    parents=_ragged(trace, trace.parents, b, rounds),
-                    probs=_ragged(trace, trace.probs, b, rounds),
-                    matched=trace.matched[b, :rounds],
+                    accepted=trace.accepted[:size],
+                    drafts=_ragged(trace, trace.drafts, rounds),
+                    parents=_ragged(trace, trace.parents, rounds),
+                    probs=_ragged(trace, trace.probs, rounds),
+                    matched=trace.matched[:rounds],
                     kept=kept[is_visual[kept]],
                     scores=scores[:length],
                     logits=logits,
@@ -129,7 +131,7 @@ class Running:
         for b, row in enumerate(self.rows):
             if row is None or row.done:
                 continue
-            emitted = tokens[b, : n[b]]
+            emitted = tokens[b, : n[b]].copy()
             by_eos = n[b] > 0 and emitted[-1] == self.generator.config.eos_token_id
             row.transcript.update(emitted[:-1] if by_eos else emitted, ended=bool(done[b]))
             if row.transcript.stopped:
@@ -143,6 +145,6 @@ class Running:
         self._stop[b] = True
 
 
-def _ragged(trace: Trace, values: np.ndarray, row: int, rounds: int) -> list[np.ndarray]:
-    counts = (trace.drafts[row, :rounds] >= 0).sum(1)
-    return [values[row, i, :count] for i, count in enumerate(counts)]
+def _ragged(trace: Trace, values: np.ndarray, rounds: int) -> list[np.ndarray]:
+    counts = (trace.drafts[:rounds] >= 0).sum(1)
+    return [values[i, :count] for i, count in enumerate(counts)]

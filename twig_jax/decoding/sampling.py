@@ -59,13 +59,6 @@ def scores(
     return jax.lax.cond(asked, special, lambda x: x, _unended(controls, logits, n))
 
 
-def adjusted(
-    controls: Controls, logits: jax.Array, n: jax.Array, seen: Seen, path: jax.Array
-) -> jax.Array:
-    """Logits [B, Q, V] after repetition penalty and min_new_tokens; arguments as in `scores`."""
-    return _repeated(controls, _unended(controls, logits, n), seen, path)
-
-
 def filtered(controls: Controls, logits: jax.Array) -> jax.Array:
     """Logits [B, Q, V] after temperature (where above 0), top_k, top_p and min_p.
 

@@ -104,9 +104,16 @@ class Scheduler:
         """Fills free rows, decodes one chunk, delivers; False where there was nothing to do."""
         for b, ticket in enumerate(self._rows):
             if ticket is None and self._queue:
-                self._rows[b] = following = self._queue.popleft()
-                alone = self.generator.start([following.request], self.settings, bucket=self._one)
+                following = self._queue.popleft()
+                try:
+                    alone = self.generator.start(
+                        [following.request], self.settings, bucket=self._one
+                    )
+                except BaseException:
+                    following.done = True  # without an answer; the others go on
+                    raise
                 self._batch.insert(b, alone)
+                self._rows[b] = following
         if not self.running:
             return False
         self._deliver()

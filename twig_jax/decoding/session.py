@@ -44,6 +44,7 @@ class Session:
         self._running: Running | None = None
         self._cached = 0  # tokens whose keys and values are kept
         self._kept = np.zeros(0, np.int32)
+        self._retained = settings.avg_retained  # of the last turn
 
     def ask(
         self,
@@ -61,9 +62,14 @@ class Session:
         own = settings or self.settings
         if own.mode != self.settings.mode:
             raise ValueError(f"a session keeps its mode, {self.settings.mode}, not {own.mode}")
+        if own.draft != self.settings.draft and not own.prune:
+            raise ValueError("a session drafts in all turns or in none, but gamma is 0 in one")
         keeps = own.prune and not self.reprune and self._running is not None
         if keeps and is_visual.any():
             raise ValueError("new images need a new choice of visual tokens: leave reprune on")
+        if keeps:  # and so is their number
+            own = replace(own, avg_retained=self._retained)
+        self._retained = own.avg_retained
         request = Request(
             np.concatenate([self.ids, ids]).astype(np.int32),
             np.concatenate([self.is_visual, is_visual]),

@@ -89,10 +89,15 @@ class Settings:
             ("min_p", 0 <= self.min_p <= 1, "from 0 to 1"),
             ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
             ("seed", 0 <= self.seed < 2**32, "from 0 to 2**32 - 1"),
-            ("stop", all(len(s) > 0 for s in self.stop), "texts or token ids, none of them empty"),
+            ("stop", _are_stops(self.stop), "several texts or sequences of token ids, none empty"),
         ):
             if not right:
                 raise ValueError(f"{name} must be {what}, not {getattr(self, name)!r}")
+
+
+def _are_stops(stops: Any) -> bool:
+    """A text alone would be taken for a stop at each of its letters."""
+    return not isinstance(stops, str) and all(isinstance(s, Sequence) and len(s) for s in stops)
 
 
 @dataclass(frozen=True)

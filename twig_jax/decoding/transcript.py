@@ -57,12 +57,14 @@ class Transcript:
         further token can change (no part of a character or of a stop)."""
         if self._cut is not None:
             return self._cut.strip()
-        text = self._decode(self.tokens).lstrip()
         if self._ended:
-            return text.rstrip()
-        text = text.rstrip(_UNFINISHED)
+            return self._decode(self.tokens).strip()
+        longest = max(map(len, self._sequences), default=0)
+        end = tuple(self.tokens[len(self.tokens) - min(len(self.tokens), longest) :].tolist())
+        held = max((_overlap(end, stop) for stop in self._sequences), default=0)
+        text = self._decode(self.tokens[: len(self.tokens) - held]).rstrip(_UNFINISHED)
         held = max((_overlap(text, stop) for stop in self._texts), default=0)
-        return text[: len(text) - held].rstrip()
+        return text[: len(text) - held].strip()
 
     def _decode(self, tokens: np.ndarray) -> str:
         return "" if self._detokenize is None else self._detokenize(tokens.tolist())
@@ -91,9 +93,9 @@ class Transcript:
         return True
 
 
-def _overlap(text: str, stop: str) -> int:
-    """How many characters at the text's end may be the beginning of the stop."""
+def _overlap(text: Sequence, stop: Sequence) -> int:
+    """How many characters or tokens at the text's end may be the beginning of the stop."""
     for size in range(min(len(text), len(stop) - 1), 0, -1):
-        if text.endswith(stop[:size]):
+        if text[len(text) - size :] == stop[:size]:
             return size
     return 0

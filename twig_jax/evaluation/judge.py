@@ -231,7 +231,7 @@ def _memory(generator: Generator, settings: Settings, requests: Sequence[Request
     program = generator.batches.prepare(requests[:1], settings).program
     itemsize = generator.weights.dtype.itemsize
     weights = generator.weights if program.runs_twig else generator.weights.base
-    return nbytes(weights) + state_bytes(program, 1, itemsize)
+    return nbytes(weights) + round(state_bytes(program, 1, itemsize))
 
 
 def said(lines: Mapping[Key, str]) -> dict[Key, str]:

@@ -67,6 +67,11 @@ def _logits(q: jax.Array, k: jax.Array, mask: jax.Array) -> jax.Array:
 _QUERIES = 512
 
 
+def queries_at_once(count: int) -> int:
+    """How many of so many queries `attend` has scores of at the same time."""
+    return count if count <= 2 * _QUERIES else _QUERIES
+
+
 def attend(q: jax.Array, context: Sequence[Context]) -> jax.Array:
     """Softmax attention of q [B, Q, H, D] over the union of several blocks; returns [B, Q, H, D].
 
@@ -75,7 +80,7 @@ def attend(q: jax.Array, context: Sequence[Context]) -> jax.Array:
     as a whole, in the backward pass neither.
     """
     Q = q.shape[1]
-    if Q <= 2 * _QUERIES:
+    if queries_at_once(Q) == Q:
         return _attend(q, context)
 
     def chunks(x: jax.Array) -> jax.Array:

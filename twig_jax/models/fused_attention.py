@@ -31,6 +31,11 @@ _PROGRAMS = 2048  # about as many of few queries as keep a GPU busy
 _PARTS = 16  # of a block at most: they are added up one by one
 
 
+def fuses(head_dim: int) -> bool:
+    """Whether there is a kernel for heads of this width."""
+    return triton is not None and head_dim in (16, 32, 64, 128, 256)
+
+
 def fused_attend(q: jax.Array, context: Sequence[Context], *, interpret: bool = False) -> jax.Array:
     """`attention.attend` of q [B, Q, H, D], the same but for rounding.
 
@@ -38,7 +43,7 @@ def fused_attend(q: jax.Array, context: Sequence[Context], *, interpret: bool = 
     device what the kernel would, slowly. Unless D is a power of two from 16 to 256, and where jax
     no longer has the kernel's compiler, it is `attend`.
     """
-    if triton is None or q.shape[-1] not in (16, 32, 64, 128, 256):
+    if not fuses(q.shape[-1]):
         return attend(q, context)
     here = partial(_attend, interpret=interpret)
     mesh = jax.sharding.get_abstract_mesh()

@@ -1,5 +1,6 @@
 """Where arrays live on a mesh, and how they get there and back."""
 
+import functools
 from typing import Any
 
 import jax
@@ -48,14 +49,19 @@ def distribute(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(put, tree, shardings(tree, mesh))
 
 
+@functools.cache
+def _everywhere(mesh: Mesh) -> Any:
+    """Copies an array to all devices; one function a mesh, as each compiles for itself."""
+    return jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, P()))
+
+
 def gather(tree: Any) -> Any:
     """Numpy arrays of device arrays, on every host; all hosts call it."""
 
     def whole(x: Any) -> Any:
         if not isinstance(x, jax.Array) or x.is_fully_addressable:
             return x
-        everywhere = NamedSharding(x.sharding.mesh, P())  # type: ignore[attr-defined]
         # One by one, as they would not all fit onto each device.
-        return jax.device_get(jax.jit(lambda x: x, out_shardings=everywhere)(x))
+        return jax.device_get(_everywhere(x.sharding.mesh)(x))  # type: ignore[attr-defined]
 
     return jax.device_get(jax.tree.map(whole, tree))
