@@ -13,7 +13,7 @@ from twig_jax.presets import preset
 from twig_jax.training.config import DistillConfig, TrainConfig
 from twig_jax.training.distill import divergence, queries
 from twig_jax.training.loop import stage_loss
-from twig_jax.training.losses import seen
+from twig_jax.training.losses import normalised, seen
 
 BOTH = DistillConfig(prediction=0.1, attention=1.0, layer=1)
 
@@ -57,7 +57,7 @@ def test_against_the_formulas(found, ours, base, row):
     config, twig = preset("tiny")
     model, run = Llava(config), {"params": base}
     decoder = twig_decoder(config.text, dataclasses.replace(twig, p_head=True))
-    visual = model.apply(run, row["pixels"], method="encode")
+    visual = model.apply(run, normalised(config, row["pixels"]), method="encode")
     x = model.apply(run, row["tokens"], row["is_visual"], visual, method="merge")
     where = row["positions"], seen(row["segments"])
     x, _ = model.apply(run, x, *where, 0, 1, method="run")

@@ -8,13 +8,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from twig_jax.data import images
 from twig_jax.data.packing import SHARED
 from twig_jax.models.twig import init_twig
 from twig_jax.presets import preset
 from twig_jax.training.config import TrainConfig
 from twig_jax.training.loop import stage_loss
+from twig_jax.training.losses import normalised
 
 STAGES = ("base", "twig")
+
+
+def test_pixels_are_those_of_inference() -> None:
+    """To the rounding of float32: there a table has them, from float64."""
+    config, _ = preset("tiny")
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 9, 9, 3), np.uint8)
+    known = images.normalize(pixels, config.vision.image_mean, config.vision.image_std)
+    np.testing.assert_allclose(normalised(config, pixels), known, rtol=1e-5, atol=1e-6)
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,7 @@ from twig_jax.pruning.sampling import draw, log_probability
 from twig_jax.training.config import OptimConfig, ReinforceConfig, TrainConfig
 from twig_jax.training.flops import step_flops
 from twig_jax.training.loop import fit, stage_loss
+from twig_jax.training.losses import normalised
 from twig_jax.training.optim import optimizer
 from twig_jax.training.preemption import Preempted
 from twig_jax.training.reinforce import Reinforcement, budget_at, policy_loss
@@ -57,7 +58,9 @@ def test_rewards_are_those_of_the_pruned_model(ours, base, frozen, batch):
     row = {name: x[:1] for name, x in batch.items()}
     best = Reinforcement(config, twig, REINFORCE, 74.0, 16).best
     value, metrics = jax.jit(best)(ours, frozen, row)
-    visual = Llava(config).apply({"params": base}, row["pixels"], method="encode")
+    visual = Llava(config).apply(
+        {"params": base}, normalised(config, row["pixels"]), method="encode"
+    )
     tokens, segments, targets = (np.asarray(row[n][0]) for n in ("tokens", "segments", "targets"))
     rewards = []
     for segment in range(1, 4):

@@ -271,9 +271,7 @@ class _Packer:
         rows = [row for _ in range(self.shape.rows) if (row := self._row())]
         if not rows:
             raise StopIteration
-        vision = self._config.vision
-        pad_id = self._config.pad_token_id
-        return packing.fill(rows, self.shape, pad_id, vision.image_mean, vision.image_std)
+        return packing.fill(rows, self.shape, self._config.pad_token_id)
 
     def get_state(self) -> dict[str, Any]:
         pool = [sample.position for sample in self._pool]

@@ -13,8 +13,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from twig_jax.data import images
-
 Batch = dict[str, np.ndarray]
 
 # The segment of tokens that all segments of their row see.
@@ -73,17 +71,10 @@ def choose(pool: Sequence[Encoded], shape: Shape, *, by_modality: bool = False) 
         chosen.append(max(free, key=lambda index: len(pool[index].tokens)))
 
 
-def fill(
-    rows: Sequence[Sequence[Encoded]],
-    shape: Shape,
-    pad_id: int,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-) -> Batch:
+def fill(rows: Sequence[Sequence[Encoded]], shape: Shape, pad_id: int) -> Batch:
     """The batch of these rows, with B, S, I, H = W of the shape; rows that are missing are empty.
 
-    pixels     float32 [B, I, H, W, 3]  normalised, those of a row's samples in their order; 0
-                                        where unused
+    pixels     uint8 [B, I, H, W, 3]  those of a row's samples in their order; 0 where unused
     tokens     int32 [B, S]  image slots hold the image token, padding the pad id
     is_visual  bool [B, S]
     positions  int32 [B, S]  from 0 in every sample, 0 at padding
@@ -91,8 +82,8 @@ def fill(
     targets    int32 [B, S]  the next token where it belongs to an answer, else -1
     """
     size = (shape.rows, shape.tokens)
-    batch = {
-        "pixels": np.zeros((shape.rows, shape.images, shape.side, shape.side, 3), np.float32),
+    batch: Batch = {
+        "pixels": np.zeros((shape.rows, shape.images, shape.side, shape.side, 3), np.uint8),
         "tokens": np.full(size, pad_id, np.int32),
         "is_visual": np.zeros(size, bool),
         "positions": np.zeros(size, np.int32),
@@ -109,6 +100,6 @@ def fill(
             batch["segments"][row, begin:end] = segment
             batch["targets"][row, begin:end] = sample.targets
             for pixels in sample.pixels:
-                batch["pixels"][row, image] = images.normalize(pixels, mean, std)
+                batch["pixels"][row, image] = pixels
                 image += 1
     return batch

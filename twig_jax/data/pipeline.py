@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from twig_jax.data import conversation, digits, images, questions
+from twig_jax.data import conversation, digits, questions
 from twig_jax.data.digits import COLUMNS, ROWS, SHADES, SIZES, Page
 from twig_jax.data.packing import SHARED
 from twig_jax.data.questions import DIGIT_WORDS, KINDS, Question
@@ -77,7 +77,7 @@ class DigitsBatches:
     Batches are drawn ahead by a thread, which `close` ends.
 
     Each item, with B = batch_size, S = row_tokens, P = length of the prefix:
-      pixels         float32 [B, 1, 96, 96, 3]  normalised
+      pixels         uint8 [B, 1, 96, 96, 3]
       tokens         int32 [B, S]  image slots hold image_token_id, padding the pad id
       is_visual      bool [B, S]   the image slots
       positions      int32 [B, S]  from P on in every turn, P at padding
@@ -101,8 +101,6 @@ class DigitsBatches:
         batch_size: int,
         row_tokens: int,
         image_token_id: int,
-        mean: tuple[float, ...] = images.CLIP_MEAN,
-        std: tuple[float, ...] = images.CLIP_STD,
         mix: Mapping[str, float] | None = None,
         shard: tuple[int, int] = (0, 1),
     ) -> None:
@@ -115,7 +113,6 @@ class DigitsBatches:
         self._tokenizer, self._encoder = tokenizer, WordEncoder(tokenizer)
         self._split, self._seed, self._mix = split, seed, mix
         self._batch_size, self._row_tokens, self._shard = batch_size, row_tokens, shard
-        self._mean, self._std = mean, std
         self._prefix, self._is_visual = prompt_ids(
             tokenizer, conversation.head(TEMPLATE, images=1), image_token_id, digits.VISUAL_TOKENS
         )
@@ -160,7 +157,7 @@ class DigitsBatches:
         first = (step * self._shard[1] + self._shard[0]) * self._batch_size
         rows = [self._row(first + row) for row in range(self._batch_size)]
         batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-        batch["pixels"] = images.normalize(batch["pixels"], self._mean, self._std)[:, None]
+        batch["pixels"] = batch["pixels"][:, None]
         return batch
 
     def _row(self, index: int) -> Batch:

@@ -62,8 +62,6 @@ def open_batches(
             batch_size=rows,
             row_tokens=data.row_tokens,
             image_token_id=base.image_token_id,
-            mean=base.vision.image_mean,
-            std=base.vision.image_std,
             mix=None if data.mix is None else dict(data.mix),
             shard=shard,
         )

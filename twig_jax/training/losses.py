@@ -27,11 +27,21 @@ Metrics = dict[str, jax.Array]  # (sum, count) pairs, and sums over the batch
 Loss = Callable[[Params, Params, Batch], tuple[jax.Array, Metrics]]
 
 
+def normalised(config: LlavaConfig, pixels: jax.Array) -> jax.Array:
+    """Pixels of a batch, uint8 [..., 3], as the vision tower reads them, float32.
+
+    On the device: as bytes they are copied in a quarter of the time.
+    """
+    mean, std = jnp.array(config.vision.image_mean), jnp.array(config.vision.image_std)
+    return (pixels.astype(jnp.float32) / 255 - mean) / std
+
+
 def _embed(model: Llava, params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
     """Visual embeddings [B, I·M, d] and those of all tokens [B, S, d]."""
     apply = {"params": params}
     # Without the cast, float32 pixels would make a bfloat16 tower compute in float32.
-    pixels = batch["pixels"].astype(params["projector"]["linear_1"]["kernel"].dtype)
+    dtype = params["projector"]["linear_1"]["kernel"].dtype
+    pixels = normalised(model.config, batch["pixels"]).astype(dtype)
     visual = model.apply(apply, pixels, method="encode")
     merged = model.apply(apply, batch["tokens"], batch["is_visual"], visual, method="merge")
     return visual, merged
@@ -139,7 +149,8 @@ def vision_loss(config: LlavaConfig) -> Loss:
     model = Llava(config)
 
     def loss(params: Params, frozen: Params, batch: Batch) -> tuple[jax.Array, Metrics]:
-        visual = model.apply({"params": params}, batch["pixels"], method="encode")
+        pixels = normalised(config, batch["pixels"])
+        visual = model.apply({"params": params}, pixels, method="encode")
         words = params["text"]["embed_tokens"]["embedding"]
         naming, metrics = _naming(visual, words, batch["patch_words"])
         return naming, metrics | {"weight": jnp.float32(batch["patch_words"].shape[0])}

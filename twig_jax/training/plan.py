@@ -119,7 +119,7 @@ def _held(config: TrainConfig, mesh: Mesh | AbstractMesh) -> tuple[TrainState, A
         shape = Shape(
             data.batch_size, data.row_tokens, data.row_images, base_config.vision.image_size
         )
-        batch = fill([], shape, 0, base_config.vision.image_mean, base_config.vision.image_std)
+        batch = fill([], shape, 0)
     if config.distill.targets:
         teach = teaching(base_config, twig_config, config.distill, config.head_chunk)
         batch = {**batch, **jax.eval_shape(teach, whole, batch)}
