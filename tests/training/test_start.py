@@ -13,11 +13,13 @@ import twig_jax
 from launch.training import train, validation
 from tests.training.conftest import TINY
 from twig_jax.checkpoints.llava import write_llava
+from twig_jax.checkpoints.manager import CheckpointManager
 from twig_jax.checkpoints.twig import read_notes, read_twig
 from twig_jax.data.digits import ASSETS
 from twig_jax.models.llava import init_base
 from twig_jax.sharding.mesh import make_mesh
 from twig_jax.training.config import DataConfig, OptimConfig, TrainConfig
+from twig_jax.training.loop import fit
 from twig_jax.training.start import start_base, start_twig
 
 LAYERS = 4
@@ -222,3 +224,93 @@ def test_the_stages_of_digits_follow_each_other(tmp_path):
     assert read_notes(tmp_path / "twig_model")[0] == TINY[1]
     with pytest.raises(FileNotFoundError, match="neither a training run nor a model folder"):
         stage("twig", "again", base=str(tmp_path))
+
+
+def digits(stage, out="", **changes):
+    settings = {"preset": "tiny", "steps": 3, "data": DataConfig(batch_size=8, row_tokens=212)}
+    return TrainConfig(stage, str(out), **settings | changes)
+
+
+def saved(out, params, stage="base", **changes):
+    """The folder of a run that has saved these parameters, untrained."""
+    manager = CheckpointManager(out / "checkpoints")
+    notes = {"config": dataclasses.asdict(digits(stage, out, **changes))}
+    manager.save(3, {"params": params, "ema": None, "step": jnp.int32(3)}, notes)
+    manager.close()
+    return str(out)
+
+
+def assert_same(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_a_base_of_another_depth_is_refused(base, tmp_path):
+    """The layers of a vision run alone are drawn anew: nothing has trained them."""
+    run = saved(tmp_path / "base", base)
+    for stage in ("base", "twig"):
+        deeper = digits(stage, layers=3, base=run)
+        with pytest.raises(ValueError, match=r"2 decoder layers, .* has 3: set layers=2"):
+            start_base(deeper, make_mesh())
+        assert_same(start_base(dataclasses.replace(deeper, layers=2), make_mesh()), base)
+    with pytest.raises(ValueError, match=r"3 decoder layers once deepened, .* has 2: set layers=3"):
+        start_base(digits("base", base=run, deepen=(0, None, 1)), make_mesh())
+    towers = start_base(
+        digits("base", layers=3, base=saved(tmp_path / "vision", base, "vision")), make_mesh()
+    )
+    assert layers(towers["text"]) == [0, 1, 2]
+    assert_same(towers["vision"], base["vision"])
+
+
+def test_a_base_of_a_model_folder_keeps_its_layers(folder):
+    with pytest.raises(ValueError, match=r"4 decoder layers, .* has 2: set layers=4"):
+        start_base(digits("base", base=str(folder)), make_mesh())
+
+
+@pytest.mark.parametrize(("was", "now"), [("twig", "twig"), ("twig", "base"), ("vision", "twig")])
+def test_a_run_of_an_unsuitable_stage_is_refused(base, tmp_path, was, now):
+    run = saved(tmp_path / "run", base, was)
+    with pytest.raises(ValueError, match=f"a run of the {was} stage, which the {now} stage"):
+        start_base(digits(now, base=run), make_mesh())
+
+
+def test_the_next_stage_starts_from_what_the_run_gave(base, tmp_path):
+    """The average of the best checkpoint here, which is not the newest."""
+    run = digits(
+        "vision",
+        tmp_path / "run",
+        ema=0.5,
+        best=True,
+        save_every=1,
+        optim=OptimConfig(lr=100.0, warmup=1.0),
+    )
+    result = fit(run, base, {}, progress=False)
+    manager = CheckpointManager(tmp_path / "run/checkpoints", reads_only=True)
+    assert manager.best() < manager.latest() == 3
+    manager.close()
+    assert_same(start_base(digits("base", base=run.out), make_mesh()), result)
+
+
+def test_a_base_may_come_from_other_devices(base, tmp_path):
+    run = saved(tmp_path / "run", base)
+    (notes,) = (tmp_path / "run/checkpoints/3").rglob("_sharding")
+    assert "cpu:0" in notes.read_text()
+    notes.write_text(notes.read_text().replace("cpu:0", "cpu:77"))
+    mesh = make_mesh(1, 4, 2)
+    found = start_base(digits("base", base=run), mesh)
+    assert_same(found, base)
+    kernel = found["text"]["layers_0"]["q_proj"]["kernel"]
+    assert kernel.sharding.shard_shape(kernel.shape) == (8, 16)
+
+
+def test_what_another_run_is_saving_is_left_alone(base, tmp_path):
+    run = saved(tmp_path / "run", base)
+    unfinished = tmp_path / "run/checkpoints/4.orbax-checkpoint-tmp"
+    unfinished.mkdir()
+    start_base(digits("base", base=run), make_mesh())
+    assert unfinished.is_dir()
+
+
+def test_a_run_that_has_saved_nothing_is_no_base(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(FileNotFoundError, match="has saved nothing yet"):
+        start_base(digits("base", base=str(tmp_path)), make_mesh())

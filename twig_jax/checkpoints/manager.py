@@ -17,9 +17,11 @@ class CheckpointManager:
 
     Kept are the newest `keep` and the one of the lowest loss, where losses are given.
     Saving is asynchronous and atomic: a folder appears under its final name only once it is whole.
+    reads_only: what is unfinished stays there, as a run that goes on may be saving it; otherwise it
+    is what a killed run has left, and removed.
     """
 
-    def __init__(self, folder: str | Path, keep: int = 2) -> None:
+    def __init__(self, folder: str | Path, keep: int = 2, *, reads_only: bool = False) -> None:
         policies = ocp.training.preservation_policies
         best = policies.BestN(
             get_metric_fn=lambda metrics: -metrics["loss"],
@@ -32,7 +34,7 @@ class CheckpointManager:
             path if path.is_absolute() else path.absolute(),
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
             preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
-            cleanup_tmp_directories=True,
+            cleanup_tmp_directories=not reads_only,
         )
 
     def latest(self) -> int | None:
@@ -56,6 +58,18 @@ class CheckpointManager:
     def restore(self, like: Any, step: int | None = None) -> Any:
         """The state at `step` (the newest if None), placed as the abstract tree `like` says."""
         return self._checkpointer.load(step, like)
+
+    def shapes(self, step: int | None = None) -> Any:
+        """Shapes and types of the state at `step` (the newest if None), of dicts and lists."""
+        stored = self._checkpointer.metadata(step).metadata
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), stored)
+
+    def restore_part(self, like: dict[str, Any], step: int | None = None) -> dict[str, Any]:
+        """`restore` of the entries of the state alone that `like` has."""
+        context = ocp.Context()
+        context.pytree.loading.partial_load = True
+        with context:
+            return self._checkpointer.load(step, like)
 
     def notes(self, step: int | None = None) -> dict[str, Any]:
         """What was noted with the state at `step` (the newest if None)."""

@@ -1,5 +1,6 @@
 """What a run starts from: its base and its twig, on the mesh."""
 
+import contextlib
 import dataclasses
 from pathlib import Path
 
@@ -16,14 +17,16 @@ from twig_jax.models.grow import deepen
 from twig_jax.models.llava import Params, init_base
 from twig_jax.models.twig import fresh_p_head, init_twig
 from twig_jax.sharding.placement import distribute
+from twig_jax.sharding.rules import shardings
 from twig_jax.training.config import TrainConfig
 
 
 def start_base(config: TrainConfig, mesh: Mesh) -> Params:
-    """The base of a run: random, a training run's or a model folder's; deepened if told.
+    """The base of a run: random, a training run's result or a model folder's; deepened if told.
 
     Tensors of a model folder are put on the mesh one by one. Raises FileNotFoundError for a base
-    that is not there, ValueError for one that is damaged or not supported.
+    that is not there, ValueError for one that is damaged, not supported, of a stage that this one
+    does not follow, or of another number of decoder layers.
     """
     base_config, _ = config.model()
     folder = config.model_folder()
@@ -31,24 +34,53 @@ def start_base(config: TrainConfig, mesh: Mesh) -> Params:
         with open_llava(folder) as (_, source):
             return source.cast(config.base_dtype).tree(placing(mesh), _needed(config))
     fresh = init_base(base_config, jax.random.key(config.seed))
+    stage = None
     if config.base is None:
         base = fresh
     elif folder is not None:
         with open_llava(folder) as (_, source):
             base = source.cast(np.float32).tree()
     else:
-        manager = CheckpointManager(Path(config.base) / "checkpoints")
-        base = manager.restore(None)["params"]
-        manager.close()
+        stage, base = _result_of_run(config, mesh)
     if config.deepen is not None:
         base = deepen(base, config.deepen)
-    elif len(base["text"]) != len(fresh["text"]):
-        # From the vision stage, whose decoder never ran: everything but the decoder's layers.
-        text = {k: v for k, v in base["text"].items() if not k.startswith("layers_")}
+    layers = [name for name in base["text"] if name.startswith("layers_")]
+    if len(layers) != base_config.text.num_layers:
+        if stage != "vision":
+            raise ValueError(
+                f"base={config.base!r} has {len(layers)} decoder layers"
+                f"{' once deepened' if config.deepen else ''}, this run's model has "
+                f"{base_config.text.num_layers}: set layers={len(layers)}"
+            )
+        # The decoder never ran in that stage: everything but its layers.
+        text = {name: part for name, part in base["text"].items() if name not in layers}
         base = {**base, "text": {**fresh["text"], **text}}
     if config.stage == "twig":
         base = jax.tree.map(lambda x: jnp.asarray(x, config.base_dtype), base)
     return distribute(base, mesh)
+
+
+def _result_of_run(config: TrainConfig, mesh: Mesh) -> tuple[str, Params]:
+    """(stage, parameters) of the run in `config.base`: what `fit` has returned, on the mesh."""
+    folder = Path(config.base or "") / "checkpoints"
+    with contextlib.closing(CheckpointManager(folder, reads_only=True)) as manager:
+        if manager.latest() is None:
+            raise FileNotFoundError(f"the training run in {config.base} has saved nothing yet")
+        run = manager.notes()["config"]
+        if run["stage"] == "twig" or (run["stage"] == "vision" and config.stage == "twig"):
+            raise ValueError(
+                f"{config.base} is a run of the {run['stage']} stage, which the {config.stage} "
+                "stage cannot start from; set base to a run of the stage before, or a model folder"
+            )
+        step = manager.best() if run.get("best") else manager.latest()
+        result = "params" if run.get("ema") is None else "ema"
+        shapes = {result: manager.shapes(step)[result]}
+        like = jax.tree.map(
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+            shapes,
+            shardings(shapes, mesh),
+        )
+        return run["stage"], manager.restore_part(like, step)[result]
 
 
 def _needed(config: TrainConfig) -> str:
