@@ -286,6 +286,35 @@ def test_other_runs_are_refused(tmp_path, caplog):
     assert "steps=2 (was 1), seed=1 (was 0)" in caplog.text
 
 
+def test_clipping_may_be_set_on_the_way(tmp_path):
+    """Also on what a run without it has saved before its optimizer had a place for clipping."""
+    settings = ("steps=1", "whole_base=False", "optim.clip=None")
+    fit(config(tmp_path / "newer", *settings), *start(), progress=False)
+    state = state_of(tmp_path / "newer", 1)
+    assert state["opt_state"][0] is None
+    state["opt_state"] = state["opt_state"][1]
+    newer = CheckpointManager(tmp_path / "newer/checkpoints")
+    older = CheckpointManager(tmp_path / "older/checkpoints")
+    older.save(1, state, newer.notes())
+    newer.close()
+    older.close()
+
+    clipped = ("steps=2", "whole_base=False", "optim.clip=1e-3")
+    for name in ("newer", "older"):
+        fit(config(tmp_path / name, *clipped), *start(), progress=False)
+    assert_same(state_of(tmp_path / "newer", 2), state_of(tmp_path / "older", 2))
+
+
+def test_reinforcing_takes_a_folder_of_its_own(tmp_path, base, ours):
+    settings = ("steps=1", "p_head=True")
+    fit(config(tmp_path, *settings), ours, base, progress=False)
+    reinforced = config(
+        tmp_path, "steps=2", "p_head=True", "reinforce.actions=8", "reinforce.budgets=(74.0,)"
+    )
+    with pytest.raises(ValueError, match=r"reinforce\.actions 0, now 8; give the run another fol"):
+        fit(reinforced, ours, base, progress=False)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 from etils import epath
 from jax.experimental import multihost_utils
 from tqdm import tqdm
@@ -22,6 +23,7 @@ from twig_jax.models.llava import Params
 from twig_jax.runtime import memory_used
 from twig_jax.sharding.mesh import make_mesh
 from twig_jax.sharding.placement import distribute
+from twig_jax.sharding.rules import path_string
 from twig_jax.training.config import TrainConfig
 from twig_jax.training.data import Batches, State, on_mesh, open_batches, row_shard
 from twig_jax.training.distill import distill_loss
@@ -146,7 +148,7 @@ def fit(
         if start:
             notes = manager.notes(start)
             _check_notes(notes, config, grown_on)
-            state = manager.restore(_like(state), start)
+            state = _restored(manager, state, start)
             _go_on(batches, notes["data"], shard)
         log = stack.enter_context(Log(out, start))
         told_to_stop = stack.enter_context(preemption())
@@ -220,7 +222,7 @@ def fit(
                 raise Preempted(f"told to stop, saved at step {n} of {config.steps} in {out}")
         if config.best and (best := manager.best()) not in (None, config.steps):
             _LOG.warning("the best checkpoint is that of step %s", best)
-            state = manager.restore(_like(state), best)
+            state = _restored(manager, state, best)
     return state.result
 
 
@@ -289,11 +291,25 @@ class _Clock:
         return figures
 
 
-def _like(state: TrainState) -> TrainState:
-    """The state's shapes, types and shardings."""
-    return jax.tree.map(
+def _restored(manager: CheckpointManager, state: TrainState, step: int) -> TrainState:
+    """The state saved at `step`, placed as `state` is."""
+    like = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
     )
+    if _first_path(manager.shapes(step)["opt_state"]) == _first_path(like.opt_state):
+        return manager.restore(like, step)
+
+    def is_chain(x: Any) -> bool:
+        return isinstance(x, tuple) and len(x) == 2 and isinstance(x[0], optax.EmptyState)
+
+    # Of version 0.1.0 without clipping, whose optimizer was no chain; its arrays are the same.
+    earlier = jax.tree.map(lambda x: x[1] if is_chain(x) else x, like, is_leaf=is_chain)
+    leaves = jax.tree.leaves(manager.restore(earlier, step))
+    return jax.tree.unflatten(jax.tree.structure(like), leaves)
+
+
+def _first_path(tree: Any) -> str:
+    return path_string(jax.tree_util.tree_leaves_with_path(tree)[0][0])
 
 
 def _check_notes(notes: dict[str, Any], config: TrainConfig, grown_on: str | None) -> None:
@@ -304,6 +320,10 @@ def _check_notes(notes: dict[str, Any], config: TrainConfig, grown_on: str | Non
         for name in _SHAPE
         if was.get(name, False) != now[name]
     ]
+    # The P-Head alone has moments there.
+    actions = was.get("reinforce", {}).get("actions", 0), now["reinforce"]["actions"]
+    if bool(actions[0]) != bool(actions[1]):
+        other.append(f"reinforce.actions {actions[0]}, now {actions[1]}")
     if other:
         raise ValueError(
             f"the checkpoints in {config.out} are of another model: {'; '.join(other)}; give the "

@@ -35,10 +35,11 @@ def optimizer(
         weight_decay=config.weight_decay,
         mask=lambda tree: jax.tree.map(lambda x: jnp.ndim(x) > 1, tree),
     )
-    if config.clip is not None:
-        adamw = optax.chain(optax.clip_by_global_norm(config.clip), adamw)
+    # A link where nothing is clipped too, so that checkpoints of both fit.
+    clip = optax.identity() if config.clip is None else optax.clip_by_global_norm(config.clip)
+    tx = optax.chain(clip, adamw)
     if only is None:
-        return adamw
+        return tx
 
     def labels(params: Params) -> Params:
         return {
@@ -46,4 +47,4 @@ def optimizer(
             for name, part in params.items()
         }
 
-    return optax.partition({True: adamw, False: optax.set_to_zero()}, labels)
+    return optax.partition({True: tx, False: optax.set_to_zero()}, labels)
