@@ -360,6 +360,29 @@ def test_a_saved_position_goes_on_exactly(tmp_path, workers):
     later.close()
 
 
+def test_what_has_become_bad_while_it_waited_is_left_out(caplog):
+    """Its image is gone, or it no longer fits into a row."""
+    samples = [sample(n, marks=(2 if n % 10 == 5 else 1,)) for n in range(60)]
+    stream = batches(samples, epochs=1)
+    drawn = list(names_of([next(stream)]))
+    state = stream.get_state()
+    assert state["read"] == 60
+    stream.close()
+
+    gone = next(n for n in range(60) if str(n) not in drawn and n % 10 != 5)
+    samples[gone] = BadSample(str(gone), "image is missing")
+    lost = {str(n) for n in (gone, *range(5, 60, 10))} - set(drawn)
+    later = batches(samples, epochs=1, row_images=1, max_bad_fraction=0.5)
+    with caplog.at_level(logging.WARNING):
+        later.set_state(state)
+        drawn += names_of(later)
+    assert sorted(drawn) == sorted({str(n) for n in range(60)} - lost)
+    assert later.counters["bad_samples"] == len(lost) > 3
+    told = sorted(record.getMessage() for record in caplog.records)
+    assert f"left out: sample {gone}: image is missing" in told and len(told) == len(lost)
+    later.close()
+
+
 @pytest.mark.parametrize(("before", "after"), [(1, 3), (2, 3), (3, 2), (3, 1)])
 def test_other_numbers_of_shards_go_on_with_what_is_left(before, after):
     """Nothing is lost and nothing comes twice, though some shards had read further than others."""

@@ -292,7 +292,9 @@ class _Packer:
         self._counts = {name: state[name] for name in self._counts}
         with ThreadPoolExecutor(_THREADS) as threads:
             samples = threads.map(self._everyone.__getitem__, state["pool"])
-            self._pool = list(map(_received, state["pool"], samples))
+            self._pool = []
+            for position, sample in zip(state["pool"], samples, strict=True):
+                self._take(position, sample)  # may have become bad since it was read
 
     def close(self) -> None:
         if self._stream is not None:
@@ -322,15 +324,19 @@ class _Packer:
             self._stream = self._open(number)
         sample = next(self._stream)
         self._counts["read"] += 1
+        shard, count = self._shard
+        self._take(number * count + shard, sample)
+        counts = self._counts
+        check_bad(counts["bad"], counts["read"], self._epoch, self._max_bad_fraction)
+        return True
+
+    def _take(self, position: int, sample: dict[str, np.ndarray] | BadSample) -> None:
+        """Puts a sample into the pool, or counts it as bad."""
         if isinstance(sample, BadSample):
             self._counts["bad"] += 1
             _LOG.warning("left out: %s", sample)
         else:
-            shard, count = self._shard
-            self._pool.append(_received(number * count + shard, sample))
-        counts = self._counts
-        check_bad(counts["bad"], counts["read"], self._epoch, self._max_bad_fraction)
-        return True
+            self._pool.append(_received(position, sample))
 
     def _open(self, number: int) -> Any:
         grain = _grain()
