@@ -41,29 +41,35 @@ def train(
     mesh = make_mesh(*config.mesh)
     first = not jax.process_index()
     base = start_base(config, mesh)
+    grows = config.stage == "twig"
     answers = config.holds_out and config.whole_base and config.stage != "vision"
     callback = None
     if answers:
-        callback = validation(config, base, mesh, say if first else lambda text: None)
-    if config.stage == "twig":
-        twig = start_twig(config, base, mesh)
+        told = say if first else lambda text: None
+        callback = validation(config, base if grows else None, mesh, told)
+    if grows:
+        begun = [start_twig(config, base, mesh)]
         if not config.whole_base:
             base = feeding(base, twig_config.K)
-        twig = gather(fit(config, twig, base, callback=callback))
-        if export:
-            sampled = gather(feeding(base, twig_config.K))
-            if first:
-                write_twig(export, twig, twig_config, sampled, base_config)
     else:
-        base = gather(fit(config, base, {}, callback=callback))
-        if export and first:
-            write_llava(export, base, base_config, tokenizer=ASSETS)
+        begun, base = [base], {}
+    # Nothing here may hold what the run begins with, or the devices would hold it to the end.
+    trained = gather(fit(config, begun.pop(), base, callback=callback))
+    if export and grows:
+        sampled = gather(feeding(base, twig_config.K))
+        if first:
+            write_twig(export, trained, twig_config, sampled, base_config)
+    elif export and first:
+        write_llava(export, trained, base_config, tokenizer=ASSETS)
 
 
 def validation(
     config: Any, base: Any, mesh: Any, say: Callable[[str], None]
 ) -> Callable[[int, Any], dict[str, float]]:
-    """A callback(step, params) -> `validation/...` figures of answers to held-out questions."""
+    """A callback(step, params) -> `validation/...` figures of answers to held-out questions.
+
+    base: that the twig of a run is on; not needed where the base itself is trained.
+    """
     import jax
 
     from twig_jax.decoding.generate import Generator

@@ -1,5 +1,6 @@
 """The loop: stopped anywhere, it loses nothing; what it notes is true."""
 
+import gc
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from launch.training import train
 from tests.training.conftest import TINY
 from tests.training.worker import PREEMPTED, config, start
 from twig_jax.checkpoints.manager import CheckpointManager
@@ -263,6 +265,29 @@ def test_agreement_is_how_often_the_base_says_the_same(tmp_path):
     other = jax.tree.map(lambda x: x[::-1], grown)
     fit(config(tmp_path / "other", *still), other, base, progress=False)
     assert lines(tmp_path / "other")[0]["agreement"] < 1
+
+
+@pytest.mark.parametrize("stage", ["twig", "base"])
+def test_devices_hold_no_second_copy_of_what_trains(tmp_path, monkeypatch, stage):
+    """Beside the parameters, two moments; what the run began with is gone after the first step."""
+
+    def heads():
+        gc.collect()
+        text = TINY[0].text
+        shape = (text.hidden_size, text.vocab_size)
+        return sum(x.shape == shape and x.dtype == jnp.float32 for x in jax.live_arrays())
+
+    counted = []
+
+    def count(step, params):
+        counted.append(heads())
+        return {}
+
+    monkeypatch.setattr("launch.training.validation", lambda *_: count)
+    settings = (f"stage={stage}", "base_dtype=bfloat16", "steps=2", "save_every=1")
+    before = heads()
+    train(config(tmp_path, *settings))
+    assert [n - before for n in counted] == [3, 3]
 
 
 def test_only_the_layers_below_are_needed(tmp_path):

@@ -104,8 +104,9 @@ def fit(
     `frozen` are parameters the loss reads but never changes (the base, when the twig trains).
     `callback(step, params)` runs before every checkpoint; its figures are logged with the others
     (see `Log`). The loss on what is held out, `validation/loss`, decides which checkpoint is the
-    best. On several hosts all call this with the same arguments. Returns the trained parameters:
-    the last, the best or the averaged ones, as configured.
+    best. On several hosts all call this with the same arguments. `params` are copied, and theirs
+    stay in memory only where the caller holds them. Returns the trained parameters: the last, the
+    best or the averaged ones, as configured.
 
     Raises ValueError for settings that do not fit together, and for checkpoints of another model
     or base; FloatingPointError after ten steps in a row whose loss is not finite, where the last
@@ -130,6 +131,7 @@ def fit(
         state = jax.jit(init_state, static_argnums=(1, 2))(params, tx, config.ema is not None)
         if config.reinforce.actions:
             frozen = {**frozen, "p_head": params["p_head"]}
+        del params  # the state has its own copy
 
         @functools.cache
         def step_of(budget: float | None) -> Any:
