@@ -20,8 +20,10 @@ from launch.training import train
 from tests.training.conftest import TINY
 from tests.training.worker import PREEMPTED, config, start
 from twig_jax.checkpoints.manager import CheckpointManager
+from twig_jax.data.pipeline import DigitsBatches
 from twig_jax.training.loop import fit
 from twig_jax.training.preemption import Preempted
+from twig_jax.training.step import make_step
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -288,6 +290,33 @@ def test_devices_hold_no_second_copy_of_what_trains(tmp_path, monkeypatch, stage
     before = heads()
     train(config(tmp_path, *settings))
     assert [n - before for n in counted] == [3, 3]
+
+
+def test_two_steps_at_most_are_on_their_way(tmp_path, monkeypatch):
+    """Between two lines of the log too, with batches that are there at once."""
+    losses, unfinished = [], []
+
+    def recorded(*settings):
+        step = make_step(*settings)
+
+        def run(*arguments):
+            state, metrics = step(*arguments)
+            losses.append(metrics["loss"])
+            return state, metrics
+
+        return run
+
+    class Same(DigitsBatches):
+        def __next__(self):
+            unfinished.append(sum(not loss.is_ready() for loss in losses))
+            self.batch = getattr(self, "batch", None) or super().__next__()
+            return self.batch
+
+    monkeypatch.setattr("twig_jax.training.loop.make_step", recorded)
+    monkeypatch.setattr("twig_jax.training.data.DigitsBatches", Same)
+    settings = ("steps=12", "log_every=12", "save_every=12", "data.batch_size=32")
+    fit(config(tmp_path, *settings), *start(), progress=False)
+    assert max(unfinished[:12]) <= 2
 
 
 def test_only_the_layers_below_are_needed(tmp_path):

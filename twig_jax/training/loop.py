@@ -164,6 +164,10 @@ def fit(
         for n in range(start + 1, config.steps + 1):
             with clock.waiting():
                 local = next(batches)
+            if len(pending) > 1:
+                # The device has one step to do while the next is prepared; more would each hold a
+                # batch, and a notice to stop would wait for all of them.
+                jax.block_until_ready(pending[-2])
             budget = None
             if config.reinforce.actions:
                 budget = budget_at(config.reinforce, config.seed, n, config.steps)
