@@ -4,11 +4,7 @@ import gc
 import json
 import os
 import signal
-import socket
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -18,14 +14,12 @@ from PIL import Image
 
 from launch.training import train
 from tests.training.conftest import TINY
-from tests.training.worker import PREEMPTED, config, start
+from tests.training.worker import PREEMPTED, config, finish, start, two_workers, worker
 from twig_jax.checkpoints.manager import CheckpointManager
 from twig_jax.data.pipeline import DigitsBatches
 from twig_jax.training.loop import fit
 from twig_jax.training.preemption import Preempted
 from twig_jax.training.step import make_step
-
-ROOT = Path(__file__).resolve().parents[2]
 
 CONVERSATIONS = ("data.source=digits", "data.row_tokens=400", "data.row_images=1")
 
@@ -40,32 +34,6 @@ def steps(out):
 
 def losses(out):
     return {line["step"]: line["loss"] for line in lines(out) if "loss" in line}
-
-
-def worker(out, *settings, devices=8, **environment):
-    flags = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={devices}")
-    return subprocess.Popen(
-        [sys.executable, "-m", "tests.training.worker", str(out), *settings],
-        cwd=ROOT,
-        env={**os.environ, "XLA_FLAGS": flags, **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def two_workers(out, *settings):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    return [
-        worker(out, *settings, devices=4, ADDRESS=address, INDEX=str(index)) for index in range(2)
-    ]
-
-
-def finish(process):
-    out, err = process.communicate(timeout=300)
-    return process.returncode, out, err[-3000:]
 
 
 def state_of(out, step):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.training.worker import config, start
+from tests.training.worker import config, finish, start, two_workers
 from twig_jax.models.twig import feeding, fresh_p_head
 from twig_jax.presets import preset
 from twig_jax.training.config import DistillConfig, TrainConfig
@@ -100,3 +100,28 @@ def test_a_run_learns_from_what_was_written(tmp_path):
     refused("no targets in nowhere: write them", "distill.targets=nowhere")
     with pytest.raises(ValueError, match="has targets of other settings"):
         write_targets(dataclasses.replace(run, distill=DistillConfig()), base, str(folder))
+
+
+def test_two_processes_write_together_though_one_lacks_a_file(tmp_path):
+    """What one of them has is kept; the base, which is spread over both, answers for the other."""
+    folder = tmp_path / "targets"
+    folder.mkdir()
+    (folder / "000001-0of2.npz").write_bytes(b"kept")
+    settings = ("distill.prediction=0.5", "steps=2", "mesh=(4, 2, 1)")
+    for status, _, said in map(finish, two_workers(tmp_path, *settings, TARGETS=str(folder))):
+        assert status == 0, said
+    assert (folder / "000001-0of2.npz").read_bytes() == b"kept"
+    assert sorted(path.name for path in folder.iterdir()) == [
+        *(f"{step:06}-{shard}of2.npz" for step in (1, 2) for shard in (0, 1)),
+        "targets.json",
+    ]
+    run = config(tmp_path, *settings[:-1])
+    write_targets(run, start()[1], str(tmp_path / "one"))
+    whole, *parts = (
+        np.load(path)["words"]
+        for path in (
+            tmp_path / "one" / "000002-0of1.npz",
+            *(folder / f"000002-{shard}of2.npz" for shard in (0, 1)),
+        )
+    )
+    np.testing.assert_array_equal(whole, np.concatenate(parts))

@@ -1,10 +1,13 @@
 """A training run in a process of its own: python -m tests.training.worker OUT SETTING...
 
-DIE=step kills it while it saves that step; ADDRESS=host:port and INDEX=i make it one of two.
+DIE=step kills it while it saves that step; ADDRESS=host:port and INDEX=i make it one of two;
+TARGETS=folder writes what the base teaches there instead.
 """
 
 import os
 import signal
+import socket
+import subprocess
 import sys
 import threading
 import time
@@ -21,7 +24,9 @@ from twig_jax.training.config import DataConfig, OptimConfig, TrainConfig
 from twig_jax.training.loop import fit
 from twig_jax.training.overrides import override
 from twig_jax.training.preemption import Preempted
+from twig_jax.training.targets import write_targets
 
+ROOT = Path(__file__).resolve().parents[2]
 PREEMPTED = 75
 
 
@@ -53,6 +58,36 @@ def start():
     return init_twig(base, models.text, twig), base
 
 
+def worker(out, *settings, devices=8, **environment):
+    """Starts one."""
+    flags = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={devices}")
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.training.worker", str(out), *settings],
+        cwd=ROOT,
+        env={**os.environ, "XLA_FLAGS": flags, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def two_workers(out, *settings, **environment):
+    """Starts two that are one run, of four devices each."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    return [
+        worker(out, *settings, devices=4, ADDRESS=address, INDEX=str(index), **environment)
+        for index in range(2)
+    ]
+
+
+def finish(process):
+    """(status, output, end of the errors) of one."""
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err[-3000:]
+
+
 def die_saving(out, step):
     """Kills this process as soon as the checkpoint of that step is being written."""
 
@@ -75,8 +110,12 @@ def main(out, *settings):
         jax.distributed.initialize(
             os.environ["ADDRESS"], num_processes=2, process_id=int(os.environ["INDEX"])
         )
+    run, (twig, base) = config(out, *settings), start()
     try:
-        fit(config(out, *settings), *start(), progress=False)
+        if "TARGETS" in os.environ:
+            write_targets(run, base, os.environ["TARGETS"])
+        else:
+            fit(run, twig, base, progress=False)
     except Preempted as notice:
         print(notice)
         sys.exit(PREEMPTED)

@@ -16,7 +16,6 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import PartitionSpec as P
 
 from twig_jax.checkpoints.twig import fingerprint
 from twig_jax.config import LlavaConfig
@@ -27,6 +26,7 @@ from twig_jax.sharding.placement import distribute
 from twig_jax.training.config import DistillConfig, TrainConfig
 from twig_jax.training.data import Batches, State, on_mesh, open_batches, row_shard
 from twig_jax.training.distill import teaching
+from twig_jax.training.step import batch_sharding
 
 
 class TaughtBatches:
@@ -102,32 +102,43 @@ def write_targets(
 ) -> None:
     """Writes what the whole `base` teaches about every batch of a run; files there are kept.
 
-    told: is given each step that is done. On several hosts all call this. Raises ValueError for a
-    folder with targets of other settings, and what the data raise.
+    told: is given each step that is done. On several hosts all call this, with a folder that
+    they share. Raises FileNotFoundError where they do not, ValueError for a folder with targets of
+    other settings, and what the data raise.
     """
     base_config, twig = config.model()
     mesh = make_mesh(*config.mesh)
     shard = row_shard(mesh, config.data.batch_size)
-    teach = jax.jit(teaching(base_config, twig, config.distill, config.head_chunk))
+    rows = batch_sharding(mesh)  # of all that is taught, constants included
+    teach = jax.jit(
+        teaching(base_config, twig, config.distill, config.head_chunk), out_shardings=rows
+    )
     out = Path(folder)
     out.mkdir(parents=True, exist_ok=True)
     with jax.set_mesh(mesh):
         base = distribute(base, mesh)
         asked = _asked(config.distill, base_config, fingerprint(base_config, base, twig.K))
         notes = out / "targets.json"
-        if notes.is_file() and json.loads(notes.read_text()) != asked:
+        if not jax.process_index() and not notes.is_file():
+            with _whole(notes) as part:
+                part.write_text(json.dumps(asked))
+        multihost_utils.sync_global_devices("targets.json")
+        if not notes.is_file():
+            raise FileNotFoundError(f"no {notes}, which the first host wrote: hosts share a folder")
+        if json.loads(notes.read_text()) != asked:
             raise ValueError(f"{folder} has targets of other settings; name another folder")
-        if not jax.process_index():
-            notes.write_text(json.dumps(asked))
+        paths = [_file(out, step, shard) for step in range(1, config.steps + 1)]
+        # The base answers on all hosts or on none: one that has its file may not run ahead.
+        there = multihost_utils.process_allgather(np.array([path.is_file() for path in paths]))
+        everywhere = there.reshape(-1, config.steps).all(0)
         with contextlib.closing(open_batches(config, base_config, shard)) as batches:
-            for step in range(1, config.steps + 1):
+            for step, path in enumerate(paths, 1):
                 local = next(batches)
-                path = _file(out, step, shard)
-                if not path.is_file():
+                if not everywhere[step - 1]:
                     found = teach(base, on_mesh(local, mesh))
-                    rows = P(("data", "fsdp"))
-                    mine = multihost_utils.global_array_to_host_local_array(found, mesh, rows)
-                    _write(path, local, {name: np.asarray(x) for name, x in mine.items()})
+                    mine = multihost_utils.global_array_to_host_local_array(found, mesh, rows.spec)
+                    if not path.is_file():
+                        _write(path, local, {name: np.asarray(x) for name, x in mine.items()})
                 told(step)
 
 
@@ -154,8 +165,7 @@ def _write(path: Path, batch: Batch, found: dict[str, np.ndarray]) -> None:
     """Only what is at targets, and rows of attention that are not empty; the whole file or none."""
     at = batch["targets"] >= 0
     rows = found["taught_attention"].any(-1)
-    part = path.with_suffix(".part")
-    with part.open("wb") as file:
+    with _whole(path) as part, part.open("wb") as file:
         np.savez_compressed(
             file,
             checksum=_checksum(batch),
@@ -164,6 +174,13 @@ def _write(path: Path, batch: Batch, found: dict[str, np.ndarray]) -> None:
             rows=rows,
             attention=found["taught_attention"][rows].astype(np.float16),
         )
+
+
+@contextlib.contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """A path of this host's own, which gets the name `path` at the end."""
+    part = path.with_suffix(f".{jax.process_index()}.part")
+    yield part
     os.replace(part, path)
 
 
