@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -166,6 +167,8 @@ def test_a_question_that_cannot_be_asked_has_an_empty_answer(model, page, asked)
     q = asked[0][1]
     alone = model.model.generate(q.text, [page], model.settings, max_new_tokens=64)
     assert ask(model, [("missing.png", q), (page, q), ({"video": 1}, q)]) == ["", alone.text, ""]
+    long = SimpleNamespace(text=q.text * 200)
+    assert ask(model, [(page, long), (page, q)]) == ["", alone.text]
     with pytest.raises(
         ValueError, match=r"none of the questions can be asked, as pages, document 0"
     ):

@@ -195,7 +195,10 @@ def test_the_estimate_covers_the_state() -> None:
     [
         ({"ids": np.array([3, 4, 1000, 5])}, "ids of words must be from 0 to 36"),
         ({"ids": np.array([3, 4, -1, 5])}, "ids of words must be from 0 to 36"),
-        ({"ids": np.full(5000, 3), "is_visual": np.zeros(5000, bool)}, "more than the 4096 posit"),
+        (
+            {"ids": np.full(5000, 3), "is_visual": np.zeros(5000, bool)},
+            "no room .* the 4096 positions",
+        ),
         ({"pixels": np.zeros((1, 9, 9, 3), np.float32)}, r"pixels must be of shape \[.., \d+, \d+"),
         ({"visual": np.zeros((9, 1), np.float32)}, r"visual must be of shape \[.., \d+\], not"),
         ({"scores": np.zeros(3, np.float32)}, "3 scores for 4 tokens"),

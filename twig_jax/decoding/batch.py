@@ -174,10 +174,10 @@ class Batches:
             0 if x is None else f * len(x) for x, f in ((request.pixels, M), (request.visual, 1))
         )
         positions = self.config.text.max_positions
-        if len(request.ids) + settings.max_new_tokens > positions:
+        if len(request.ids) >= positions:
             raise ValueError(
-                f"request {i}: a prompt of {len(request.ids)} tokens and {settings.max_new_tokens} "
-                f"new ones take more than the {positions} positions that the model knows"
+                f"request {i}: a prompt of {len(request.ids)} tokens leaves no room for an answer "
+                f"in the {positions} positions that the model knows"
             )
         if request.is_visual[-1]:
             raise ValueError(f"request {i}: the prompt's last token must be text")

@@ -75,8 +75,9 @@ class TwigJax(lmms):
         """Answers in the order of the requests, with their token counts.
 
         A question that cannot be asked (an image that cannot be read, `<image>` markers that do not
-        match the images) is logged and has an empty answer. Raises ValueError where that is so for
-        all of them, and for what the engine cannot do, as beam search.
+        match the images, a prompt that is too long) is logged and has an empty answer. Raises
+        ValueError where that is so for all of them, and for what the engine cannot do, as beam
+        search.
         """
         if unknown := {key for instance in requests for key in instance.args[1]} - _ASKED:
             logger.warning(f"generation_kwargs without effect here: {', '.join(sorted(unknown))}")
@@ -96,8 +97,12 @@ class TwigJax(lmms):
                     repeats[*place] += 1
                     visuals = doc_to_visual(self.task_dict[task][split][doc_id])
                     try:
-                        asked[i] = replace(self._request(text, visuals or []), settings=settings)
-                    except ValueError as error:
+                        request = self._request(text, visuals or [])
+                        # The mode has been checked; this is about the question.
+                        plain = replace(settings, mode="plain")
+                        self.model.generator.batches.prepare([request], plain)
+                        asked[i] = replace(request, settings=settings)
+                    except (MemoryError, ValueError) as error:
                         errors.append(f"{task}, document {doc_id}: {error}")
                         logger.error(f"answered by an empty text: {errors[-1]}")
                         bar.update()
