@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from twig_jax.checkpoints import storage
 from twig_jax.checkpoints.llava import read_llava, write_llava
 from twig_jax.checkpoints.tables import flatten
 from twig_jax.checkpoints.twig import fingerprint, read_twig, write_twig
@@ -46,6 +47,45 @@ def test_round_trip(tmp_path, draw, twig, twig_config, base, config, dtype, p_he
     write_twig(tmp_path / "again", params, found, base, config, dtype)
     for name in ("model.safetensors", "twig.json"):
         assert (tmp_path / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+
+
+@pytest.mark.parametrize("before", [4000, 2**30], ids=["shards", "one file"])
+def test_an_interruption_between_shards_leaves_no_mixture(
+    tmp_path, twig, twig_config, base, config, monkeypatch, before
+):
+    """Nothing is read until all is written again; an error before the first shard costs nothing."""
+
+    def write(params):
+        write_twig(tmp_path, params, twig_config, base, config, "float32")
+
+    def is_read(params):
+        _, found = read_twig(tmp_path, base, config)
+        jax.tree.map(np.testing.assert_array_equal, found, params)
+
+    monkeypatch.setattr(storage, "SHARD_BYTES", before)
+    write(twig)
+    other, left = jax.tree.map(lambda x: -x, twig), 0
+
+    def full(tensors, path, metadata):
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise OSError("No space left on device")
+        save_file(tensors, path, metadata)
+
+    monkeypatch.setattr(storage, "SHARD_BYTES", 4000)
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "save_file", full)
+        with pytest.raises(OSError, match="No space"):
+            write(other)
+        is_read(twig)
+        left = 1
+        with pytest.raises(OSError, match="No space"):
+            write(other)
+    with pytest.raises(FileNotFoundError, match="has no weights"):
+        read_twig(tmp_path, base, config)
+    write(other)
+    is_read(other)
 
 
 def test_official_names(folder, twig, twig_config):

@@ -164,7 +164,8 @@ def write_weights(
 
     sizes: the bytes of each tensor, in order; `read` gives its values. One file where all fit, else
     shards and their index, named as transformers does. Each file appears under its name only once
-    it is whole; other weights in the folder are removed at the end.
+    it is whole; other weights in the folder are removed at the end. A folder that had weights has
+    none from the first of several shards until the index, so that no old one is read with a new.
     """
     shards: list[list[str]] = [[]]
     filled = 0
@@ -176,6 +177,7 @@ def write_weights(
         filled += size
     n = len(shards)
     files = [WEIGHTS] if n == 1 else [f"model-{i + 1:05}-of-{n:05}.safetensors" for i in range(n)]
+    index = folder / f"{WEIGHTS}.index.json"
     for file, names in zip(files, shards, strict=True):
         partial = folder / f"{file}.partial"
         try:
@@ -183,12 +185,14 @@ def write_weights(
             tensors = {name: np.ascontiguousarray(read(name)) for name in names}
             save_file(tensors, partial, metadata={"format": "pt"})
             partial.chmod(0o644)  # safetensors leaves it readable by its owner alone
+            if n > 1:
+                for old in (index, folder / WEIGHTS):
+                    old.unlink(missing_ok=True)
             partial.replace(folder / file)
         except SafetensorError as error:  # it wraps what the system said
             raise OSError(f"cannot write {folder / file}: {error}") from error
         finally:
             partial.unlink(missing_ok=True)
-    index = folder / f"{WEIGHTS}.index.json"
     if n == 1:
         index.unlink(missing_ok=True)
     else:
