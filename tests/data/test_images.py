@@ -1,6 +1,7 @@
 """Reading and preparing images."""
 
 import io
+import struct
 
 import numpy as np
 import pytest
@@ -61,6 +62,25 @@ def test_exif_orientation_is_applied():
     np.testing.assert_array_equal(np.asarray(loaded), np.rot90(np.asarray(image), -1))
 
 
+@pytest.mark.parametrize(
+    ("header", "orientation", "turns"),
+    [(b"II*\0", 6, -1), (b"II*\0", 9, 0), (b"\1I*\0", 6, 0)],
+    ids=["damaged beside it", "no orientation", "no header"],
+)
+@pytest.mark.parametrize("form", ["PNG", "JPEG"])
+def test_damaged_exif_leaves_the_image(form, header, orientation, turns):
+    """Pillow reads such files, but cannot write their EXIF again: a resolution is a text."""
+    tags = struct.pack("<HHIHH", 0x0112, 3, 1, orientation, 0)
+    tags += struct.pack("<HHI4s", 0x011A, 2, 2, b"a\0\0\0")
+    exif = b"Exif\0\0" + header + struct.pack("<IH", 8, 2) + tags + bytes(4)
+    whole = encoded(picture(), form, exif=exif)
+    expected = np.rot90(np.asarray(images.load_image(encoded(picture(), form))), turns)
+    np.testing.assert_array_equal(np.asarray(images.load_image(whole)), expected)
+    with Image.open(io.BytesIO(whole)) as image:
+        np.testing.assert_array_equal(np.asarray(images.load_image(image)), expected)
+        assert image.size == (20, 12)
+
+
 @pytest.mark.parametrize("form", ["PNG", "PPM", "TIFF"])
 @pytest.mark.parametrize("turned", [False, True])
 def test_sixteen_bits_keep_their_upper_eight(form, turned):
@@ -117,6 +137,16 @@ def test_a_truncated_file_is_refused_by_name(tmp_path, form, share):
 def test_bytes_that_are_no_image_are_refused(content):
     with pytest.raises(ValueError, match=f"cannot read image of {len(content)} bytes"):
         images.load_image(content)
+
+
+def test_a_file_with_a_header_that_nothing_reads_is_refused(tmp_path):
+    """Pillow raises NotImplementedError there, and RuntimeError and TypeError elsewhere."""
+    content = bytearray(encoded(picture(), "DDS"))
+    content[80:84] = bytes(4)  # flags of its pixels
+    path = tmp_path / "odd.dds"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"cannot read image .*odd\.dds: Unknown pixel format"):
+        images.load_image(path)
 
 
 def test_a_missing_file_is_named(tmp_path):

@@ -125,6 +125,11 @@ BAD = {
         "image": "none.png",
         "conversations": said("<image>a", "b"),
     },
+    rf"image .*{'n' * 300}\.png is missing": {
+        "image": "n" * 300 + ".png",
+        "conversations": said("<image>a", "b"),
+    },
+    "the text of part 2 is not Unicode": {"conversations": said("a", "b \ud83d")},
     "image is 3, expected a path": {"image": 3, "conversations": said("<image>a", "b")},
 }
 

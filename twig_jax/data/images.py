@@ -1,8 +1,8 @@
 """Reading images and preparing them for the vision tower."""
 
+import contextlib
 import io
 import math
-import struct
 import threading
 import warnings
 from pathlib import Path
@@ -41,8 +41,7 @@ def load_image(source: ImageSource) -> Image.Image:
             return _to_rgb(image)
     except Image.DecompressionBombError as error:
         raise ValueError(f"cannot read {name}; scale it down: {error}") from error
-    # Decoders signal damaged data in all of these ways.
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error) as error:
+    except Exception as error:  # decoders signal damaged data in all the ways there are
         raise ValueError(f"cannot read {name}: {error}") from error
 
 
@@ -121,7 +120,10 @@ def _from_array(array: np.ndarray) -> Image.Image:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     image.load()
-    image = ImageOps.exif_transpose(image)
+    image = image.copy()  # a caller's stays as it is
+    # Turned in place, as the EXIF that is written anew behind it may be damaged elsewhere.
+    with contextlib.suppress(Exception):
+        ImageOps.exif_transpose(image, in_place=True)
     if image.mode == "I" or image.mode.startswith("I;16"):
         # Pillow would clip 16-bit grey values at 255. Some formats give them as 32-bit ones.
         grey = np.asarray(image).clip(0, 65535) >> 8

@@ -7,6 +7,7 @@ read for themselves, and holds no more than where each item begins.
 import functools
 import json
 import mmap
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -133,7 +134,7 @@ class InstructionFile:
             raise BadSample(name, f"image is {row['image']!r}, expected a path or a list of paths")
         images = tuple(self._images / path for path in paths)
         for image in images:
-            if not image.is_file():
+            if not os.path.isfile(image):  # Path.is_file raises where a name is too long
                 raise BadSample(name, f"image {image} is missing")
         return _sample(name, row.get("conversations"), images)
 
@@ -249,6 +250,11 @@ def _turns(name: str, conversation: Any) -> list[tuple[str, str]]:
         if speaker != expected:
             raise BadSample(name, f"part {index + 1} is by {speaker!r} instead of {expected!r}")
     texts = [text for _, text in said]
+    for number, text in enumerate(texts, 1):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # JSON can have half a character
+            raise BadSample(name, f"the text of part {number} is not Unicode: {error}") from None
     turns = list(zip(texts[::2], texts[1::2], strict=False))
     if not turns or len(texts) % 2:
         raise BadSample(name, f"turn {len(turns) + 1} has no answer" if texts else "has no turns")
