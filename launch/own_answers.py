@@ -8,6 +8,10 @@
 Every question is asked again after the base's own answers to the ones before it, and answered
 greedily; with --twig faster, by the same words. What is in the file already is not asked again.
 Images that are no files are written beside it, to OUT's folder of images; paths are absolute.
+
+An answer that --max_new_tokens cuts off would teach the twig to end where the base goes on: a
+conversation ends before it, and before an empty one. Those without any answer are listed in
+own.unanswered.jsonl; remove it to have them asked again.
 """
 
 import json
@@ -51,14 +55,18 @@ def answer(out: Path) -> None:
 
     use_compilation_cache()
     source = open_source(_DATA.value, _IMAGES.value)
-    there = known(out)
+    unanswered = out.with_suffix(".unanswered.jsonl")
+    there, empty = known(out), known(unanswered)
+    there |= empty
     todo = [i for i in range(min(len(source), _LIMIT.value or len(source))) if i not in there]
     if not todo:
-        print(f"{out} has all {len(there)} conversations")
+        but = f" but {len(empty)} without an answer, listed in {unanswered}" if empty else ""
+        print(f"{out} has all {len(there)} conversations{but}")
         return
     model = api.load(_CHECKPOINT.value, _TWIG.value, _DTYPE.value)
     out.parent.mkdir(parents=True, exist_ok=True)
-    size, bad = _AT_ONCE * _BATCH.value, 0
+    size, answered, bad, cut = _AT_ONCE * _BATCH.value, 0, 0, 0
+    empty = set()
     with tqdm(total=len(todo), unit="conversation") as bar, out.open("a") as file:
         for first in range(0, len(todo), size):
             samples = []
@@ -68,7 +76,8 @@ def answer(out: Path) -> None:
                 except BadSample as error:
                     bad += 1
                     bar.write(f"left out: {error}", file=sys.stderr)
-            said = conversations(model, [sample for _, sample in samples])
+            said, more = conversations(model, [sample for _, sample in samples])
+            cut += more
             for (index, sample), turns in zip(samples, said, strict=True):
                 if isinstance(turns, Exception):
                     bad += 1
@@ -76,9 +85,18 @@ def answer(out: Path) -> None:
                 elif turns:
                     row = as_row(index, sample, turns, out.parent / "images")
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                    answered += 1
+                else:
+                    empty.add(index)
+                    with unanswered.open("a") as rest:
+                        rest.write(json.dumps({"index": index, "id": sample.id}) + "\n")
             file.flush()
             bar.update(len(todo[first : first + size]))
-    print(f"{len(todo) - bad} conversations answered, {bad} bad ones left out, in {out}")
+    print(f"{answered} conversations answered, {bad} bad ones left out, in {out}")
+    if cut:
+        print(f"{cut} end before an answer of more than {_NEW.value} tokens (--max_new_tokens)")
+    if empty:
+        print(f"{len(empty)} without an answer, listed in {unanswered}; remove it to ask again")
 
 
 def known(out: Path) -> set[int]:
@@ -95,10 +113,10 @@ def known(out: Path) -> set[int]:
 Turns = list[tuple[str, str]]
 
 
-def conversations(model: Any, samples: list[Any]) -> list[Turns | Exception]:
-    """Turns of (question, own answer) of each, or why it cannot be asked.
+def conversations(model: Any, samples: list[Any]) -> tuple[list[Turns | Exception], int]:
+    """Turns of (question, own answer) of each, or why it cannot be asked; how many were cut off.
 
-    After an empty answer nothing more is asked.
+    After an answer that is empty or cut off, which is left out, nothing more is asked.
     """
     from twig_jax.data import conversation
     from twig_jax.decoding.settings import Settings
@@ -108,7 +126,7 @@ def conversations(model: Any, samples: list[Any]) -> list[Turns | Exception]:
     )
     said: list[Turns] = [[] for _ in samples]
     bad: dict[int, Exception] = {}
-    asks = list(range(len(samples)))
+    cut, asks = 0, list(range(len(samples)))
     while asks:
         requests = {}
         for i in asks:
@@ -124,12 +142,13 @@ def conversations(model: Any, samples: list[Any]) -> list[Turns | Exception]:
         results = model.generator.generate_many(list(requests.values()), settings, _BATCH.value)
         going = []
         for i, result in zip(requests, results, strict=True):
-            if result.text:
+            cut += result.stopped_by == "length"
+            if result.stopped_by == "eos" and result.text.strip():
                 said[i].append((samples[i].turns[len(said[i])][0], result.text))
                 if len(said[i]) < len(samples[i].turns):
                     going.append(i)
         asks = going
-    return [bad.get(i, turns) for i, turns in enumerate(said)]
+    return [bad.get(i, turns) for i, turns in enumerate(said)], cut
 
 
 def as_row(index: int, sample: Any, turns: list[tuple[str, str]], folder: Path) -> dict[str, Any]:
