@@ -13,6 +13,14 @@ from twig_jax.data.digits import ASSETS
 from twig_jax.presets import preset
 
 
+def _at_least(least: int, config: Any, group: str, *names: str) -> None:
+    """Raises ValueError for counts that are lower; None is no count."""
+    for name in names:
+        count = getattr(config, name)
+        if count is not None and count < least:
+            raise ValueError(f"{group}{name} is {count}, it must be at least {least}")
+
+
 @dataclass(frozen=True)
 class OptimConfig:
     """AdamW with linear warm-up and cosine decay; the defaults are the paper's.
@@ -50,6 +58,10 @@ class DataConfig:
     by_modality: bool = False
     max_bad_fraction: float = 0.01
 
+    def __post_init__(self) -> None:
+        _at_least(1, self, "data.", "batch_size", "row_tokens", "max_tokens")
+        _at_least(0, self, "data.", "row_images", "workers")
+
 
 @dataclass(frozen=True)
 class DistillConfig:
@@ -70,6 +82,9 @@ class DistillConfig:
     most_queries: int = 64
     targets: str | None = None
     words: int = 32
+
+    def __post_init__(self) -> None:
+        _at_least(1, self, "distill.", "most_queries", "words")
 
     def layer_of(self, num_layers: int) -> int:
         """`layer`, in a base of so many layers."""
@@ -97,10 +112,14 @@ class ReinforceConfig:
     text_tokens: int = 64
     images: int = 1
 
+    def __post_init__(self) -> None:
+        _at_least(0, self, "reinforce.", "actions")
+        _at_least(1, self, "reinforce.", "at_a_time", "questions", "text_tokens", "images")
+
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One run of one stage: "vision", "base" or "twig"."""
+    """One run of one stage: "vision", "base" or "twig". Raises ValueError for counts too low."""
 
     stage: str
     out: str
@@ -133,6 +152,11 @@ class TrainConfig:
     head_chunk: int = 512  # tokens of a row whose logits are there at one time
     remat: bool = False  # compute the twig's layers again in the backward pass, to save memory
     mesh: tuple[int, int, int] = (0, 1, 1)  # see sharding.mesh.make_mesh
+
+    def __post_init__(self) -> None:
+        _at_least(0, self, "", "steps", "K")
+        _at_least(1, self, "", "layers", "T", "K_f", "log_every", "save_every", "keep")
+        _at_least(1, self, "", "validation_samples", "device_rows", "head_chunk")
 
     def model(self) -> tuple[LlavaConfig, TwigConfig]:
         """The base and twig configuration of this run; a twig's base has its own in its folder."""

@@ -1,10 +1,12 @@
 """Typed overrides of frozen configurations: `optim.lr=2e-4`."""
 
 import ast
+import contextlib
 import dataclasses
 import difflib
+import inspect
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
 
@@ -13,7 +15,8 @@ def override(config: T, assignments: Sequence[str]) -> T:
     """The configuration with each `path.to.field=value` applied, in order.
 
     Values are Python literals; what is none is taken as a string. Raises ValueError for an unknown
-    field (with the nearest name) and for a value of another type than the field has.
+    field (with the nearest name), for a value of another type than the field has, and where the
+    configuration itself does.
     """
     for assignment in assignments:
         path, equals, text = assignment.partition("=")
@@ -41,10 +44,36 @@ def _replace(config: Any, names: list[str], value: Any, path: str) -> Any:
         return dataclasses.replace(config, **{name: _replace(old, rest, value, path)})
     if dataclasses.is_dataclass(old):
         raise ValueError(f"{path!r} is a group of settings; set one of them")
-    if isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if old is not None and value is not None and type(value) is not type(old):
+    kind = get_type_hints(type(config))[name]
+    try:
+        value = _typed(value, kind)
+    except TypeError:
         raise ValueError(
-            f"{path} is {type(old).__name__} ({old!r}), not {type(value).__name__} ({value!r})"
-        )
+            f"{path} is {inspect.formatannotation(kind)} ({old!r}), "
+            f"not {type(value).__name__} ({value!r})"
+        ) from None
     return dataclasses.replace(config, **{name: value})
+
+
+def _typed(value: Any, kind: Any) -> Any:
+    """The value as an annotation has it: a class, a tuple[...], or one of several, A | B.
+
+    Whole numbers become floats where only those are expected. Raises TypeError for other values.
+    """
+    kinds = get_args(kind)
+    if get_origin(kind) is tuple:
+        if not isinstance(value, tuple):
+            raise TypeError
+        if kinds[-1] is ...:
+            kinds = kinds[:1] * len(value)
+        if len(value) != len(kinds):
+            raise TypeError
+        return tuple(map(_typed, value, kinds))
+    for one in kinds:
+        with contextlib.suppress(TypeError):
+            return _typed(value, one)
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        raise TypeError
+    return value
