@@ -17,7 +17,9 @@ from tests.training.conftest import TINY
 from tests.training.worker import PREEMPTED, config, finish, start, two_workers, worker
 from twig_jax.checkpoints.manager import CheckpointManager
 from twig_jax.data.pipeline import DigitsBatches
+from twig_jax.training.data import open_batches
 from twig_jax.training.loop import fit
+from twig_jax.training.losses import twig_loss
 from twig_jax.training.preemption import Preempted
 from twig_jax.training.step import make_step
 
@@ -189,6 +191,30 @@ def scalars(folder):
             found += [(event.step, v.tag, v.simple_value) for v in event.summary.value]
             data = data[16 + length :]
     return found
+
+
+def test_what_is_held_out_is_read_once(tmp_path, monkeypatch):
+    """The rows of four batches that a step takes at a time, the same at every validation."""
+    opened = []
+
+    def counted(*arguments, **settings):
+        opened.append(settings)
+        return open_batches(*arguments, **settings)
+
+    monkeypatch.setattr("twig_jax.training.validation.open_batches", counted)
+    settings = ("steps=2", "save_every=1", "optim.lr=0.0", "data.batch_size=16", "device_rows=1")
+    run = config(tmp_path, *settings)
+    fit(run, *start(), progress=False)
+    assert opened == [{"validation": True}]
+
+    batches, loss = open_batches(run, TINY[0], validation=True), jax.jit(twig_loss(*TINY, 512))
+    total = weight = 0.0
+    for _ in range(4):
+        value, metrics = loss(*start(), {name: x[::2] for name, x in next(batches).items()})
+        total, weight = total + value * metrics["weight"], weight + metrics["weight"]
+    batches.close()
+    noted = [line["validation/loss"] for line in lines(tmp_path) if "validation/loss" in line]
+    assert noted == [pytest.approx(float(total / weight), rel=1e-5)] * 2
 
 
 def test_the_best_is_kept_and_can_be_the_result(tmp_path):

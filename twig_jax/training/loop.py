@@ -137,7 +137,7 @@ def fit(
         def step_of(budget: float | None) -> Any:
             return make_step(stage_loss(config, budget), tx, accumulate, config.ema)
 
-        held_out = validation_loss(config, of_a_part(_held_out_loss(config), accumulate), mesh)
+        held_out = validation_loss(config, jax.jit(_held_out_loss(config)), mesh)
         manager = CheckpointManager(out / "checkpoints", config.keep)
         stack.callback(manager.close)
         batches = open_batches(config, base, shard)

@@ -1,11 +1,15 @@
 """The loss on what is held out."""
 
+import contextlib
+import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
+from twig_jax.data.packing import Batch
 from twig_jax.models.llava import Params
 from twig_jax.training.config import TrainConfig
 from twig_jax.training.data import on_mesh, open_batches, row_shard
@@ -18,19 +22,28 @@ def validation_loss(
 ) -> Callable[[Params, Params], float]:
     """A function of trained and frozen parameters: the mean of `loss` over a few held-out batches.
 
-    loss: jitted, of trained and frozen parameters and a batch on the mesh -> (loss, metrics).
+    loss: jitted, of trained and frozen parameters and a batch on the mesh -> (loss, metrics). Of
+    each batch it gets as many rows as a step takes at a time; they are read at the first call, and
+    kept in the host's memory.
     """
     base, _ = config.model()
     shard = row_shard(mesh, config.data.batch_size)
+    parts = config.accumulate(mesh.shape)
+
+    @functools.cache
+    def held_out() -> list[Batch]:
+        with contextlib.closing(open_batches(config, base, shard, validation=True)) as batches:
+            return [
+                {name: x[::parts].copy() for name, x in batch.items()}
+                for batch in itertools.islice(batches, _BATCHES)
+            ]
 
     def measure(params: Params, frozen: Params) -> float:
-        batches = open_batches(config, base, shard, validation=True)
         total = weight = 0.0
-        for _, local in zip(range(_BATCHES), batches, strict=False):
+        for local in held_out():
             value, metrics = jax.device_get(loss(params, frozen, on_mesh(local, mesh)))
             total += float(value * metrics["weight"])
             weight += float(metrics["weight"])
-        batches.close()
         return total / max(weight, 1.0)
 
     return measure
