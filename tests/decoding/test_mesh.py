@@ -1,5 +1,6 @@
 """The same engine on any mesh: sharded decoding gives the tokens of a single device."""
 
+import dataclasses
 import json
 import os
 import socket
@@ -14,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from tests.decoding.models import CALL, mixed
 from tests.decoding.worker import model
 from twig_jax.decoding import batch, buckets
+from twig_jax.decoding.generate import compiled_programs
 from twig_jax.decoding.images import encode
 from twig_jax.sharding.mesh import make_mesh
 
@@ -43,6 +45,18 @@ def test_a_mesh_changes_no_token(shape, expected) -> None:
         )
     results = spread.finish(running)
     assert [r.tokens.tolist() for r in results] == expected
+
+
+def test_warm_up_leaves_nothing_to_compile() -> None:
+    """One image or several, of some rows."""
+    spread = model(make_mesh(2, 2, 2))
+    call = dataclasses.replace(CALL, avg_retained=5)  # the largest budget of any row
+    bucket = buckets.Bucket(rows=4, text=32, images=2, new=32)
+    spread.warm_up(call, [bucket])
+    before = compiled_programs()
+    for rows in (mixed(), mixed()[1:]):
+        spread.finish(spread.start(rows, call, bucket=bucket))
+    assert compiled_programs() == before
 
 
 def test_images_are_encoded_by_all_devices() -> None:

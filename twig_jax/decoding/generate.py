@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -230,8 +231,10 @@ class Generator:
                 pixels=np.zeros((bucket.images, size, size, 3), np.float32),
                 scores=np.zeros(len(ids), np.float32),
             )
-            for size in IMAGE_PROGRAMS if bucket.images else ():
-                self.images.warm_up(self.weights.base, size, self.weights.dtype)
+            with self.context():
+                _ = self._nothing  # which rows with fewer images will need
+                for size in IMAGE_PROGRAMS if bucket.images else ():
+                    self.images.warm_up(self.weights.base, size, self.weights.dtype)
             own = replace(settings, max_new_tokens=bucket.new, min_new_tokens=0)
             running = self.start([replace(request, settings=own)] * bucket.rows, own, bucket=bucket)
             running.run(1)
@@ -304,12 +307,17 @@ class Generator:
                 whole = np.zeros((-(-len(request.visual) // M) * M, d), self.weights.dtype)
                 whole[: len(request.visual)] = np.asarray(request.visual).astype(self.weights.dtype)
                 row += [upload(x) for x in whole.reshape(-1, M, d)]
-            table.append(row + found.get(id(request.pixels), []))
-        table += [[]] * (rows - len(table))
-        if any(len(row) < images for row in table):
-            nothing = upload(np.zeros((M, d), self.weights.dtype))
-            table = [row + [nothing] * (images - len(row)) for row in table]
+            row += found.get(id(request.pixels), [])
+            table.append(row + [self._nothing] * (images - len(row)))
+        table += [[self._nothing] * images] * (rows - len(table))
         return place(table)
+
+    @cached_property
+    def _nothing(self) -> jax.Array:
+        """Embeddings [M, d] in an image's place, for rows that have fewer than others."""
+        c = self.config
+        shape = c.vision.num_tokens, c.text.hidden_size
+        return upload(np.zeros(shape, self.weights.dtype))
 
     def context(self) -> Any:
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
