@@ -47,6 +47,12 @@ _OUT = flags.DEFINE_string("out", "runs/ablation", "where twigs, answers and fig
 _JSON = flags.DEFINE_string("json", None, "write the figures here too; - is standard output")
 
 
+# Settings of a training run that may be others when it goes on, for the same twig.
+_CHANGE_NOTHING = (
+    *("out", "mesh", "device_rows", "remat", "log_every", "save_every", "keep", "data.workers"),
+)
+
+
 def main(argv: list[str]) -> None:
     if len(argv) > 1 or not _CONFIG.value:
         raise app.UsageError("give --config FILE, and flags alone")
@@ -215,8 +221,10 @@ class _Bench:
 
         out = self.out / "twigs" / name / f"seed{seed}"
         config = dataclasses.replace(config, seed=seed)
+        made = dataclasses.asdict(config)
+        made |= {f"data.{name}": value for name, value in made.pop("data").items()}
         out.mkdir(parents=True, exist_ok=True)
-        same(out / "config.json", dataclasses.asdict(config))
+        same(out / "config.json", {k: v for k, v in made.items() if k not in _CHANGE_NOTHING})
         if not (out / "twig" / "twig.json").is_file():
             config = dataclasses.replace(config, out=str(out))
             print(f"training {out}", file=sys.stderr)

@@ -16,7 +16,7 @@ output:   --json
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
@@ -127,7 +127,13 @@ def with_fitted_tree(model: Any, settings: Any, few: list[dict[str, Any]], folde
     from twig_jax.decoding.shape import fitted
 
     raw = _RAW_PROMPT.value is not None
-    requests = [model.request(q["text"], q["images"], raw=raw) for q in few]
+    requests = []
+    for q in few:
+        # What cannot be asked is told when its turn comes; alone, it is told now.
+        with suppress(*([ValueError] if len(few) > 1 else [])):
+            request = model.request(q["text"], q["images"], raw=raw)
+            model.generator.batches.prepare([request], settings)
+            requests.append(request)
     found = fitted(model.generator, requests, settings, folder / "costs.json")
     shape = {n: getattr(found, n) for n in ("gamma", "children", "expanded", "nodes")}
     print("tree:", " ".join(f"--{n} {value}" for n, value in shape.items()), file=sys.stderr)

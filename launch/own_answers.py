@@ -138,7 +138,8 @@ def conversations(model: Any, samples: list[Any]) -> tuple[list[Turns | Exceptio
                 model.generator.batches.prepare([request], settings)
                 requests[i] = request
             except (MemoryError, OSError, ValueError) as error:
-                bad[i] = error
+                if not said[i]:  # else it ends before this question
+                    bad[i] = error
         results = model.generator.generate_many(list(requests.values()), settings, _BATCH.value)
         going = []
         for i, result in zip(requests, results, strict=True):

@@ -98,6 +98,7 @@ def read_held_out(config: Any) -> tuple[Any, Any]:
     from twig_jax.data.sources import BadSample, open_source
     from twig_jax.data.tokens import conventions, load_tokenizer
     from twig_jax.decoding.generate import Generator
+    from twig_jax.decoding.settings import Settings
     from twig_jax.evaluation import tasks
     from twig_jax.evaluation.validation import HeldOut
 
@@ -114,10 +115,12 @@ def read_held_out(config: Any) -> tuple[Any, Any]:
             break
         try:
             sample = source[index]
-        except BadSample as error:
+            question, answer = sample.turns[0]
+            images = sample.images[: question.count("<image>")]
+            request = reader.request(question, images)
+            reader.generator.batches.need(index, request, Settings(mode="plain"))
+        except (BadSample, ValueError) as error:
             logging.warning("left out of validation: %s", error)
             continue
-        question, answer = sample.turns[0]
-        images = sample.images[: question.count("<image>")]
-        found.append(HeldOut(reader.request(question, images), answer.strip()))
+        found.append(HeldOut(request, answer.strip()))
     return tokenizer, found

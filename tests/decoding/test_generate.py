@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.decoding.models import CALL, generator, mixed, request
+from tests.decoding.models import CALL, CONFIG, generator, mixed, request
 from twig_jax.decoding import buckets
 from twig_jax.decoding.buckets import Bucket
 from twig_jax.decoding.generate import compiled_programs
@@ -128,6 +128,12 @@ def test_warm_up_leaves_nothing_to_compile(caplog) -> None:
         model.generate([request(5, 0, 20, 20)], call)
     assert compiled_programs() == before
     assert not caplog.records
+
+
+def test_a_bucket_of_more_images_than_fit_is_warmed_up() -> None:
+    model = generator(text=dataclasses.replace(CONFIG.text, max_positions=16))
+    (report,) = model.warm_up(CALL, [Bucket(rows=1, text=32, images=2, new=32)])
+    assert report.programs > 0
 
 
 def test_a_prompt_longer_than_every_bucket_is_refused() -> None:

@@ -128,9 +128,12 @@ def test_a_result_holds_nothing_of_other_rows() -> None:
     ticket = scheduler.submit(request(1, 1, 4, 4))
     scheduler.run()
     own = ticket.result
-    for x in (own.tokens, own.accepted, own.matched, *own.drafts, *own.probs):
-        assert x.base is None or x.base.shape[0] <= 1 + SETTINGS.max_new_tokens + BUCKET.new
-        assert x.base is None or x.base.ndim <= 2
+    one = (own.tokens, own.accepted, own.matched, own.kept, own.scores, own.logits)
+    for dimensions, arrays in ((1, one), (2, (*own.drafts, *own.parents, *own.probs))):
+        for x in arrays:
+            while x.base is not None:
+                x = x.base
+            assert x.ndim == dimensions
 
 
 def test_a_batch_ranked_by_scores_that_are_given() -> None:

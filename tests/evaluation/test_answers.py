@@ -1,13 +1,18 @@
 """Answering a benchmark in shares and in several goes gives one and the same file."""
 
+import dataclasses
 import json
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+import twig_jax
+from twig_jax.decoding.settings import Settings
 from twig_jax.evaluation.answers import answer_share, failed
 from twig_jax.evaluation.benchmarks.files import Question
+from twig_jax.evaluation.benchmarks.pages import Digits
+from twig_jax.evaluation.judge import Judge, Way
 
 QUESTIONS = [Question(i, f"Q{i}", stated=f"Q{i}") for i in range(23)]
 
@@ -129,8 +134,19 @@ def test_what_cannot_be_asked_is_told_and_tried_again(tmp_path, whole):
     assert (folder / "answers.jsonl").read_bytes() == whole
 
 
+def test_a_question_that_cannot_be_asked_is_not_timed(tmp_path):
+    benchmark = Digits(samples=1, seed=0)
+    good = benchmark.questions()
+    long = dataclasses.replace(good[0], prompt="What? " * 600)
+    judge = Judge(
+        twig_jax.load("digits"), "digits", benchmark, [long, *good], tmp_path,
+        Settings(max_new_tokens=4), batch=1, model_id="m", notes={},
+    )  # fmt: skip
+    assert judge.speeds([Way("plain")], 2, 1)[Way("plain")]["timed_samples"] == 1
+
+
 def test_answers_by_other_settings_are_not_mixed(tmp_path):
     Model(most=23).run(tmp_path / "run")
-    message = "run is of mode 'plain', not 'ttp', theta None, not 0.5; remove it"
+    message = "run was made with mode 'plain', not 'ttp', theta None, not 0.5; remove it"
     with pytest.raises(ValueError, match=message):
         Model().run(tmp_path / "run", mode="ttp", theta=0.5)

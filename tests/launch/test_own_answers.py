@@ -92,6 +92,16 @@ def test_an_answer_that_is_cut_off_ends_its_conversation(asked, tmp_path):
     assert len(open_source(out)) == 2
 
 
+def test_a_conversation_ends_before_what_cannot_be_asked(asked, tmp_path):
+    entries, out = json.loads(asked.read_text()), tmp_path / "own.jsonl"
+    entries[0]["conversations"][2]["value"] = "What? " * 400
+    asked.write_text(json.dumps(entries))
+    done = own_answers("--data", asked, "--images", tmp_path, "--out", out, "--limit", 1)
+    assert done.returncode == 0 and "1 conversations answered, 0 bad ones" in done.stdout
+    (row,) = rows(out)
+    assert len(row["conversations"]) == 2
+
+
 def test_bad_input(tmp_path):
     done = own_answers("--out", tmp_path / "own.jsonl", "--data", "nowhere.json")
     assert done.returncode == 1 and "own_answers: no data at nowhere.json" in done.stderr

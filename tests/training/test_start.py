@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 import twig_jax
-from launch.training import train, validation
+from launch.training import read_held_out, train, validation
 from tests.training.conftest import TINY
 from twig_jax.checkpoints.llava import write_llava
 from twig_jax.checkpoints.manager import CheckpointManager
@@ -162,6 +162,16 @@ def test_a_twig_grows_on_conversations(folder, tmp_path, caplog):
     _, twig = read_twig(tmp_path / "twig", model.generator.weights.base, model.config)
     before = start_base(run, make_mesh())["text"]["layers_1"]["q_proj"]["kernel"]
     assert np.abs(twig["layers_0"]["q_proj"]["kernel"] - np.float32(before)).max() > 1e-3
+
+
+def test_held_out_questions_that_cannot_be_asked_are_left_out(folder, tmp_path, caplog):
+    path = tmp_path / "held_out.jsonl"
+    data = conversations(tmp_path, validation=str(path))
+    turns = [{"from": "human", "value": "What? " * 5000}, {"from": "gpt", "value": "It is blank."}]
+    long = json.dumps({"id": "long", "conversations": turns})
+    path.write_text(f"{long}\n{path.read_text()}")
+    _, found = read_held_out(config(folder, data=data, validation_samples=5))
+    assert len(found) == 5 and "left out of validation: request 0: a prompt of" in caplog.text
 
 
 def test_a_base_that_answers_right_is_measured_against(folder, tmp_path):

@@ -224,11 +224,13 @@ class Generator:
             began, before = time.perf_counter(), compiled_programs()
             size = self.config.vision.image_size
             M = self.config.vision.num_tokens
-            ids = np.full(1 + bucket.images * M, self.config.bos_token_id, np.int32)
+            # Of a bucket's images not all may fit into the positions that the model knows.
+            images = min(bucket.images, (self.config.text.max_positions - 2) // M)
+            ids = np.full(1 + images * M, self.config.bos_token_id, np.int32)
             request = Request(
                 ids,
                 np.arange(len(ids)) < len(ids) - 1,
-                pixels=np.zeros((bucket.images, size, size, 3), np.float32),
+                pixels=np.zeros((images, size, size, 3), np.float32),
                 scores=np.zeros(len(ids), np.float32),
             )
             with self.context():

@@ -100,7 +100,7 @@ class Running:
                 seen = row.signals
                 fetched = gather((seen.scores, seen.kept, seen.logits))
                 signals[id(row.signals)] = fetched
-            scores, kept, logits = (x[row.of] for x in signals[id(row.signals)])
+            scores, kept, logits = (x[row.of].copy() for x in signals[id(row.signals)])
             size, rounds = len(row.transcript.tokens), int(iterations[b])
             trace = jax.tree.map(lambda x, b=b: x[b].copy(), traces)  # not those of all rows
             length, is_visual = len(row.request.ids), row.request.is_visual

@@ -13,7 +13,8 @@ from twig_jax.decoding.settings import Request, Result, Settings
 class Ticket:
     """One question on its way. Iterating yields its text piece by piece, and drives the scheduler.
 
-    result: the answer once `done`; None if it was cancelled before its turn came.
+    result: the answer once `done`; None if it was cancelled before its turn came, or could not
+    start.
     """
 
     def __init__(self, scheduler: "Scheduler", request: Request) -> None:

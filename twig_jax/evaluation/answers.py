@@ -124,7 +124,7 @@ def same(path: Path, settings: dict[str, Any]) -> None:
     other = {k for k in {*there, *settings} if there.get(k) != settings.get(k)}
     if other:
         said = ", ".join(f"{k} {there.get(k)!r}, not {settings.get(k)!r}" for k in sorted(other))
-        raise ValueError(f"{path.parent} is of {said}; remove it or choose another folder")
+        raise ValueError(f"{path.parent} was made with {said}; remove it or choose another folder")
 
 
 def failed(line: str) -> bool:

@@ -95,17 +95,11 @@ class Judge:
         many = self.model.generator.generate_many
         if way.selector is not None:
             many = self._rival(way.selector).answer
-
-        def ask(question: Question) -> Request:
-            request = self.model.request(question.prompt, question.images)
-            self.model.generator.batches.prepare([request], replace(settings, mode="plain"))
-            return request
-
         return answer_share(
             self.folder / way.name,
             self.questions,
             share,
-            ask,
+            self._ask,
             lambda requests, told: many(requests, settings, self.batch, told),
             batch=self.batch,
             model_id=self.model_id,
@@ -186,8 +180,8 @@ class Judge:
         """
         requests = []
         for question in self.questions:
-            with contextlib.suppress(OSError, ValueError):
-                requests.append(self.model.request(question.prompt, question.images))
+            with contextlib.suppress(MemoryError, OSError, ValueError):
+                requests.append(self._ask(question))
             if len(requests) == samples:
                 break
         ready = {way: self._ready(way, requests) for way in (Way("plain"), *asked)}
@@ -205,6 +199,12 @@ class Judge:
             }
             for way in asked
         }
+
+    def _ask(self, question: Question) -> Request:
+        """The request; ValueError, OSError or MemoryError for a question that cannot be asked."""
+        request = self.model.request(question.prompt, question.images)
+        self.model.generator.batches.prepare([request], replace(self.common, mode="plain"))
+        return request
 
     def _ready(
         self, way: Way, requests: Sequence[Request]

@@ -130,7 +130,7 @@ def write_targets(
         paths = [_file(out, step, shard) for step in range(1, config.steps + 1)]
         # The base answers on all hosts or on none: one that has its file may not run ahead.
         there = multihost_utils.process_allgather(np.array([path.is_file() for path in paths]))
-        everywhere = there.reshape(-1, config.steps).all(0)
+        everywhere = there.reshape(jax.process_count(), -1).all(0)
         with contextlib.closing(open_batches(config, base_config, shard)) as batches:
             for step, path in enumerate(paths, 1):
                 local = next(batches)

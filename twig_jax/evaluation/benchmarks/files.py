@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 
 
 class Key(NamedTuple):
-    """What tells questions apart: an id may have several prompts (MME, circular MMBench)."""
+    """What tells questions apart: an id may have several prompts (MME)."""
 
     id: str
     prompt: str
