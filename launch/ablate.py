@@ -48,9 +48,7 @@ _JSON = flags.DEFINE_string("json", None, "write the figures here too; - is stan
 
 
 # Settings of a training run that may be others when it goes on, for the same twig.
-_CHANGE_NOTHING = (
-    *("out", "mesh", "device_rows", "remat", "log_every", "save_every", "keep", "data.workers"),
-)
+_CHANGE_NOTHING = "out mesh device_rows remat log_every save_every keep data.workers".split()
 
 
 def main(argv: list[str]) -> None:
@@ -217,14 +215,15 @@ class _Bench:
 
     def _trained(self, name: str, config: Any, seed: int) -> Path:
         from launch.training import train
-        from twig_jax.evaluation.answers import same
+        from twig_jax.evaluation.answers import keep_settings
 
         out = self.out / "twigs" / name / f"seed{seed}"
         config = dataclasses.replace(config, seed=seed)
         made = dataclasses.asdict(config)
         made |= {f"data.{name}": value for name, value in made.pop("data").items()}
         out.mkdir(parents=True, exist_ok=True)
-        same(out / "config.json", {k: v for k, v in made.items() if k not in _CHANGE_NOTHING})
+        matters = {k: v for k, v in made.items() if k not in _CHANGE_NOTHING}
+        keep_settings(out / "config.json", matters)
         if not (out / "twig" / "twig.json").is_file():
             config = dataclasses.replace(config, out=str(out))
             print(f"training {out}", file=sys.stderr)

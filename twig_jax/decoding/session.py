@@ -67,9 +67,8 @@ class Session:
         keeps = own.prune and not self.reprune and self._running is not None
         if keeps and is_visual.any():
             raise ValueError("new images need a new choice of visual tokens: leave reprune on")
-        if keeps:  # and so is their number
+        if keeps:  # the number of visual tokens, as their choice
             own = replace(own, avg_retained=self._retained)
-        self._retained = own.avg_retained
         request = Request(
             np.concatenate([self.ids, ids]).astype(np.int32),
             np.concatenate([self.is_visual, is_visual]),
@@ -91,7 +90,7 @@ class Session:
         if result.stopped_by == "eos":
             emitted = np.append(emitted, np.int32(self.generator.config.eos_token_id))
         # The last token emitted is pending: its keys and values come with the next turn.
-        self._running, self._kept = running, kept
+        self._running, self._kept, self._retained = running, kept, own.avg_retained
         self._cached = len(request.ids) + max(len(emitted) - 1, 0)
         self.ids = np.concatenate([request.ids, emitted])
         self.is_visual = np.concatenate([request.is_visual, np.zeros(len(emitted), bool)])

@@ -53,7 +53,7 @@ def answer_share(
     every question, answers.jsonl has them in the questions' order.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    same(folder / "run.json", {"model_id": model_id, **settings})
+    keep_settings(folder / "run.json", {"model_id": model_id, **settings})
     i, n = share
     own = folder / f"answers.{i}-of-{n}.jsonl"
     there = {k: line for k, line in answered(folder, questions).items() if not failed(line)}
@@ -113,8 +113,8 @@ def answer_share(
     return lines
 
 
-def same(path: Path, settings: dict[str, Any]) -> None:
-    """Keeps settings in a file; ValueError where those there are others."""
+def keep_settings(path: Path, settings: dict[str, Any]) -> None:
+    """Keeps settings, as JSON, in a file; ValueError, naming both, where other ones are there."""
     settings = json.loads(json.dumps(settings))
     if not path.exists():
         part = path.with_name(f"{path.name}.{os.getpid()}")
