@@ -183,7 +183,9 @@ def _share() -> tuple[int, int]:
     if _DISTRIBUTED.value:
         import jax
 
-        jax.distributed.initialize()
+        from twig_jax.runtime import join_processes
+
+        join_processes()
         return jax.process_index(), jax.process_count()
     i, _, n = _SHARE.value.partition("/")
     if not (i.isdecimal() and n.isdecimal() and int(i) < int(n)):

@@ -1,6 +1,7 @@
 """Programs in processes of their own, as a user starts them."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -30,3 +31,31 @@ def python(*arguments, **variables):
 def launch(name, *arguments):
     """A launcher."""
     return python("-m", f"launch.{name}", *arguments)
+
+
+def slurm_step(name, *arguments, devices=1):
+    """A launcher's two processes as srun starts them; [(output, errors)] when both have ended."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        job = free.getsockname()[1]  # that jax derives the coordinator's port from
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", f"launch.{name}", "--distributed", *map(str, arguments)],
+            cwd=ROOT,
+            env=environment(
+                XLA_FLAGS=f"{QUICK_COMPILING} --xla_force_host_platform_device_count={devices}",
+                SLURM_JOB_ID=str(job),
+                SLURM_STEP_NODELIST="localhost",
+                SLURM_NTASKS="2",
+                SLURM_PROCID=str(index),
+                SLURM_LOCALID=str(index),
+            ),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    ended = [process.communicate(timeout=600) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], ended
+    return ended

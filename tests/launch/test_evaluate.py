@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 
-from tests.launch.process import launch
+from tests.launch.process import launch, slurm_step
 
 evaluate = partial(launch, "evaluate")
 
@@ -40,6 +40,14 @@ def test_shares_give_what_one_process_gives(tmp_path):
     done = evaluate(*common, *more, "--out", str(tmp_path / "two"))
     assert done.returncode == 0 and "ttp-twig-16: 3 of 6 answered" in done.stdout
     assert results.read_bytes() == before
+
+
+def test_the_processes_of_a_slurm_step_share_the_questions(tmp_path):
+    """With unlike shares, of which the first to be through waits for the other to end."""
+    common = ("--task", "digits", "--limit", "5", "--batch", "3", "--modes", "plain")
+    slurm_step("evaluate", *common, "--timed_samples", "0", "--out", tmp_path)
+    (result,) = json.loads((tmp_path / "digits" / "results.json").read_bytes())["results"]
+    assert (result["samples"], result["unanswered"]) == (5, [])
 
 
 @pytest.mark.parametrize(

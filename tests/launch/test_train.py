@@ -2,7 +2,6 @@
 
 import json
 import re
-import socket
 import subprocess
 import sys
 import time
@@ -10,8 +9,7 @@ from functools import partial
 
 import pytest
 
-from tests import QUICK_COMPILING
-from tests.launch.process import ROOT, environment, launch
+from tests.launch.process import ROOT, environment, launch, slurm_step
 from twig_jax.hardware import find_topology
 
 train = partial(launch, "train")
@@ -57,32 +55,8 @@ def test_the_processes_of_a_slurm_step_train_one_twig(tmp_path):
         "presets.PRESETS['tiny'] = TINY\n"
         f"get_config = lambda: config({str(tmp_path / 'run')!r})\n"
     )
-    command = [sys.executable, "-m", "launch.train", "--distributed"]
-    command += ["--config", str(tmp_path / "tiny.py"), "--export", str(tmp_path / "twig")]
-    command += [f"--set={s}" for s in settings]
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        job = free.getsockname()[1]  # that jax derives the coordinator's port from
-    processes = [
-        subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=environment(
-                XLA_FLAGS=f"{QUICK_COMPILING} --xla_force_host_platform_device_count=2",
-                SLURM_JOB_ID=str(job),
-                SLURM_STEP_NODELIST="localhost",
-                SLURM_NTASKS="2",
-                SLURM_PROCID=str(index),
-                SLURM_LOCALID=str(index),
-            ),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for index in range(2)
-    ]
-    ended = [process.communicate(timeout=600) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], ended
+    arguments = ("--config", tmp_path / "tiny.py", "--export", tmp_path / "twig")
+    ended = slurm_step("train", *arguments, *(f"--set={s}" for s in settings), devices=2)
     # The collectives' library greets on standard output, from several threads at once.
     said = [[x for x in out.splitlines() if x.startswith("step ")] for out, _ in ended]
     assert len(said[0]) == 1 and said[0][0].startswith("step 1: exact ")
