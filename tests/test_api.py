@@ -27,6 +27,12 @@ def test_a_folder_without_a_model_is_named(tmp_path):
         api.load(tmp_path)
 
 
+def test_a_missing_tokenizer_is_found_before_the_weights_are_read(tmp_path):
+    shutil.copy(api.DIGITS / "base" / "config.json", tmp_path)
+    with pytest.raises(FileNotFoundError, match="has no tokenizer"):
+        api.load(tmp_path)
+
+
 @pytest.fixture(scope="module")
 def digits():
     return api.load().generator

@@ -174,14 +174,14 @@ def load(
 ) -> Model:
     """A base and its twig.
 
-    checkpoint: a folder or hub id, in Hugging Face's, the original LLaVA's or our orbax format;
-    "digits" is the embedded pair. twig: a twig folder. dtype: to compute in; None is float32 on
-    CPUs, bfloat16 elsewhere. template: a conversation template other than the checkpoint's own.
-    mesh, buckets, remembered_images: see `Generator`. int8: "twig" drafts in int8, with the same
-    answers; "all" has the base's decoder in int8 as well, which is another, coarser model. Tensors
-    are put on the device one by one, into their shardings where there is a mesh. Raises
-    FileNotFoundError for what is not there, ValueError for a twig of another base (unless allowed)
-    and for what is not supported.
+    checkpoint: a folder or hub id, in Hugging Face's, the original LLaVA's (with its vision tower)
+    or our orbax format; "digits" is the embedded pair. twig: a twig folder. dtype: to compute in;
+    None is float32 on CPUs, bfloat16 elsewhere. template: a conversation template other than the
+    checkpoint's own. mesh, buckets, remembered_images: see `Generator`. int8: "twig" drafts in
+    int8, with the same answers; "all" has the base's decoder in int8 as well, which is another,
+    coarser model. Tensors are put on the device one by one, into their shardings where there is a
+    mesh. Raises FileNotFoundError for what is not there, ValueError for a twig of another base
+    (unless allowed) and for what is not supported.
     """
     from twig_jax.checkpoints.llava import local_folder, open_llava
     from twig_jax.checkpoints.twig import feeds_twig, read_notes, read_twig
@@ -208,6 +208,7 @@ def load(
     def place_in_int8(path: str, x: np.ndarray) -> Any:
         return place(path, quantise(x) if is_kernel(path) else x)
 
+    tokenizer = load_tokenizer(folder)
     twig_config = twig_params = None
     with open_llava(folder) as (config, source):
         if twig is not None:
@@ -217,7 +218,6 @@ def load(
                 grown, trunk, config, dtype, place, allow_base_mismatch
             )
         base = source.cast(dtype).tree(place_in_int8 if int8 == "all" else place)
-    tokenizer = load_tokenizer(folder)
     generator = Generator(
         config,
         base,

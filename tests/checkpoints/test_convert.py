@@ -188,6 +188,14 @@ def test_an_unknown_tower_must_be_given(tmp_path, hf):
         plan(source, "orbax").__enter__()
 
 
+def test_a_tower_that_did_not_come_along_must_be_given(tmp_path, hf):
+    """As published, without the tower; and never as a list of all its tensors."""
+    tower = "openai/clip-vit-large-patch14-336"
+    source = original(tmp_path / "original", hf, tower=tmp_path / "clip", mm_vision_tower=tower)
+    with pytest.raises(ValueError, match=f"{tower} as --vision_source$"):
+        read_llava(source)
+
+
 def test_tied_head(tmp_path, base, config):
     tied = dataclasses.replace(config, text=dataclasses.replace(config.text, tied_head=True))
     params = {**base, "text": {k: v for k, v in base["text"].items() if k != "lm_head"}}

@@ -32,6 +32,7 @@ from twig_jax.checkpoints.storage import Weights, float_dtype, read_json, write_
 from twig_jax.checkpoints.tables import Params, canonical, llava_tensors, unflatten
 from twig_jax.config import LlavaConfig
 
+_VISION = re.compile(r"^vision_tower\.")
 # Parts of a full CLIP checkpoint that are no vision tower.
 _NOT_VISION = re.compile(r"^(text_model\.|text_projection|visual_projection|logit_scale)")
 _PART_BYTES = 2**29
@@ -67,9 +68,9 @@ def open_llava(
     """(configuration, tensors) of a base, whatever its layout, while the context is open.
 
     vision_source: the CLIP folder of an original checkpoint that has no vision tower of its own.
-    Raises FileNotFoundError for missing files, ValueError for settings that are not supported and
-    for files cut short, and one ValueError for all tensors that are missing, unexpected or
-    misshaped.
+    Raises FileNotFoundError for missing files, ValueError for settings that are not supported, for
+    files cut short and where there is no vision tower, and one ValueError for all tensors that are
+    missing, unexpected or misshaped.
     """
     folder = Path(folder)
     vision = None if vision_source is None else Path(vision_source)
@@ -81,6 +82,12 @@ def open_llava(
     with ExitStack() as stack:
         weights = stack.enter_context(Weights(folder))
         names, ignored = canonical(weights.shapes)
+        model = read_json(folder / "config.json")
+        if vision is None and is_original(model) and not any(map(_VISION.match, names)):
+            raise ValueError(
+                f"{folder} has no vision tower: original checkpoints come without theirs; "
+                f"launch.convert joins them, with {model.get('mm_vision_tower')} as --vision_source"
+            )
         if config.text.tied_head:
             # A stored copy of a tied head is never read, as in transformers.
             head = names.pop("language_model.lm_head.weight", None)
@@ -93,7 +100,7 @@ def open_llava(
             towers, constants = canonical(used)
             ignored += constants
             # The tower asked for replaces one that came along.
-            own = [name for name in names if name.startswith("vision_tower.")]
+            own = [name for name in names if _VISION.match(name)]
             ignored += [names.pop(name) for name in own]
             files.append((tower, towers))
         yield config, from_files(tensors, files, str(folder), ignored)
