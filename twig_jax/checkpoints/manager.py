@@ -124,6 +124,8 @@ def tree_shapes(folder: str | Path) -> dict[str, jax.ShapeDtypeStruct]:
         stored = ocp.metadata(Path(folder).absolute()).metadata
     except (FileNotFoundError, ValueError, ocp.errors.InvalidLayoutError) as error:
         raise ValueError(f"{folder} is no whole orbax checkpoint: {error}") from error
+    if not isinstance(stored, Mapping):  # orbax logs what it could not read, and gives None
+        raise ValueError(f"{folder} is no whole orbax checkpoint: files are damaged or missing")
     found: dict[str, jax.ShapeDtypeStruct] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(
         stored, is_leaf=lambda x: not isinstance(x, Mapping)
