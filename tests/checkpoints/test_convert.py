@@ -213,15 +213,20 @@ def test_tied_head(tmp_path, base, config):
     params = {**base, "text": {k: v for k, v in base["text"].items() if k != "lm_head"}}
     write_llava(tmp_path / "hf", params, tied, "float32")
     assert not any("lm_head" in name for name in load_file(tmp_path / "hf/model.safetensors"))
-    # A stored copy is never read.
+    # A copy may be stored.
     tensors = load_file(tmp_path / "hf/model.safetensors")
-    tensors["lm_head.weight"] = np.zeros((40, 24), np.float32)
+    tensors["lm_head.weight"] = tensors["language_model.model.embed_tokens.weight"].copy()
     save_file(tensors, tmp_path / "hf/model.safetensors")
     with plan(tmp_path / "hf", "orbax") as p:
         assert p.source.ignored == ("lm_head.weight",)
         convert(p, tmp_path / "orbax")
     found, read = read_llava(tmp_path / "orbax")
     assert found == tied and "lm_head" not in read["text"]
+    # But no other head, which transformers would read.
+    tensors["lm_head.weight"][3, 5] += 1
+    save_file(tensors, tmp_path / "hf/model.safetensors")
+    with pytest.raises(ValueError, match="has a head of its own"):
+        read_llava(tmp_path / "hf")
 
 
 def test_plans_read_no_weights(hf, monkeypatch):

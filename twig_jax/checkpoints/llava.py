@@ -75,9 +75,8 @@ def open_llava(
     folder = Path(folder)
     vision = None if vision_source is None else Path(vision_source)
     config = read_config(folder, vision)
-    tensors = llava_tensors(config)
     if (folder / TREE).is_dir():
-        yield config, from_orbax(tensors, folder / TREE)
+        yield config, from_orbax(llava_tensors(config), folder / TREE)
         return
     with ExitStack() as stack:
         weights = stack.enter_context(Weights(folder))
@@ -88,10 +87,15 @@ def open_llava(
                 f"{folder} has no vision tower: original checkpoints come without theirs; "
                 f"launch.convert joins them, with {model.get('mm_vision_tower')} as --vision_source"
             )
-        if config.text.tied_head:
-            # A stored copy of a tied head is never read, as in transformers.
-            head = names.pop("language_model.lm_head.weight", None)
-            ignored += [head] if head else []
+        if config.text.tied_head and "language_model.lm_head.weight" in names:
+            head = names.pop("language_model.lm_head.weight")
+            embedding = names.get("language_model.model.embed_tokens.weight")
+            if embedding and not np.array_equal(weights[head], weights[embedding]):
+                raise ValueError(
+                    f"{folder} has a head of its own, which config.json ties to the word "
+                    "embeddings: set tie_word_embeddings to false there, as transformers does"
+                )
+            ignored.append(head)
         files = [(weights, names)]
         if vision is not None:
             tower = stack.enter_context(Weights(vision))
@@ -103,7 +107,7 @@ def open_llava(
             own = [name for name in names if _VISION.match(name)]
             ignored += [names.pop(name) for name in own]
             files.append((tower, towers))
-        yield config, from_files(tensors, files, str(folder), ignored)
+        yield config, from_files(llava_tensors(config), files, str(folder), ignored)
 
 
 def read_llava(
