@@ -125,6 +125,18 @@ def test_a_twig_that_does_not_say_where_it_grows(tmp_path, official):
     assert json.loads((tmp_path / "out" / "twig.json").read_text())["base_fingerprint"] is None
 
 
+@pytest.mark.parametrize("changes", [{"K": 2}, {"K": 1, "K_f": 2}, {"base": True}])
+def test_what_a_twig_says_of_itself_stays(
+    tmp_path, twig, twig_config, draw, hf, base, config, changes
+):
+    write_twig(tmp_path / "twig", twig, twig_config, draw(base, seed=9), config)
+    if "base" in changes:
+        changes = {"base": hf}
+    with pytest.raises(ValueError, match=r"says K=1, K_f=3|grew on another base than .*hf$"):
+        run(tmp_path / "twig", "orbax", tmp_path / "out", **changes)
+    run(tmp_path / "twig", "orbax", tmp_path / "out", K=1, K_f=3)
+
+
 def test_sharded_files_and_a_mesh(tmp_path, hf, monkeypatch):
     expected = stored(hf)
     monkeypatch.setattr(storage, "SHARD_BYTES", 4000)

@@ -89,7 +89,7 @@ def plan(
     vision_source: the CLIP folder of an original base. dtype: None keeps what is stored. K, K_f:
     where a twig grows, if its folder does not say. base: the base it grew on, whose fingerprint it
     then carries. Nothing but shapes is read. Raises as `open_llava` and `open_twig` do, and
-    ValueError for a target that does not fit what the folder holds.
+    ValueError for a target, a place or a base that does not fit what the folder holds.
     """
     if to not in TARGETS:
         raise ValueError(f"no target format {to!r}; there are: {', '.join(TARGETS)}")
@@ -113,7 +113,10 @@ def plan(
     if base is not None:
         with open_llava(base) as (config, source):
             twig.check(config.text.num_layers)
-            grown_on = fingerprint(config, source.tree(among=feeds_twig(twig.K)), twig.K)
+            given = fingerprint(config, source.tree(among=feeds_twig(twig.K)), twig.K)
+            if grown_on not in (None, given):
+                raise ValueError(f"the twig in {folder} grew on another base than {base}")
+            grown_on = given
             text = with_words(config.text, text.vocab_size)
     with open_twig(folder, text, twig) as source:
         yield Plan(to, folder, source.cast(dtype), twig=twig, base_fingerprint=grown_on)
@@ -123,7 +126,12 @@ def _grown(
     folder: Path, layers: int, K: int | None, K_f: int | None
 ) -> tuple[TwigConfig, str | None]:
     if (folder / TWIG_FILE).is_file():
-        return read_notes(folder)
+        twig, grown_on = read_notes(folder)
+        if K not in (None, twig.K) or K_f not in (None, twig.K_f):
+            raise ValueError(
+                f"{folder / TWIG_FILE} says K={twig.K}, K_f={twig.K_f}; leave out --K and --K_f"
+            )
+        return twig, grown_on
     if K is None or K_f is None:
         raise ValueError(
             f"{folder} does not say where its twig grows; give --K (trunk layers, 2 in the paper) "
