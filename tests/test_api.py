@@ -3,11 +3,13 @@
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
+from PIL import Image
 
 from twig_jax import api
 from twig_jax.checkpoints.twig import write_twig
@@ -34,8 +36,13 @@ def test_a_missing_tokenizer_is_found_before_the_weights_are_read(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def digits():
-    return api.load().generator
+def model():
+    return api.load()
+
+
+@pytest.fixture(scope="module")
+def digits(model):
+    return model.generator
 
 
 def equal(found, expected):
@@ -43,6 +50,16 @@ def equal(found, expected):
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert a.dtype == b.dtype
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("raw", [False, True])
+@pytest.mark.parametrize(
+    "image", ["a.png", b"PNG", Path("a.png"), Image.new("RGB", (8, 8)), np.zeros((8, 8), "u1")]
+)
+def test_a_single_image_must_be_in_a_list(model, image, raw):
+    """The characters of a path and the rows of an array are no images."""
+    with pytest.raises(ValueError, match="images are a list"):
+        model.request("What is it?", image, raw=raw)
 
 
 def without(tree, name):

@@ -50,21 +50,21 @@ class Model:
         """A question about images (paths, bytes, PIL images or arrays), ready to be answered.
 
         The images come first unless `<image>` marks their places. raw: the prompt is used as it is,
-        without the conversation template. Raises ValueError for unreadable images and where
-        markers and images differ in number.
+        without the conversation template. Raises ValueError for unreadable images, for one that is
+        in no list, and where markers and images differ in number.
         """
         from twig_jax.data import conversation
 
         if not raw:
             template = self.conventions.template
-            prompt = conversation.prompt(template, [(prompt, None)], images=len(images))
+            prompt = conversation.prompt(template, [(prompt, None)], images=_count(images))
         return self._request(prompt, images)
 
     def _request(self, prompt: str, images: Sequence[Any]) -> Request:
         from twig_jax.data.images import load_image, preprocess
         from twig_jax.data.tokens import prompt_ids
 
-        v, c = self.config.vision, self.conventions
+        v, c, count = self.config.vision, self.conventions, _count(images)
         pixels = [
             preprocess(
                 load_image(image),
@@ -81,7 +81,7 @@ class Model:
             prompt,
             self.config.image_token_id,
             v.num_tokens,
-            len(images),
+            count,
             tokenize=c.tokenize,
         )
         return Request(ids, is_visual, pixels=np.stack(pixels) if pixels else None)
@@ -131,7 +131,7 @@ class Chat:
         if not len(so_far):
             request = model.request(prompt, images)
         else:
-            text = conversation.following(model.conventions.template, prompt, len(images))
+            text = conversation.following(model.conventions.template, prompt, _count(images))
             request = model._request(text, images)
             # The text starts with the end of the last answer, of which the model may have said EOS.
             eos = model.config.eos_token_id
@@ -143,6 +143,13 @@ class Chat:
         return self.session.ask(
             request.ids, request.is_visual, request.pixels, watch=_telling(told)
         )
+
+
+def _count(images: Sequence[Any]) -> int:
+    """How many images there are. Raises ValueError for a single one, which is no list of them."""
+    if isinstance(images, str | bytes) or not isinstance(images, Sequence):
+        raise ValueError("images are a list, of a single one too: [image]")
+    return len(images)
 
 
 def _telling(told: Callable[[str], Any] | None) -> Callable[[Running], Any] | None:
