@@ -416,10 +416,12 @@ def test_conventions_that_are_not_implemented_are_refused(tmp_path, config, mess
 def test_all_unsupported_settings_of_an_image_processor_are_listed(tmp_path):
     write(tmp_path, "config", **HF)
     settings = {"size": {"height": 9, "width": 9}, "crop_size": {"height": 9, "width": 8}}
-    write(tmp_path, "preprocessor_config", do_center_crop=False, resample=2, **settings)
+    settings |= {"do_center_crop": False, "resample": 2, "rescale_factor": 1 / 127.5}
+    settings |= {"do_rescale": False, "do_normalize": False}
+    write(tmp_path, "preprocessor_config", **settings)
     with pytest.raises(ValueError, match=r"preprocessor_config\.json asks") as error:
         conventions(tmp_path)
-    for key in ("do_center_crop", "resample", "size", "crop_size"):
+    for key in settings:
         assert f"\n  {key} is " in str(error.value)
 
 

@@ -316,7 +316,14 @@ def _read_processor(folder: Path) -> _Processor:
             found = content.get("image_processor") if name == _PROCESSOR_FILES[-1] else content
             if found:
                 path, settings = folder / name, found
-    must = {"do_resize": True, "do_center_crop": True, "resample": 3}
+    must = {
+        "do_resize": True,
+        "do_center_crop": True,
+        "do_rescale": True,
+        "do_normalize": True,
+        "resample": 3,
+        "rescale_factor": 1 / 255,
+    }
     problems = [
         f"{key} is {settings[key]!r}, supported is {value!r}"
         for key, value in must.items()
