@@ -173,12 +173,19 @@ def test_original_layout_with_its_tower_apart(tmp_path, hf, config):
     )
 
 
-def test_original_layout_gets_room_for_the_image_token(tmp_path, hf):
+def test_original_layout_gets_room_for_the_image_token(tmp_path, hf, config):
     """transformers looks up every id, so the vocabulary grows; new rows are means of the old."""
     source = original(tmp_path / "original", hf, tower=tmp_path / "clip")
+    # LLaVA takes its tower's settings and pads, whatever lies beside the weights.
+    shutil.copy(hf / "tokenizer.json", source)
+    (source / "preprocessor_config.json").write_text('{"image_mean": [0, 0, 0], "size": 24}')
     run(source, "hf", tmp_path / "out", vision_source=tmp_path / "clip")
+    processor = json.loads((tmp_path / "out" / "processor_config.json").read_text())
+    assert processor["image_processor"]["do_pad"]
+    assert processor["image_processor"]["image_mean"] == [*config.vision.image_mean]
     old, (found, params) = read_llava(hf)[1], read_llava(tmp_path / "out")
     assert (found.text.vocab_size, found.image_token_id, found.pad_token_id) == (64, 40, 41)
+    assert found.vision == config.vision
     head = np.array(params["text"]["lm_head"]["kernel"]).astype(np.float32)
     np.testing.assert_array_equal(head[:, :40], np.array(old["text"]["lm_head"]["kernel"]))
     x = np.random.default_rng(0).standard_normal((100, 24)).astype(np.float32)

@@ -373,12 +373,14 @@ def test_tokenizer_files_are_copied(tmp_path, base, config):
     source.mkdir()
     with pytest.raises(FileNotFoundError, match="has no tokenizer"):
         write_llava(tmp_path / "out", base, config, tokenizer=source)
-    (source / "tokenizer.json").write_text("{}")
+    for name in ("tokenizer.json", "chat_template.json"):
+        (source / name).write_text("{}")
     (source / "preprocessor_config.json").write_text('{"image_mean": [0, 0, 0]}')
     (source / "README.md").write_text("not copied")
     write_llava(tmp_path / "out", base, config, tokenizer=source)
     copied = {path.name for path in (tmp_path / "out").iterdir()}
     assert copied == {
+        "chat_template.json",
         "config.json",
         "generation_config.json",
         "model.safetensors",

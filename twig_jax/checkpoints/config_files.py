@@ -21,6 +21,7 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
+    "chat_template.json",
 )
 _PROCESSOR, _PREPROCESSOR = "processor_config.json", "preprocessor_config.json"
 
@@ -128,6 +129,12 @@ def read_config(folder: Path, vision_source: Path | None = None) -> LlavaConfig:
 def is_original(model: Json) -> bool:
     """Whether a config.json is of the original LLaVA layout."""
     return "mm_vision_tower" in model or "mm_projector_type" in model
+
+
+def has_original_layout(folder: Path) -> bool:
+    """Whether a folder has a config.json, and of the original LLaVA layout."""
+    path = folder / "config.json"
+    return path.is_file() and is_original(read_json(path))
 
 
 def notes(folder: Path) -> dict[str, Any]:
@@ -338,12 +345,15 @@ def write_processor(
     """The files that AutoTokenizer and AutoProcessor need.
 
     The tokenizer's are copied from the folder `source`; the image processor's too where it has
-    them, else they are written for CLIP's processor, or with `pad` for LLaVA's, which pads images
-    to squares first. Raises FileNotFoundError for a source without a tokenizer.
+    them and is of Hugging Face's layout, else they are written for CLIP's processor, or with `pad`
+    for LLaVA's, which pads images to squares first. Raises FileNotFoundError for a source without a
+    tokenizer.
     """
     copied = []
     if source is not None:
-        names = (*TOKENIZER_FILES, _PROCESSOR, _PREPROCESSOR)
+        # LLaVA does not read a processor's files.
+        settings = () if has_original_layout(source) else (_PROCESSOR, _PREPROCESSOR)
+        names = (*TOKENIZER_FILES, *settings)
         copied = [name for name in names if (source / name).is_file()]
         if not has_tokenizer(source):
             raise FileNotFoundError(

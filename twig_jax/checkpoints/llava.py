@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from twig_jax.checkpoints.config_files import (
+    has_original_layout,
     is_original,
     read_config,
     write_config,
@@ -216,8 +217,7 @@ def layout(folder: str | Path) -> str:
         names = set(weights.shapes)
     if not any("vision" in n or "projector" in n for n in names) and "lm_head.weight" in names:
         return "twig"
-    original = (folder / "config.json").is_file() and is_original(read_json(folder / "config.json"))
-    return "original" if original else "hf"
+    return "original" if has_original_layout(folder) else "hf"
 
 
 def _common(source: Source) -> str:
