@@ -64,7 +64,8 @@ def runs_triton(device: Any) -> bool:
 
 def chip(device_kind: str) -> Chip | None:
     """The chip that jax's `device_kind` names, None for one that is not listed."""
-    found = [chip for chip in CHIPS.values() if chip.kind in device_kind]
+    # An L40 is no L4.
+    found = [chip for chip in CHIPS.values() if re.search(rf"{chip.kind}(?!\d)", device_kind)]
     # "TPU v5" is part of "TPU v5 lite".
     return max(found, key=lambda chip: len(chip.kind), default=None)
 

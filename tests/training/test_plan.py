@@ -63,6 +63,7 @@ def test_chips_are_known_by_the_names_jax_gives_them():
     assert chip("TPU v5 lite") is CHIPS["v5e"]
     assert chip("TPU v5p") is chip("TPU v5") is CHIPS["v5p"]
     assert chip("NVIDIA H100 80GB HBM3") is CHIPS["h100"]
+    assert chip("NVIDIA L4") is CHIPS["l4"] and chip("NVIDIA L40S") is None
     assert chip("cpu") is None
 
 
