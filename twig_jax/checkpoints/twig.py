@@ -32,8 +32,11 @@ TWIG_FILE = "twig.json"
 TWIG_VERSION = 1
 P_HEAD_NOTES = {"gate": "2 * sigmoid"}
 
-# What a checkpoint of a twig consists of; official files may hold parts of their base as well.
-_OF_TWIG = re.compile(r"^(model\.layers\.\d+\.|model\.norm\.|lm_head\.|p_head\.)")
+# What a checkpoint of a twig consists of; official files may hold parts of their base as well, and
+# old versions of transformers store a constant of each layer.
+_OF_TWIG = re.compile(
+    r"^(model\.layers\.\d+\.(?!self_attn\.rotary_emb\.)|model\.norm\.|lm_head\.|p_head\.)"
+)
 
 
 def read_notes(folder: str | Path) -> tuple[TwigConfig, str | None]:
