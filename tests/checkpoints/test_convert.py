@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import jax
@@ -150,6 +151,20 @@ def test_sharded_files_and_a_mesh(tmp_path, hf, monkeypatch):
     monkeypatch.undo()
     run(tmp_path / "orbax", "hf", tmp_path / "again")
     assert stored(tmp_path / "again") == expected
+
+
+def test_one_file_at_a_time_is_in_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(storage, "SHARD_BYTES", 8)
+    held = []
+
+    def read(name):
+        assert all(x() is None for x in held)
+        x = np.zeros(2, np.float32)
+        held.append(weakref.ref(x))
+        return x
+
+    storage.write_weights(tmp_path, dict.fromkeys("abc", 8), read)
+    assert len(held) == 3
 
 
 def test_original_layout_with_its_tower_apart(tmp_path, hf, config):

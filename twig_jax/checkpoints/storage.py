@@ -182,8 +182,12 @@ def write_weights(
         partial = folder / f"{file}.partial"
         try:
             # safetensors writes memory as it lies, so a transposed view must be laid out first.
-            tensors = {name: np.ascontiguousarray(read(name)) for name in names}
-            save_file(tensors, partial, metadata={"format": "pt"})
+            # No name holds one file's tensors while those of the next are read.
+            save_file(
+                {name: np.ascontiguousarray(read(name)) for name in names},
+                partial,
+                metadata={"format": "pt"},
+            )
             partial.chmod(0o644)  # safetensors leaves it readable by its owner alone
             if n > 1:
                 for old in (index, folder / WEIGHTS):
