@@ -207,6 +207,14 @@ def test_original_layout_gets_room_for_the_image_token(tmp_path, hf, config):
     assert ((x @ head).argmax(1) < 40).all()
 
 
+def test_of_another_model_the_tower_alone_is_taken(tmp_path, hf, base, config, draw):
+    write_llava(tmp_path / "other", draw(base, seed=5), config, "bfloat16")
+    run(hf, "hf", tmp_path / "out", vision_source=tmp_path / "other")
+    ours, theirs = stored(hf), stored(tmp_path / "other")
+    expected = {n: theirs[n] if n.startswith("vision_tower.") else x for n, x in ours.items()}
+    assert stored(tmp_path / "out") == expected
+
+
 def test_original_layout_with_a_known_tower_embedded(tmp_path, hf, config):
     """As published: the tower has its full size, so the file is a hole behind its header."""
     config = dataclasses.replace(config, vision=VisionConfig())

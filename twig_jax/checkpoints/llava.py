@@ -34,8 +34,6 @@ from twig_jax.checkpoints.tables import Params, canonical, llava_tensors, unflat
 from twig_jax.config import LlavaConfig
 
 _VISION = re.compile(r"^vision_tower\.")
-# Parts of a full CLIP checkpoint that are no vision tower.
-_NOT_VISION = re.compile(r"^(text_model\.|text_projection|visual_projection|logit_scale)")
 _PART_BYTES = 2**29
 
 
@@ -68,7 +66,8 @@ def open_llava(
 ) -> Iterator[tuple[LlavaConfig, Source]]:
     """(configuration, tensors) of a base, whatever its layout, while the context is open.
 
-    vision_source: the CLIP folder of an original checkpoint that has no vision tower of its own.
+    vision_source: the folder of a CLIP or Hugging Face LLaVA model whose vision tower to take, for
+    an original checkpoint that has none of its own.
     Raises FileNotFoundError for missing files, ValueError for settings that are not supported, for
     files cut short and where there is no vision tower, and one ValueError for all tensors that are
     missing, unexpected or misshaped.
@@ -100,13 +99,11 @@ def open_llava(
         files = [(weights, names)]
         if vision is not None:
             tower = stack.enter_context(Weights(vision))
-            used = [name for name in tower.shapes if not _NOT_VISION.match(name)]
-            ignored += [name for name in tower.shapes if _NOT_VISION.match(name)]
-            towers, constants = canonical(used)
+            towers, constants = canonical(tower.shapes)
             ignored += constants
-            # The tower asked for replaces one that came along.
-            own = [name for name in names if _VISION.match(name)]
-            ignored += [names.pop(name) for name in own]
+            # The tower asked for replaces one that came along, and is all that is read there.
+            ignored += [names.pop(name) for name in [*names] if _VISION.match(name)]
+            ignored += [towers.pop(name) for name in [*towers] if not _VISION.match(name)]
             files.append((tower, towers))
         yield config, from_files(llava_tensors(config), files, str(folder), ignored)
 
