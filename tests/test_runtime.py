@@ -1,6 +1,21 @@
-"""What result files say about the machine."""
+"""Where things are kept, and what result files say about the machine."""
 
-from twig_jax.runtime import environment
+from pathlib import Path
+
+from twig_jax.runtime import cache_folder, environment
+
+
+def test_the_cache_lies_where_the_user_has_theirs(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    assert cache_folder() == tmp_path / ".cache" / "twig_jax"
+
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert cache_folder() == tmp_path / "cache" / "twig_jax"
 
 
 def test_clocks_are_those_that_nvidia_smi_tells(tmp_path, monkeypatch):

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 
 def cache_folder() -> Path:
     """Where things are kept between starts: twig_jax in the user's cache folder."""
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "twig_jax"
+    # Empty is as good as unset; where it is set there may be no home (a container's made-up user).
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "twig_jax"
 
 
 def use_compilation_cache() -> None:
