@@ -8,6 +8,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
@@ -173,6 +174,35 @@ def shard(folder, parts=3):
 def test_shards(folder, base):
     shard(folder)
     equal(contiguous(read_llava(folder)[1]), rounded(base, "float32"))
+
+
+def as_torch(folder, change=lambda tensors: tensors, **options):
+    """Replaces the single file by torch's own format; returns it."""
+    path = folder / "model.safetensors"
+    tensors = {name: torch.from_numpy(x) for name, x in load_file(path).items()}
+    path.unlink()
+    torch.save(change(tensors), folder / "pytorch_model.bin", **options)
+    return folder / "pytorch_model.bin"
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_torch_s_format_and_its_older_one(folder, base, zipped):
+    as_torch(folder, _use_new_zipfile_serialization=zipped)
+    equal(contiguous(read_llava(folder)[1]), rounded(base, "float32"))
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_torch_file_cut_short(folder, zipped):
+    path = as_torch(folder, _use_new_zipfile_serialization=zipped)
+    path.write_bytes(path.read_bytes()[:-3000])
+    with pytest.raises(ValueError, match=rf"{path.name} is damaged or cut short"):
+        read_llava(folder)
+
+
+def test_a_training_state_is_no_model(folder):
+    as_torch(folder, lambda tensors: {"step": 3, "state_dict": tensors})
+    with pytest.raises(ValueError, match="holds other things than tensors"):
+        read_llava(folder)
 
 
 def test_missing_shards_are_named(folder):

@@ -1,6 +1,7 @@
 """Files of weights: one or several named by an index, safetensors or torch's own."""
 
 import json
+import zipfile
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -141,10 +142,13 @@ class Weights:
             import torch
         except ImportError as error:
             raise ImportError(f"{path} is torch's format: pip install torch to read it") from error
+        mapped = zipfile.is_zipfile(path)  # torch before 1.6 wrote what must be read as a whole
         try:
-            tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            tensors = torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
         except Exception as error:  # a zip, a pickle or a memory map: each fails in its own way
             raise ValueError(f"{path} is damaged or cut short: {error}") from error
+        if not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+            raise ValueError(f"{path} holds other things than tensors, as training states do")
 
         def read(name: str) -> np.ndarray:
             x = tensors[name].detach().contiguous()
