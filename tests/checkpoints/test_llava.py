@@ -335,6 +335,14 @@ def test_older_fields_of_the_configuration(folder, config):
     assert read_llava(folder)[0] == config
 
 
+def test_rotary_angles_under_their_older_name(folder, config):
+    def change(content):
+        content["text_config"]["rope_scaling"] = content["text_config"].pop("rope_parameters")
+
+    edit(folder, change)
+    assert read_llava(folder)[0] == config
+
+
 def test_a_configuration_that_leaves_all_to_defaults(folder):
     """llava-1.5-7b as first published says this much and no more."""
     content = {

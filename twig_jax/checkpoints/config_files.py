@@ -267,11 +267,10 @@ def _single(value: Any) -> Any:
 
 def _rope(text: Json) -> dict[str, Any]:
     """rope_theta and rope_type, from rope_parameters or from the fields it replaced."""
-    old = text.get("rope_scaling") or {}
-    new = text.get("rope_parameters") or {}
+    found = text.get("rope_parameters") or text.get("rope_scaling") or {}
     return {
-        "rope_theta": new.get("rope_theta", text.get("rope_theta", 10000.0)),
-        "rope_type": new.get("rope_type", old.get("rope_type", old.get("type", "default"))),
+        "rope_theta": found.get("rope_theta", text.get("rope_theta", 10000.0)),
+        "rope_type": found.get("rope_type", found.get("type", "default")),
     }
 
 
