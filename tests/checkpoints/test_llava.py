@@ -328,6 +328,7 @@ def test_older_fields_of_the_configuration(folder, config):
         text["rope_theta"] = text.pop("rope_parameters")["rope_theta"]
         text["rope_scaling"] = None
         text["eos_token_id"] = [text["eos_token_id"]]
+        (folder / "generation_config.json").unlink()
         content["pad_token_id"] = text.pop("pad_token_id")
         content["image_token_id"] = content.pop("image_token_index")
 
@@ -368,7 +369,8 @@ def test_a_configuration_that_leaves_all_to_defaults(folder):
         },
     }
     (folder / "config.json").write_text(json.dumps(content))
-    (folder / "processor_config.json").unlink()
+    for name in ("generation_config.json", "processor_config.json"):
+        (folder / name).unlink()
     assert read_config(folder) == preset("llava-1.5-7b")[0]
 
 
@@ -382,6 +384,7 @@ def test_settings_that_are_not_supported_are_listed_at_once(folder):
         content["text_config"]["eos_token_id"] = [2, 3]
 
     edit(folder, change)
+    (folder / "generation_config.json").unlink()
     with pytest.raises(ValueError, match="not supported") as error:
         read_llava(folder)
     named = [line.split(" is ")[0].strip() for line in str(error.value).splitlines()[1:]]
@@ -393,6 +396,17 @@ def test_settings_that_are_not_supported_are_listed_at_once(folder):
         "vision_feature_layer",
         "text_config.eos_token_id",
     ]
+
+
+def test_answers_end_as_generation_config_says(folder, config):
+    path = folder / "generation_config.json"
+    path.write_text('{"eos_token_id": [9]}')
+    assert read_llava(folder)[0] == dataclasses.replace(config, eos_token_id=9)
+    path.write_text("{}")
+    assert read_llava(folder)[0] == config
+    path.write_text('{"eos_token_id": [6, 9]}')
+    with pytest.raises(ValueError, match=r"generation_config\.json: eos_token_id is \[6, 9\]"):
+        read_llava(folder)
 
 
 def test_pixel_statistics(folder, config):

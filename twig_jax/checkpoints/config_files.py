@@ -24,6 +24,7 @@ TOKENIZER_FILES = (
     "chat_template.json",
 )
 _PROCESSOR, _PREPROCESSOR = "processor_config.json", "preprocessor_config.json"
+_GENERATION = "generation_config.json"
 
 # What transformers assumes where config.json says nothing: for a vision part that is not there at
 # all, and for single fields of one that is.
@@ -91,8 +92,9 @@ _TOWERS: dict[str, dict[str, Any]] = {
 def read_config(folder: Path, vision_source: Path | None = None) -> LlavaConfig:
     """The configuration in a folder's config.json, as its own code would read it.
 
-    Missing fields take transformers' defaults. Pixel mean and deviation come from the processor's
-    file where there is one. vision_source: the folder of an original checkpoint's vision tower.
+    Missing fields take transformers' defaults. What ends an answer comes from
+    generation_config.json, pixel mean and deviation from the processor's file, where there is one.
+    vision_source: the folder of an original checkpoint's vision tower.
     Raises FileNotFoundError without config.json, ValueError that lists every setting the models
     here do not implement.
     """
@@ -115,6 +117,7 @@ def read_config(folder: Path, vision_source: Path | None = None) -> LlavaConfig:
             model.get("vision_feature_select_strategy", "default"),
         ),
         image_token_id=model.get("image_token_index", model.get("image_token_id", 32000)),
+        eos=_eos(folder, text, "text_config."),
         # transformers pads with eos where no id is given.
         pad=(model.get("pad_token_id"), text.get("pad_token_id")),
         # transformers ties where either says so.
@@ -167,6 +170,7 @@ def _original(path: Path, model: Json, vision_source: Path | None) -> LlavaConfi
         feature=("mm_vision_select_layer", model.get("mm_vision_select_layer", -2)),
         strategy=("mm_vision_select_feature", model.get("mm_vision_select_feature", "patch")),
         image_token_id=vocabulary,  # the first id that means nothing else
+        eos=_eos(path.parent, text, ""),
         pad=(model.get("pad_token_id"),),
         tied=text.get("tie_word_embeddings"),
         pixels=statistics,
@@ -184,6 +188,7 @@ def _config(
     feature: tuple[str, Any],
     strategy: tuple[str, Any],
     image_token_id: int,
+    eos: tuple[str, Any],
     pad: tuple[Any, ...],
     tied: bool | None,
     pixels: tuple[Any, Any],
@@ -191,10 +196,10 @@ def _config(
     problems: list[str],
     text_must: Json,
 ) -> LlavaConfig:
-    """What both layouts share. `feature` and `strategy` come with their names, for messages."""
+    """What both layouts share. What comes with its name does so for messages."""
     of_vision, of_text = prefixes
     rope = _rope(text)
-    bos, eos = _single(text["bos_token_id"]), _single(text["eos_token_id"])
+    bos, end = _single(text["bos_token_id"]), _single(eos[1])
     problems = [
         *problems,
         *_differences(vision, _VISION_MUST, of_vision),
@@ -208,7 +213,7 @@ def _config(
         f"{of_vision}image_size": vision["image_size"],
         f"{of_vision}patch_size": vision["patch_size"],
         f"{of_text}bos_token_id": bos,
-        f"{of_text}eos_token_id": eos,
+        eos[0]: end,
     }
     problems += [
         f"{name} is {value!r}, supported is one integer"
@@ -247,8 +252,8 @@ def _config(
         ),
         image_token_id=image_token_id,
         bos_token_id=bos,
-        eos_token_id=eos,
-        pad_token_id=next((p for p in pad if p is not None), eos),
+        eos_token_id=end,
+        pad_token_id=next((p for p in pad if p is not None), end),
     )
 
 
@@ -263,6 +268,15 @@ def _differences(found: Json, must: Json, prefix: str) -> list[str]:
 def _single(value: Any) -> Any:
     """The item of a list of one."""
     return value[0] if isinstance(value, list) and len(value) == 1 else value
+
+
+def _eos(folder: Path, text: Json, prefix: str) -> tuple[str, Any]:
+    """What ends an answer, as transformers' generate has it, with the name of the setting."""
+    path = folder / _GENERATION
+    found = read_json(path).get("eos_token_id") if path.is_file() else None
+    if found is not None:
+        return f"{_GENERATION}: eos_token_id", found
+    return f"{prefix}eos_token_id", text["eos_token_id"]
 
 
 def _rope(text: Json) -> dict[str, Any]:
@@ -330,7 +344,7 @@ def write_config(folder: Path, config: LlavaConfig, dtype: str, notes: Json | No
         | _TEXT_MUST,
     }
     write_json(folder / "config.json", content | _MODEL_MUST | dict(notes or {}))
-    write_json(folder / "generation_config.json", special)
+    write_json(folder / _GENERATION, special)
 
 
 def has_tokenizer(folder: Path) -> bool:
