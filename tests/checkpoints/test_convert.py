@@ -301,6 +301,19 @@ def test_nothing_is_overwritten(tmp_path, hf):
         convert(p, tmp_path / "out")
 
 
+def test_one_of_two_conversions_to_a_folder_gives_way(tmp_path, hf):
+    """As when all hosts of a job start with the same one on a disk that they share."""
+
+    def another(nbytes):
+        with pytest.raises(FileExistsError, match=r"another process holds .*out\.lock"):
+            convert(p, tmp_path / "out")
+
+    with plan(hf, "hf") as p:
+        convert(p, tmp_path / "out", seen=another)
+        assert verify(p, tmp_path / "out") == []
+    assert [path.name for path in tmp_path.glob("out*")] == ["out"]
+
+
 def test_too_little_room(tmp_path, hf, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=10**6)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)

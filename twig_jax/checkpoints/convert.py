@@ -1,5 +1,6 @@
 """Conversions between formats, streaming: no more than a part of the model is in memory."""
 
+import fcntl
 import hashlib
 import shutil
 import time
@@ -153,9 +154,9 @@ def convert(
 
     mesh: the shardings an orbax tree is written with. extra: further fields for config.json.
     tokenizer: of a base whose plan says `add_tokens`; None copies its files without these tokens.
-    seen is told the bytes of every tensor read. Raises FileExistsError where `out` is there,
-    ValueError where the tokenizer's ids are not the model's, OSError where the disk is too small or
-    full.
+    seen is told the bytes of every tensor read. Raises FileExistsError where `out` is there or just
+    being written, ValueError where the tokenizer's ids are not the model's, OSError where the disk
+    is too small or full.
     """
     source = plan.source.watched(seen)
     with _staged(out, plan.nbytes) as staging:
@@ -213,22 +214,39 @@ def _staged(out: Path, nbytes: int) -> Iterator[Path]:
     if out.exists():
         raise FileExistsError(f"{out} is there already; remove it or choose another place")
     staging = out.with_name(f"{out.name}.partial")
-    if staging.exists():  # of a conversion that was killed
-        shutil.rmtree(staging)
     out.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(out.parent).free
-    if free < nbytes + _MARGIN:
-        raise OSError(
-            f"{out.parent} has {free / 2**30:.1f} GiB free, {(nbytes + _MARGIN) / 2**30:.1f} GiB "
-            "are needed"
-        )
-    staging.mkdir()
-    try:
-        yield staging
-        staging.rename(out)
-    except BaseException:
-        _remove(staging)
-        raise
+    with _locked(out.with_name(f"{out.name}.lock")):
+        if staging.exists():  # of a conversion that was killed
+            shutil.rmtree(staging)
+        free = shutil.disk_usage(out.parent).free
+        if free < nbytes + _MARGIN:
+            raise OSError(
+                f"{out.parent} has {free / 2**30:.1f} GiB free, "
+                f"{(nbytes + _MARGIN) / 2**30:.1f} GiB are needed"
+            )
+        staging.mkdir()
+        try:
+            yield staging
+            staging.rename(out)
+        except BaseException:
+            _remove(staging)
+            raise
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Keeps other processes out, of other hosts too; what a killed one has left locks nothing."""
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FileExistsError(f"another process holds {path}, to write the same") from None
+        except OSError:  # some file systems of clusters have no locks
+            pass
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def _remove(folder: Path) -> None:
