@@ -1,6 +1,9 @@
 """Where things are kept, and what result files say about the machine."""
 
+import subprocess
 from pathlib import Path
+
+import pytest
 
 from twig_jax.runtime import cache_folder, environment
 
@@ -26,6 +29,16 @@ def test_clocks_are_those_that_nvidia_smi_tells(tmp_path, monkeypatch):
     gpus = environment()["gpus"]
     assert [gpu["name"] for gpu in gpus] == ["Chip 0", "Chip 1"]
     assert (gpus[0]["driver_version"], gpus[0]["clocks.sm"]) == ("580.1", "1980 MHz")
+
+
+@pytest.mark.parametrize("error", [subprocess.TimeoutExpired("nvidia-smi", 60), OSError("broken")])
+def test_results_are_not_lost_to_an_nvidia_smi_that_fails(monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr("shutil.which", lambda name: name)
+    monkeypatch.setattr("subprocess.run", fail)
+    assert "gpus" not in environment()
 
 
 def test_without_nvidia_smi_nothing_is_said(tmp_path, monkeypatch):

@@ -65,11 +65,14 @@ _ASKED = (
 
 
 def _gpus() -> list[dict[str, str]]:
-    """What nvidia-smi says of each GPU, units included; nothing without it."""
+    """What nvidia-smi says of each GPU, units included; nothing without it, or where it hangs."""
     if shutil.which("nvidia-smi") is None:
         return []
     command = ["nvidia-smi", f"--query-gpu={_ASKED}", "--format=csv,noheader"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
     lines = done.stdout.splitlines() if done.returncode == 0 else []
     names = _ASKED.split(",")
     return [dict(zip(names, line.split(", "), strict=False)) for line in lines]
