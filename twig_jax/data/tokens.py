@@ -44,10 +44,10 @@ def conventions(folder: str | Path) -> Conventions:
 
     LLaVA's own layout (mm_vision_tower, or LlavaLlamaForCausalLM): LLaVA's tokenising, padding
     where image_aspect_ratio is "pad", and the template that LLaVA infers from a model's name.
-    Hugging Face layout: tokenising and images as transformers' processor does them, template
-    llava_hf; but where config.json has LLaVA's image_aspect_ratio, the weights were converted from
-    LLaVA's layout and keep its conventions, with vicuna_v1. In both, `conversation_template` in
-    config.json wins.
+    Hugging Face layout: tokenising and images as transformers' processor does them (transparency
+    apart, see `images.load_image`), template llava_hf; but where config.json has LLaVA's
+    image_aspect_ratio, the weights were converted from LLaVA's layout and keep its conventions,
+    with vicuna_v1. In both, `conversation_template` in config.json wins.
 
     Raises FileNotFoundError without config.json; ValueError, naming the file, for a model that is
     no LLaVA, an unknown template, or images to be prepared in a way that is not implemented.
