@@ -213,6 +213,10 @@ def test_of_another_model_the_tower_alone_is_taken(tmp_path, hf, base, config, d
     ours, theirs = stored(hf), stored(tmp_path / "other")
     expected = {n: theirs[n] if n.startswith("vision_tower.") else x for n, x in ours.items()}
     assert stored(tmp_path / "out") == expected
+    # An orbax tree is whole.
+    run(hf, "orbax", tmp_path / "orbax")
+    with pytest.raises(ValueError, match="a vision tower of its own"):
+        plan(tmp_path / "orbax", "hf", vision_source=tmp_path / "other").__enter__()
 
 
 def test_original_layout_with_a_known_tower_embedded(tmp_path, hf, config):

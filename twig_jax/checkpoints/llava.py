@@ -76,6 +76,8 @@ def open_llava(
     vision = None if vision_source is None else Path(vision_source)
     config = read_config(folder, vision)
     if (folder / TREE).is_dir():
+        if vision is not None:
+            raise ValueError(f"{folder} has a vision tower of its own; leave the vision source out")
         yield config, from_orbax(llava_tensors(config), folder / TREE)
         return
     with ExitStack() as stack:
