@@ -18,7 +18,7 @@ from launch import run
 
 _SOURCE = flags.DEFINE_string("source", None, "folder or hub id of a base or a twig")
 _TO = flags.DEFINE_enum("to", None, ["orbax", "hf", "twig-official"], "the format to write")
-_OUT = flags.DEFINE_string("out", None, "folder to write, which must not be there yet")
+_OUT = flags.DEFINE_string("out", None, "local folder to write, which must not be there yet")
 _VISION = flags.DEFINE_string(
     "vision_source", None, "folder or hub id of the CLIP tower of an original LLaVA checkpoint"
 )
@@ -57,6 +57,8 @@ def convert() -> None:
         return None if name is None else local_folder(name)
 
     to, out = _TO.value or "", Path(_OUT.value or "")
+    if "://" in (_OUT.value or ""):
+        raise ValueError(f"--out {_OUT.value} is no local folder; write one and copy it there")
     source = local_folder(_SOURCE.value or "")
     mesh = None if _MESH.value is None else make_mesh(*(int(size) for size in _MESH.value))
     with c.plan(

@@ -386,6 +386,12 @@ def test_the_launcher(tmp_path, hf):
     assert done.stdout.count(" -> ") == leaves
 
 
+def test_a_bucket_is_no_folder(hf):
+    """And no folder is made that is called like one."""
+    done = launcher("--source", hf, "--to", "orbax", "--out", "gs://bucket/out")
+    assert done.returncode == 1 and "gs://bucket/out is no local folder" in done.stderr
+
+
 @pytest.mark.parametrize("to", ["orbax", "hf"])
 def test_a_full_disk(tmp_path, hf, to):
     """A limit on the size of files stands in for the disk."""
