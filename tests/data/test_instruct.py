@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from tests.launch.process import python
 from tests.llama import PIECES
 from twig_jax.config import LlavaConfig, TextConfig, VisionConfig
 from twig_jax.data import conversation, images
@@ -358,6 +359,27 @@ def test_a_saved_position_goes_on_exactly(tmp_path, workers):
     later.set_state(state)
     assert_same(next(later), following[0])
     later.close()
+
+
+def test_workers_end_with_their_parent_and_not_before():
+    """A notice to stop goes to them too, when they are still needed; what kills the parent not."""
+    program = """
+import multiprocessing, os, signal
+from tests.data.test_instruct import batches, sample
+
+stream = batches([sample(n) for n in range(50)], workers=1)
+next(stream)
+(worker,) = multiprocessing.active_children()
+for notice in (signal.SIGTERM, signal.SIGINT):
+    os.kill(worker.pid, notice)
+for _ in range(30):
+    next(stream)
+print("goes on", flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    # The output that is waited for is the worker's too.
+    ended = python("-c", program, timeout=120)
+    assert (ended.returncode, ended.stdout) == (-9, "goes on\n"), ended.stderr
 
 
 def test_what_has_become_bad_while_it_waited_is_left_out(caplog):

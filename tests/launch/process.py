@@ -16,7 +16,7 @@ def environment(**variables):
     return os.environ | {"XLA_FLAGS": QUICK_COMPILING, "HF_HUB_OFFLINE": "1"} | variables
 
 
-def python(*arguments, **variables):
+def python(*arguments, timeout=900, **variables):
     """Python from the repository's folder, to its end."""
     return subprocess.run(
         [sys.executable, *map(str, arguments)],
@@ -24,7 +24,7 @@ def python(*arguments, **variables):
         env=environment(**variables),
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=timeout,
     )
 
 

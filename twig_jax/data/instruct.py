@@ -7,6 +7,10 @@ how many workers there are.
 
 import copy
 import logging
+import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -347,8 +351,28 @@ class _Packer:
 
             if not flags.FLAGS.is_parsed():  # not by a launcher, and grain's workers have flags
                 flags.FLAGS.mark_as_parsed()
-            samples = samples.mp_prefetch(grain.MultiprocessingOptions(self._workers, _READY))
+            samples = samples.mp_prefetch(
+                grain.MultiprocessingOptions(self._workers, _READY), worker_init_fn=_end_with_parent
+            )
         return iter(samples)
+
+
+def _end_with_parent(index: int, count: int) -> None:
+    """Lets a worker end with its parent, however that ends, and not before.
+
+    Signals often go to all processes of a job. The parent still needs samples then, to save behind
+    a step, and closes its workers itself.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+
+    def end() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=end, daemon=True, name="parent").start()
 
 
 def _check(
