@@ -452,13 +452,29 @@ def test_bad_samples_are_logged_counted_and_left_out(tmp_path, caplog):
     assert told == [f"left out: sample id{n}: {missing}" for n in (31, 7)]
 
 
-@pytest.mark.parametrize(("count", "read", "workers"), [(60, 60, 0), (150, 100, 0), (150, 100, 1)])
-def test_too_many_bad_samples_stop_training(tmp_path, count, read, workers):
-    """After an epoch at the latest, but not by the first bad sample."""
-    source = InstructionFile(write(tmp_path, count, bad=range(count)))
-    stream = batches(source, workers=workers, max_bad_fraction=0.3)
-    with pytest.raises(ValueError, match=rf"of the first {read} samples are bad, .* 0\.3 allows"):
-        list(itertools.islice(stream, count))
+@pytest.mark.parametrize(("count", "read", "workers"), [(60, 19, 0), (150, 46, 0), (150, 46, 1)])
+def test_too_many_bad_samples_stop_training(count, read, workers):
+    """As soon as there are more than are put up with in an epoch."""
+    samples = [BadSample(str(n), "is bad") for n in range(count)]
+    stream = batches(samples, workers=workers, max_bad_fraction=0.3)
+    with pytest.raises(ValueError, match=rf"{read} of the first {read} .* 0\.3 allows of {count}"):
+        next(stream)
+    stream.close()
+
+
+def test_bad_samples_that_come_together_are_put_up_with():
+    """The first that are read are bad, but no more than may be of an epoch."""
+
+    class FirstBad(Listed):
+        reads = itertools.count()
+
+        def __getitem__(self, index):
+            if next(self.reads) < 8:
+                raise BadSample(str(index), "is bad")
+            return super().__getitem__(index)
+
+    stream = batches(FirstBad([sample(n) for n in range(400)]), epochs=1, max_bad_fraction=0.02)
+    assert len(list(names_of(stream))) == 392
     stream.close()
 
 

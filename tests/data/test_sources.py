@@ -15,6 +15,7 @@ from PIL import Image
 
 from twig_jax.data import digits, questions
 from twig_jax.data.images import load_image
+from twig_jax.data.llava_instruct.build import build
 from twig_jax.data.sources import (
     BadSample,
     BuiltDataset,
@@ -267,9 +268,21 @@ def test_a_built_data_set_is_the_file_s(tmp_path, images, mixed):
 def test_too_many_bad_rows_leave_nothing_behind(tmp_path, images, mixed):
     result = launch("--json", mixed, "--images", images, "--out", tmp_path / "out")
     assert result.returncode == 1
-    assert "build_dataset: 2 of the first 8 samples are bad, more than" in result.stderr
+    assert "build_dataset: 1 of the first 2 samples are bad, more than" in result.stderr
     assert "Traceback" not in result.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_rows_may_come_first(tmp_path):
+    """They are a share of the whole file."""
+    silent = {"id": "silent", "conversations": said("What?")}
+    rows = [silent, silent, *[GOOD[2]] * 248]
+    report = build(InstructionFile(write(tmp_path / "data.jsonl", rows)), tmp_path / "out")
+    assert (report.written, len(report.bad)) == (248, 2)
+    more = InstructionFile(write(tmp_path / "more.jsonl", [silent, *rows[:-1]]))
+    with pytest.raises(ValueError, match=r"3 of the first 3 .* 0\.01 allows of 250"):
+        build(more, tmp_path / "none")
+    assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize(
@@ -288,8 +301,6 @@ def test_mistakes_are_named(arguments, message):
 
 @pytest.mark.parametrize("package", ["grain", "tensorflow_datasets"])
 def test_missing_packages_are_named(tmp_path, monkeypatch, package):
-    from twig_jax.data.llava_instruct.build import build
-
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ImportError, match=r"pip install 'twig_jax\[data\]'"):
         build(DigitsSource(pages=1), tmp_path)

@@ -27,6 +27,8 @@ from twig_jax.data.tokens import Conventions, answer_ids
 _POOL = 128
 # What one process decodes at a time, and how many samples it keeps ready.
 _THREADS, _READY = 4, 16
+# Samples, or an epoch of fewer, that bad ones are judged by: before, chance would decide.
+_ENOUGH = 10_000
 # Batches that are made ahead of training.
 _AHEAD = 2
 
@@ -149,7 +151,7 @@ class InstructBatches:
             samples,
             Shape(batch_size, row_tokens, row_images, config.vision.image_size),
             config,
-            epoch=len(source) // shard[1],
+            enough=min(len(source), _ENOUGH),
             origin={"samples": len(source), "seed": seed},
             shard=shard,
             workers=workers,
@@ -255,7 +257,7 @@ class _Packer:
         shape: Shape,
         config: LlavaConfig,
         *,
-        epoch: int,
+        enough: int,
         origin: dict[str, Any],
         shard: tuple[int, int],
         workers: int,
@@ -264,7 +266,7 @@ class _Packer:
     ) -> None:
         self.shape = shape
         self._samples, self._everyone, self._config = samples, everyone, config
-        self._epoch, self._origin, self._shard = epoch, origin, list(shard)
+        self._enough, self._origin, self._shard = enough, origin, list(shard)
         self._workers, self._by_modality = workers, by_modality
         self._max_bad_fraction = max_bad_fraction
         self._counts = {"read": 0, "bad": 0, "rows": 0, "tokens": 0, "images": 0}
@@ -331,7 +333,7 @@ class _Packer:
         shard, count = self._shard
         self._take(number * count + shard, sample)
         counts = self._counts
-        check_bad(counts["bad"], counts["read"], self._epoch, self._max_bad_fraction)
+        check_bad(counts["bad"], counts["read"], self._enough, self._max_bad_fraction)
         return True
 
     def _take(self, position: int, sample: dict[str, np.ndarray] | BadSample) -> None:

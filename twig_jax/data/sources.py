@@ -22,8 +22,6 @@ from twig_jax.data.images import ImageSource
 
 NEEDS = "reading real data needs more packages: pip install 'twig_jax[data]'"
 
-_ENOUGH = 100
-
 # The parts of JSON that tell where a row of a list begins and ends: whole texts, and brackets.
 _JSON_PARTS = re.compile(rb'"(?:[^"\\]++|\\.)*+"|[\[\]{}]', re.DOTALL)
 
@@ -51,15 +49,15 @@ class BadSample(ValueError):
         return f"sample {self.id}: {self.cause}"
 
 
-def check_bad(bad: int, read: int, epoch: int, limit: float) -> None:
+def check_bad(bad: int, read: int, enough: int, limit: float) -> None:
     """Raises ValueError where more than the share `limit` of the samples read is bad.
 
-    A judgement needs 100 of them, or the end of an epoch of so many samples.
+    enough: how many are judged by, where fewer are read yet: a few bad ones may come together.
     """
-    if bad > limit * read and (read >= _ENOUGH or read % epoch == 0):
+    if bad > limit * max(read, enough):
         raise ValueError(
             f"{bad} of the first {read} samples are bad, more than max_bad_fraction {limit} "
-            "allows; each is named above"
+            f"allows of {max(read, enough)}; each is named above"
         )
 
 
