@@ -25,7 +25,7 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.FATAL)  # what libraries log of an error is told once, below
     try:
         build()
-    except (ImportError, OSError, ValueError) as error:
+    except (ImportError, OSError, RuntimeError, ValueError) as error:  # the writer's: a full disk
         sys.exit(f"build_dataset: {error}")
 
 
@@ -33,7 +33,7 @@ def build() -> None:
     """Builds the data set as the flags say."""
     from tqdm import tqdm
 
-    from twig_jax.data.llava_instruct.build import build
+    from twig_jax.data.build import build
     from twig_jax.data.sources import BadSample, InstructionFile
 
     source = InstructionFile(_JSON.value or "", _IMAGES.value)

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tensorflow_datasets
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from twig_jax.data import digits, questions
+from twig_jax.data.build import build
 from twig_jax.data.images import load_image
-from twig_jax.data.llava_instruct.build import build
 from twig_jax.data.sources import (
     BadSample,
     BuiltDataset,
@@ -271,6 +272,25 @@ def test_too_many_bad_rows_leave_nothing_behind(tmp_path, images, mixed):
     assert "build_dataset: 1 of the first 2 samples are bad, more than" in result.stderr
     assert "Traceback" not in result.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_data_set_is_written_as_it_is_read(tmp_path, images, mixed, monkeypatch):
+    """In several files, of any size; what an interrupted call left is not in the way."""
+    monkeypatch.setattr("twig_jax.data.build._FILE", 40)
+    source = InstructionFile(write(tmp_path / "data.jsonl", GOOD * 40), images)
+    (tmp_path / ".out.part/llava_instruct/1.0.0").mkdir(parents=True)
+    there = []
+
+    def seen(bad):
+        there.append(len(list(tmp_path.glob(".out.part/*/*/*.array_record*"))))
+
+    assert build(source, tmp_path / "out", seen=seen).written == 200
+    assert there[0] == 0 and there[-1] == 5
+    assert not (tmp_path / ".out.part").exists()
+    found = open_source(tmp_path / "out")
+    assert [sample.turns for sample in found] == [sample.turns for sample in source]
+    records = tensorflow_datasets.data_source("llava_instruct", data_dir=tmp_path / "out")["train"]
+    assert records[199]["id"] == b"cut"
 
 
 def test_bad_rows_may_come_first(tmp_path):

@@ -1,9 +1,10 @@
-"""Builds the data set from any source whose images are files."""
+"""A data set of TFDS from any source whose images are files, images included."""
 
 import contextlib
 import io
+import itertools
 import os
-import tempfile
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,8 +13,12 @@ from typing import Any
 from twig_jax.data import images
 from twig_jax.data.sources import NEEDS, BadSample, Source, check_bad
 
+NAME, VERSION = "llava_instruct", "1.0.0"
+
 # What is decoded at a time, to see that it can be, and how many samples wait to be written.
 _THREADS, _READY = 8, 32
+# Samples of a file. With the photographs of LLaVA-665K it has about 600 MB.
+_FILE = 4096
 
 
 @dataclass
@@ -35,23 +40,21 @@ def build(
 
     Every image is decoded to see that it can be, and copied as it is. seen: called after each
     sample, with the error of a bad one. The folder appears when it is whole; until then the data
-    lies beside it, twice for a while.
+    lies beside it, and what an earlier call left there is removed.
     Raises ValueError where more than max_bad_fraction of the samples are bad or all are,
     FileExistsError where the data set is there already, ImportError without TFDS.
     """
     try:
         import grain
-        import tensorflow_datasets as tfds
-
-        from twig_jax.data.llava_instruct.llava_instruct_dataset_builder import Builder
+        import tensorflow_datasets  # noqa: F401
     except ImportError as error:
         raise ImportError(NEEDS) from error
-    target = Path(out).absolute() / Builder.name
+    target = Path(out).absolute() / NAME
     if target.exists():
         raise FileExistsError(f"{target} is there already: remove it or name another folder")
     report = Report()
 
-    def good() -> Iterator[tuple[int, dict[str, Any]]]:
+    def good() -> Iterator[dict[str, Any]]:
         options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_READY)
         examples = grain.MapDataset.source(_Examples(source)).to_iter_dataset(options)
         for index, example in enumerate(examples):
@@ -60,22 +63,51 @@ def build(
                 seen(example)
             else:
                 report.written += 1
-                yield index, example
+                yield example
                 seen(None)
             check_bad(len(report.bad), index + 1, len(source), max_bad_fraction)
         if not report.written:
             raise ValueError("there is no good sample to write")
 
-    tfds.disable_progress_bar()
-    parent = Path(out).absolute().parent
-    parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=parent, prefix=f".{Path(out).name}.") as folder:
-        # It tells of downloads, of which there are none.
-        with contextlib.redirect_stdout(io.StringIO()):
-            Builder(examples=good(), data_dir=folder).download_and_prepare()
+    part = target.parent.with_name(f".{target.parent.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        _write(good(), part / NAME / VERSION)
         target.parent.mkdir(exist_ok=True)
-        os.replace(Path(folder) / Builder.name, target)
+        os.replace(part / NAME, target)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
     return report
+
+
+def _write(examples: Iterator[dict[str, Any]], folder: Path) -> None:
+    """Writes a data set in the order given, as it comes.
+
+    TFDS's builders would sort it first, by keys and in memory, which is as much as the data.
+    """
+    import tensorflow_datasets as tfds
+
+    features = tfds.features
+    said = {"from": features.Text(), "value": features.Text()}
+    info = tfds.core.DatasetInfo(
+        builder=tfds.core.DatasetIdentity(NAME, tfds.core.Version(VERSION), str(folder), __name__),
+        description="Conversations about images, in the format of LLaVA's instruction data.",
+        features=features.FeaturesDict(
+            {
+                "id": features.Text(),
+                "images": features.Sequence(features.Image(shape=(None, None, None))),
+                "conversations": features.Sequence(said),
+            }
+        ),
+        disable_shuffling=True,  # training shuffles, and samples are found by their number
+    )
+    folder.mkdir(parents=True)
+    writer = tfds.core.SequentialWriter(info, _FILE, file_format="array_record")
+    writer.initialize_splits(["train"])
+    with contextlib.ExitStack() as stack:
+        stack.callback(writer.close_all)
+        while several := list(itertools.islice(examples, _READY)):
+            writer.add_examples({"train": several})
 
 
 class _Examples:

@@ -1,1 +1,0 @@
-"""LLaVA's instruction data as a data set of TFDS, images included."""
