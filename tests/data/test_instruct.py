@@ -333,8 +333,11 @@ def write(folder, count, bad=()):
 
 
 @pytest.mark.parametrize("workers", [(0, 0), (2, 2), (2, 0)])
-def test_a_saved_position_goes_on_exactly(tmp_path, workers):
+def test_a_saved_position_goes_on_exactly(tmp_path, workers, monkeypatch):
     """Also across epochs, with bad samples, and with another number of workers."""
+    monkeypatch.setattr(
+        "multiprocessing.shared_memory.SharedMemory", None
+    )  # containers have little
     source = InstructionFile(write(tmp_path, 60, bad=(7, 31)))
     options = {"max_bad_fraction": 0.2, "shard": (1, 2), "row_tokens": 256}
     stream = batches(source, workers=workers[0], **options)

@@ -10,6 +10,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -342,7 +343,7 @@ class _Packer:
             self._counts["bad"] += 1
             _LOG.warning("left out: %s", sample)
         else:
-            self._pool.append(_received(position, sample))
+            self._pool.append(Encoded(position, **sample))
 
     def _open(self, number: int) -> Any:
         grain = _grain()
@@ -353,8 +354,12 @@ class _Packer:
 
             if not flags.FLAGS.is_parsed():  # not by a launcher, and grain's workers have flags
                 flags.FLAGS.mark_as_parsed()
+            # Through pipes: a container's shared memory is 64 MB, and workers die where it is full.
+            piped = grain.experimental.DatasetOptions(min_shm_size=sys.maxsize)
+            samples = grain.experimental.WithOptionsIterDataset(samples, piped)
             samples = samples.mp_prefetch(
-                grain.MultiprocessingOptions(self._workers, _READY), worker_init_fn=_end_with_parent
+                grain.MultiprocessingOptions(self._workers, _READY),
+                worker_init_fn=_end_with_parent,
             )
         return iter(samples)
 
@@ -400,11 +405,6 @@ def _check(
         raise ValueError(f"shard {shard} is not (index, count) with 0 <= index < count")
     if not 0 <= max_bad_fraction < 1:
         raise ValueError(f"max_bad_fraction is {max_bad_fraction}, expected 0 to less than 1")
-
-
-def _received(position: int, sample: dict[str, np.ndarray]) -> Encoded:
-    # Copies, as arrays from workers hold on to shared memory, of which there is little.
-    return Encoded(position, **{name: np.array(array) for name, array in sample.items()})
 
 
 def _grain() -> Any:
