@@ -432,6 +432,19 @@ def test_other_numbers_of_shards_go_on_with_what_is_left(before, after):
     assert sorted(names_of(drawn)) == sorted(given.id for given in samples)
 
 
+def test_other_numbers_of_shards_finish_what_one_has_read_to_its_end():
+    samples = [sample(n) for n in range(7)]
+    streams = [batches(samples, shard=(index, 2), epochs=1) for index in range(2)]
+    drawn = [next(streams[0])]
+    states = [stream.get_state() for stream in streams]
+    assert [state["read"] for state in states] == [4, 0]
+    for index, state in enumerate(InstructBatches.reshard(states, 3)):
+        stream = batches(samples, shard=(index, 3), epochs=1)
+        stream.set_state(state)
+        drawn += list(stream)
+    assert sorted(map(int, names_of(drawn))) == [*range(7)]
+
+
 def test_positions_do_not_fit_other_data():
     samples = [sample(n) for n in range(8)]
     state = batches(samples).get_state()

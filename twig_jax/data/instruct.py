@@ -297,10 +297,13 @@ class _Packer:
             )
         self.close()
         self._counts = {name: state[name] for name in self._counts}
+        # Shards that end differ by a sample in length, which resharding does not know of.
+        self._counts["read"] = min(state["read"], len(self._samples))
+        pool = [position for position in state["pool"] if position < len(self._everyone)]
         with ThreadPoolExecutor(_THREADS) as threads:
-            samples = threads.map(self._everyone.__getitem__, state["pool"])
+            samples = threads.map(self._everyone.__getitem__, pool)
             self._pool = []
-            for position, sample in zip(state["pool"], samples, strict=True):
+            for position, sample in zip(pool, samples, strict=True):
                 self._take(position, sample)  # may have become bad since it was read
 
     def close(self) -> None:
