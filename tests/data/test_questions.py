@@ -1,5 +1,6 @@
 """Questions: every answer derived again from the page, by other code."""
 
+import itertools
 import re
 from collections import Counter
 
@@ -260,6 +261,25 @@ def test_examples_of_one_task(task):
 def test_every_kind_can_be_asked_for_alone(kind):
     for index in range(20):
         assert questions.example("train", 4, index, mix={kind: 1.0})[1].kind == kind
+
+
+@pytest.mark.parametrize("kind", ["neighbours", "beside"])
+def test_a_page_is_asked_what_it_allows_on_one_side_alone(kind):
+    """As here, where two digits stand one above the other: nothing is left of or right of any."""
+    index = next(
+        index
+        for index in itertools.count()
+        if sorted(
+            (abs(a.row - b.row), abs(a.column - b.column))
+            for a, b in itertools.combinations(digits.page("train", 0, index).digits, 2)
+            if abs(a.row - b.row) + abs(a.column - b.column) == 1
+        )
+        == [(1, 0)]
+    )
+    page = digits.page("train", 0, index)
+    for seed in range(20):
+        asked = questions.questions(page, np.random.default_rng(seed), 3, {kind: 1.0})
+        assert {question.kind for question in asked} == {kind}
 
 
 def test_long_answers_have_the_intended_length(asked, tokenizer):

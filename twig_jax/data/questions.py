@@ -65,6 +65,9 @@ _LONG = (
 )
 TASKS = {kind: "long" if kind in _LONG else "short" for kind in KINDS}
 
+# A kind that fails so often is one that a page does not allow: some draw a side, or how to name a
+# digit, that happens to leave nothing to ask.
+_FAILURES = 64
 _BY_PLACE = 0.75  # how often the digit whose neighbour is asked for is named by its place
 
 # Fields that do not depend on the page: `other` is in the question, `than` follows from `relation`.
@@ -104,7 +107,7 @@ def stream(
         kind = kinds[bisect_right(bounds, rng.random() * bounds[-1])]
         question = _MAKERS[kind](page, rng)
         if question is None:
-            if not any(_MAKERS[other](page, rng) for other in kinds):
+            if not any(_MAKERS[other](page, rng) for _ in range(_FAILURES) for other in kinds):
                 raise ValueError(f"the page allows no question of the kinds {', '.join(kinds)}")
             continue
         key = (kind, question.cells)
