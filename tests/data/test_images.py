@@ -1,7 +1,10 @@
 """Reading and preparing images."""
 
 import io
+import os
 import struct
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -135,7 +138,7 @@ def test_a_truncated_file_is_refused_by_name(tmp_path, form, share):
 
 @pytest.mark.parametrize("content", [b"", b"not an image", b"\x89PNG\r\n\x1a\n"])
 def test_bytes_that_are_no_image_are_refused(content):
-    with pytest.raises(ValueError, match=f"cannot read image of {len(content)} bytes"):
+    with pytest.raises(ValueError, match=f"cannot read image of {len(content)} bytes: it is of no"):
         images.load_image(content)
 
 
@@ -152,6 +155,24 @@ def test_a_file_with_a_header_that_nothing_reads_is_refused(tmp_path):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"cannot read image .*nowhere\.png"):
         images.load_image(tmp_path / "nowhere.png")
+
+
+def test_files_are_read_side_by_side(tmp_path):
+    """Each of these comes when all are being read, as those of a slow disk do."""
+    everyone = threading.Barrier(4)
+
+    def serve(path):
+        with path.open("wb") as file:
+            everyone.wait(timeout=5)
+            file.write(encoded(picture()))
+
+    paths = [tmp_path / f"{n}.png" for n in range(4)]
+    for path in paths:
+        os.mkfifo(path)
+        threading.Thread(target=serve, args=(path,), daemon=True).start()
+    with ThreadPoolExecutor(4) as threads:
+        for image in threads.map(images.load_image, paths):
+            np.testing.assert_array_equal(image, picture())
 
 
 def test_an_open_image_with_a_cut_file_is_refused(tmp_path):

@@ -8,13 +8,13 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from twig_jax.config import CLIP_MEAN, CLIP_STD
 
 # The most pixels that Pillow reads, and that an image may have on its way: 4 bytes each.
 _MOST_PIXELS = 2 * 1024**3 // 4 // 3
-# Warnings are muted for the whole process, so by one thread at a time.
+# Warnings are muted for the whole process, so by one thread at a time, which reads no file then.
 _MUTED = threading.Lock()
 
 ImageSource = str | Path | bytes | Image.Image | np.ndarray
@@ -37,8 +37,10 @@ def load_image(source: ImageSource) -> Image.Image:
     try:
         if isinstance(source, Image.Image):
             return _to_rgb(source)
-        with _open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        with _open(source if isinstance(source, bytes) else Path(source).read_bytes()) as image:
             return _to_rgb(image)
+    except UnidentifiedImageError:
+        raise ValueError(f"cannot read {name}: it is of no format that Pillow knows") from None
     except Image.DecompressionBombError as error:
         raise ValueError(f"cannot read {name}; scale it down: {error}") from error
     except Exception as error:  # decoders signal damaged data in all the ways there are
@@ -88,11 +90,11 @@ def normalize(pixels: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...
     return table[pixels, np.arange(3)]
 
 
-def _open(file: str | Path | io.BytesIO) -> Image.Image:
+def _open(content: bytes) -> Image.Image:
     # Pillow warns from half of its limit on; images up to the limit are meant to be read.
     with _MUTED, warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        return Image.open(file)
+        return Image.open(io.BytesIO(content))
 
 
 def _name(source: str | Path | bytes | Image.Image) -> str:
