@@ -217,6 +217,13 @@ def test_what_is_held_out_is_read_once(tmp_path, monkeypatch):
     assert noted == [pytest.approx(float(total / weight), rel=1e-5)] * 2
 
 
+def test_held_out_data_that_are_not_there_stop_a_run_before_it_begins(tmp_path):
+    absent = (*CONVERSATIONS, "whole_base=False", f"data.validation={tmp_path / 'none.jsonl'}")
+    with pytest.raises(FileNotFoundError, match="no data at .*none.jsonl"):
+        fit(config(tmp_path / "run", *absent), *start(), progress=False)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
 def test_the_best_is_kept_and_can_be_the_result(tmp_path):
     """The one of the lowest loss on what is held out, which too high a rate spoils."""
     seen = {}

@@ -137,7 +137,8 @@ def fit(
         def step_of(budget: float | None) -> Any:
             return make_step(stage_loss(config, budget), tx, accumulate, config.ema)
 
-        held_out = validation_loss(config, jax.jit(_held_out_loss(config)), mesh)
+        loss = jax.jit(_held_out_loss(config))
+        held_out = validation_loss(config, loss, mesh) if config.holds_out else None
         manager = CheckpointManager(out / "checkpoints", config.keep)
         stack.callback(manager.close)
         batches = open_batches(config, base, shard)
@@ -211,7 +212,7 @@ def fit(
                 jax.block_until_ready(metrics)
                 with clock.stopped():
                     figures = {}
-                    if save and config.holds_out:
+                    if save and held_out is not None:
                         figures["validation/loss"] = held_out(state.result, frozen)
                     if save and callback is not None:
                         figures |= callback(n, state.result)

@@ -1,7 +1,6 @@
 """The loss on what is held out."""
 
 import contextlib
-import functools
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +8,6 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from twig_jax.data.packing import Batch
 from twig_jax.models.llava import Params
 from twig_jax.training.config import TrainConfig
 from twig_jax.training.data import on_mesh, open_batches, row_shard
@@ -23,24 +21,21 @@ def validation_loss(
     """A function of trained and frozen parameters: the mean of `loss` over a few held-out batches.
 
     loss: jitted, of trained and frozen parameters and a batch on the mesh -> (loss, metrics). Of
-    each batch it gets as many rows as a step takes at a time; they are read at the first call, and
-    kept in the host's memory.
+    each batch it gets as many rows as a step takes at a time; they are read here, and kept in the
+    host's memory. Raises what the data raise.
     """
     base, _ = config.model()
     shard = row_shard(mesh, config.data.batch_size)
     parts = config.accumulate(mesh.shape)
-
-    @functools.cache
-    def held_out() -> list[Batch]:
-        with contextlib.closing(open_batches(config, base, shard, validation=True)) as batches:
-            return [
-                {name: x[::parts].copy() for name, x in batch.items()}
-                for batch in itertools.islice(batches, _BATCHES)
-            ]
+    with contextlib.closing(open_batches(config, base, shard, validation=True)) as batches:
+        held_out = [
+            {name: x[::parts].copy() for name, x in batch.items()}
+            for batch in itertools.islice(batches, _BATCHES)
+        ]
 
     def measure(params: Params, frozen: Params) -> float:
         total = weight = 0.0
-        for local in held_out():
+        for local in held_out:
             value, metrics = jax.device_get(loss(params, frozen, on_mesh(local, mesh)))
             total += float(value * metrics["weight"])
             weight += float(metrics["weight"])
