@@ -219,7 +219,7 @@ def test_what_is_held_out_is_read_once(tmp_path, monkeypatch):
 
 def test_held_out_data_that_are_not_there_stop_a_run_before_it_begins(tmp_path):
     absent = (*CONVERSATIONS, "whole_base=False", f"data.validation={tmp_path / 'none.jsonl'}")
-    with pytest.raises(FileNotFoundError, match="no data at .*none.jsonl"):
+    with pytest.raises(FileNotFoundError, match=r"no data at .*none\.jsonl"):
         fit(config(tmp_path / "run", *absent), *start(), progress=False)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 

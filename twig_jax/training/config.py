@@ -36,6 +36,10 @@ class OptimConfig:
     weight_decay: float = 0.0
     clip: float | None = None  # global gradient norm
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.warmup <= 1:
+            raise ValueError(f"optim.warmup is {self.warmup:g}, a share of all steps is 0 to 1")
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -115,11 +119,16 @@ class ReinforceConfig:
     def __post_init__(self) -> None:
         _at_least(0, self, "reinforce.", "actions")
         _at_least(1, self, "reinforce.", "at_a_time", "questions", "text_tokens", "images")
+        if list(self.budgets) != sorted(self.budgets):
+            raise ValueError(f"reinforce.budgets are {self.budgets}, they must ascend")
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One run of one stage: "vision", "base" or "twig". Raises ValueError for counts too low."""
+    """One run of one stage: "vision", "base" or "twig".
+
+    It and its groups raise ValueError for settings that are out of range.
+    """
 
     stage: str
     out: str
@@ -157,6 +166,8 @@ class TrainConfig:
         _at_least(0, self, "", "steps", "K")
         _at_least(1, self, "", "layers", "T", "K_f", "log_every", "save_every", "keep")
         _at_least(1, self, "", "validation_samples", "device_rows", "head_chunk")
+        if self.ema is not None and not 0 <= self.ema < 1:
+            raise ValueError(f"ema is {self.ema:g}, a decay is 0 to less than 1")
 
     def model(self) -> tuple[LlavaConfig, TwigConfig]:
         """The base and twig configuration of this run; a twig's base has its own in its folder."""
