@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import json
 import logging
 import time
@@ -133,10 +132,7 @@ def fit(
             frozen = {**frozen, "p_head": params["p_head"]}
         del params  # the state has its own copy
 
-        @functools.cache
-        def step_of(budget: float | None) -> Any:
-            return make_step(stage_loss(config, budget), tx, accumulate, config.ema)
-
+        programs: dict[float | None, Any] = {}  # a step for each budget
         loss = jax.jit(_held_out_loss(config))
         held_out = validation_loss(config, loss, mesh) if config.holds_out else None
         manager = CheckpointManager(out / "checkpoints", config.keep)
@@ -174,10 +170,13 @@ def fit(
                 budget = budget_at(config.reinforce, config.seed, n, config.steps)
                 local = {**local, "draws": _draws(config, n, shard)}
             batch = on_mesh(local, mesh)
-            state, metrics = step_of(budget)(state, frozen, batch)
+            compiles = budget not in programs
+            if compiles:
+                programs[budget] = make_step(stage_loss(config, budget), tx, accumulate, config.ema)
+            state, metrics = programs[budget](state, frozen, batch)
             pending.append(metrics)
             clock.steps += 1
-            if n == start + 1:
+            if compiles:
                 jax.block_until_ready(metrics)
                 clock = _Clock()  # without the compiler's time
             bar.update()
