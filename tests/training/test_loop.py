@@ -126,6 +126,25 @@ def test_told_to_stop_it_saves_and_goes_on_later(tmp_path):
     assert steps(tmp_path / "told") == list(range(1, 21))
 
 
+def test_told_to_stop_while_it_saves_the_end_it_does_so(tmp_path, monkeypatch):
+    """What the signal would have ended is the process: here it is noted."""
+    told = []
+    handler = signal.signal(signal.SIGTERM, lambda *_: told.append("to end"))
+    close = CheckpointManager.close
+
+    def told_to_stop(manager):
+        os.kill(os.getpid(), signal.SIGTERM)
+        close(manager)
+
+    monkeypatch.setattr(CheckpointManager, "close", told_to_stop)
+    try:
+        fit(config(tmp_path, "steps=1"), *start(), progress=False)
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    assert told == []
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["1"]
+
+
 def test_it_goes_on_over_another_mesh(tmp_path):
     whole = fit(config(tmp_path / "whole"), *start(), progress=False)
     with pytest.raises(Preempted):

@@ -125,6 +125,7 @@ def fit(
     if measured:
         agreement = of_a_part(twig_agreement(base, twig, config.head_chunk), accumulate)
     with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
+        told_to_stop = stack.enter_context(preemption())  # until the last checkpoint is whole
         params, frozen = distribute(params, mesh), distribute(frozen, mesh)
         grown_on = fingerprint(base, frozen, twig.K) if config.stage == "twig" else None
         state = jax.jit(init_state, static_argnums=(1, 2))(params, tx, config.ema is not None)
@@ -150,7 +151,6 @@ def fit(
             state = _restored(manager, state, start)
             _go_on(batches, notes["data"], shard)
         log = stack.enter_context(Log(out, start))
-        told_to_stop = stack.enter_context(preemption())
         show = progress and not jax.process_index()
         bar = stack.enter_context(
             tqdm(total=config.steps, initial=start, disable=not show, unit="step")
