@@ -12,6 +12,7 @@ from PIL import Image
 import twig_jax
 from launch.generate import with_fitted_tree
 from tests.launch.process import ROOT, launch, python
+from twig_jax.data import digits
 from twig_jax.decoding import shape
 
 PAGE = ROOT / "docs" / "page.png"
@@ -34,6 +35,18 @@ def test_text_comes_in_pieces(model):
     silent = model.generate(ask, [PAGE])
     np.testing.assert_array_equal(told.tokens, silent.tokens)
     assert silent.text == told.text
+
+
+def test_the_documented_page_has_what_is_asked(model):
+    np.testing.assert_array_equal(Image.open(PAGE), digits.page("test", 0, 28).image)
+    table = (ROOT / "docs" / "digits.md").read_text().split("| example | answer |\n")[1]
+    rows = [line.split(" | ")[3:] for line in table.split("\n\n")[0].splitlines()[1:]]
+    asked = [model.request(question, [PAGE]) for question, _ in rows]
+    for (question, answer), result in zip(
+        rows, model.generator.generate(asked, model.settings), strict=True
+    ):
+        assert result.text.startswith(answer.removesuffix(" |").removesuffix("...")), question
+    assert ASK in [question for question, _ in rows] and len(rows) == 6
 
 
 def test_raw_prompts_have_no_template(model):
