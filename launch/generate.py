@@ -88,6 +88,8 @@ def main(argv: list[str]) -> None:
     given = [f for f in (_PROMPT, _RAW_PROMPT, _BATCH_FILE) if f.value is not None]
     if len(argv) > 1 or len(given) != 1:
         raise app.UsageError("give one of --prompt, --raw_prompt and --batch_file")
+    if _BATCH_FILE.value is not None and _IMAGE.value:
+        raise app.UsageError("--batch_file names its questions' images itself: leave --image out")
     try:
         generate()
     except (ImportError, MemoryError, OSError, ValueError) as error:
@@ -200,13 +202,15 @@ def questions() -> list[dict[str, Any]]:
     path = Path(_BATCH_FILE.value)
     folder = path.parent if _IMAGE_FOLDER.value is None else Path(_IMAGE_FOLDER.value)
     asked = []
-    for number, line in enumerate(path.read_text().split("\n"), 1):
+    for number, line in enumerate(path.read_text("utf-8-sig").split("\n"), 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
             images = row.get("image") or []
             images = [images] if isinstance(images, str) else images
+            if not isinstance(row["text"], str):
+                raise TypeError(f"text is {row['text']!r}")
             asked.append(
                 {
                     "question_id": row.get("question_id", number),

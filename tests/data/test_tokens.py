@@ -109,6 +109,11 @@ def test_prompt_ids_refuses_other_numbers_of_images(tokenizer, text, images):
         prompt_ids(tokenizer, text, IMAGE_ID, 5, images=images)
 
 
+def test_prompt_ids_refuses_half_a_character(tokenizer):
+    with pytest.raises(ValueError, match="not Unicode"):
+        prompt_ids(tokenizer, "What? \ud83d", IMAGE_ID, 5)
+
+
 def test_prompt_ids_of_a_conversation_ends_answers(tokenizer):
     text = conversation.prompt("llava_hf", [("What?", "seven"), ("Where?", None)], images=1)
     ids, visual = prompt_ids(tokenizer, text, IMAGE_ID, 3, images=1)

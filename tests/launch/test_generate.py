@@ -10,7 +10,7 @@ from absl.flags import FLAGS
 from PIL import Image
 
 import twig_jax
-from launch.generate import with_fitted_tree
+from launch.generate import questions, with_fitted_tree
 from tests.launch.process import ROOT, launch, python
 from twig_jax.data import digits
 from twig_jax.decoding import shape
@@ -106,14 +106,24 @@ def test_a_file_of_questions(tmp_path):
         {"question_id": "b", "image": "broken.png", "text": ASK},
         {"question_id": "c", "text": "Who are\u2028you?"},  # that ends no line of JSON
     ]
-    lines = (json.dumps(row, ensure_ascii=False) for row in rows)
-    (tmp_path / "ask.jsonl").write_text("\n".join(lines))
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    lines.append(json.dumps({"question_id": "d", "text": "half a character \ud83d"}))
+    (tmp_path / "ask.jsonl").write_text("\n".join(lines), "utf-8-sig")
     done = launcher("--batch_file", tmp_path / "ask.jsonl", "--json", tmp_path / "out.jsonl")
     # A question that cannot be answered is reported, never dropped.
-    assert done.returncode == 1 and "1 of 3 questions could not be answered" in done.stderr
+    assert done.returncode == 1 and "2 of 4 questions could not be answered" in done.stderr
     lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    assert [line["question_id"] for line in lines] == ["a", "b", "c"]
+    assert [line["question_id"] for line in lines] == ["a", "b", "c", "d"]
     assert "broken.png" in lines[1]["error"] and lines[2]["retained"] == []
+    assert "not Unicode" in lines[3]["error"]
+
+
+@pytest.mark.parametrize("row", [{"image": "page.png"}, {"text": None}, {"text": ["a"]}, ["text"]])
+def test_a_bad_line_is_named_before_anything_is_asked(tmp_path, row):
+    (tmp_path / "ask.jsonl").write_text(f'{{"text": "Who?"}}\n{json.dumps(row)}\n')
+    FLAGS(["generate", "--batch_file", str(tmp_path / "ask.jsonl")])
+    with pytest.raises(ValueError, match="line 2: needs a JSON object with text"):
+        questions()
 
 
 @pytest.mark.parametrize(
@@ -124,6 +134,7 @@ def test_a_file_of_questions(tmp_path):
         (("--prompt", "<image> <image>", "--image", str(PAGE)), "2 <image> markers but 1 images"),
         (("--prompt", ASK, "--template", "vicuna"), "vicuna_v1"),
         (("--batch_file", "pyproject.toml"), "pyproject.toml, line 1"),
+        (("--batch_file", "ask.jsonl", "--image", str(PAGE)), "leave --image out"),
     ],
 )
 def test_bad_arguments(arguments, message):

@@ -1,5 +1,7 @@
 """The budget of Eq. 6 and its guard."""
 
+import math
+
 import pytest
 
 from twig_jax.config import TwigConfig
@@ -30,7 +32,7 @@ def test_images_share_one_budget():
     assert retained(16, DIGITS, 16, 144, images=0) == 0
 
 
-@pytest.mark.parametrize("average", [36, 1, 0, -5, 433, 576])
+@pytest.mark.parametrize("average", [36, 1, 0, -5, 433, 576, math.inf, math.nan])
 def test_a_budget_without_solution_says_what_is_possible(average):
     with pytest.raises(ValueError, match=r"more than 36 and at most 432"):
         retained(average, LLAVA, 32, 576)

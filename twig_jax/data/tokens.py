@@ -116,9 +116,13 @@ def prompt_ids(
 
     images: how many images come with the prompt, None to go by the markers.
     Returns (ids int32 [P], is_visual bool [P]). Raises ValueError where markers and images differ
-    in number, for "hf" with a tokenizer that has no marker or another id for it, or for another
-    `tokenize`.
+    in number, for "hf" with a tokenizer that has no marker or another id for it, for another
+    `tokenize`, or where the text is not Unicode.
     """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON and command lines can have half a character
+        raise ValueError(f"the prompt is not Unicode: {error}") from None
     markers = text.count(IMAGE)
     if images is not None and markers != images:
         raise ValueError(f"the prompt has {markers} {IMAGE} markers but {images} images are given")

@@ -18,11 +18,11 @@ def retained(
         return 0
     K, K_f, L, M = twig.K, twig.K_f, num_layers, num_tokens
     # The subtraction can be a rounding error off a whole number, which ceil would double.
-    R = math.ceil(round(images * (L * average - K * M) / (K_f - K), 6))
-    if not 1 <= R <= images * M:
+    R = round(images * (L * average - K * M) / (K_f - K), 6)
+    if not 0 < R <= images * M:
         low, high = K * M / L, M * K_f / L
         raise ValueError(
             f"no number of kept tokens gives {average:g} visual tokens a layer on average: with "
             f"K={K}, K_f={K_f}, L={L}, M={M} it can be more than {low:g} and at most {high:g}"
         )
-    return R
+    return math.ceil(R)
