@@ -2,8 +2,8 @@
 # Trains on a TPU slice of a GKE cluster, as a JobSet with a pod a host, through preemptions.
 #
 #   launch/gke.sh --name NAME --image IMAGE --accelerator LABEL --topology AxB
-#                 --config FILE --out gs://FOLDER [--export FOLDER] [--chips N] [--spot]
-#                 [--restarts N] [--dry_run] [-- ARGUMENT...]
+#                 --config FILE --out gs://FOLDER [--export gs://FOLDER]
+#                 [--chips N] [--spot] [--restarts N] [--dry_run] [-- ARGUMENT...]
 #
 #   --name NAME          the JobSet's name
 #   --image IMAGE        built from launch/Dockerfile and pushed
@@ -13,7 +13,7 @@
 #   --spot               on Spot nodes
 #   --config FILE        the run's configuration, see configs/; the image's copy is read
 #   --out gs://FOLDER    where the run keeps its checkpoints
-#   --export FOLDER      write the trained model there at the end; pods keep no files
+#   --export gs://FOLDER write the trained model there at the end
 #   --restarts N         how often to start again after a preemption, 10 unless told
 #   --dry_run            print the command and its manifest, and start nothing
 #   ARGUMENT...          further arguments of launch.train, such as --set optim.lr=2e-4
@@ -38,6 +38,8 @@ require_number chips restarts
 [[ $topology =~ ^[1-9][0-9]{0,2}(x[1-9][0-9]{0,2}){1,2}$ ]] ||
   die "--topology $topology: not AxB or AxBxC"
 [[ $out == gs://?* ]] || die "--out $out: pods keep no files, give a folder as gs://BUCKET/FOLDER"
+[[ -z $export || $export == gs://?* ]] ||
+  die "--export $export: pods keep no files, give a folder as gs://BUCKET/FOLDER"
 ((chips > 0)) || die "--chips 0: a host has chips"
 total=$((${topology//x/ * }))
 ((total % chips == 0)) ||

@@ -21,7 +21,9 @@ from launch.training import read_config, train
 
 _CONFIG = flags.DEFINE_string("config", None, "file with get_config(), see configs/")
 _SET = flags.DEFINE_multi_string("set", [], "override, as in optim.lr=2e-4; repeatable")
-_EXPORT = flags.DEFINE_string("export", None, "write the trained model to this folder at the end")
+_EXPORT = flags.DEFINE_string(
+    "export", None, "write the trained model to this folder, or gs://..., at the end"
+)
 _DISTRIBUTED = flags.DEFINE_bool(
     "distributed", False, "one of several processes; the cluster says how many (TPU, Slurm, GKE)"
 )

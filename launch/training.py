@@ -1,11 +1,14 @@
 """A training run with its validation, for the launchers that train."""
 
 import importlib.util
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from absl import logging
+from etils import epath
 
 
 def read_config(path: str) -> Any:
@@ -58,9 +61,25 @@ def train(
     if export and grows:
         sampled = gather(feeding(base, twig_config.K))
         if first:
-            write_twig(export, trained, twig_config, sampled, base_config)
+            with _local(export) as folder:
+                write_twig(folder, trained, twig_config, sampled, base_config)
     elif export and first:
-        write_llava(export, trained, base_config, tokenizer=ASSETS)
+        with _local(export) as folder:
+            write_llava(folder, trained, base_config, tokenizer=ASSETS)
+
+
+@contextmanager
+def _local(folder: str) -> Iterator[str]:
+    """The folder to write to: itself, or one whose files are then copied to a bucket's."""
+    if "://" not in folder:
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as local:
+        yield local
+        target = epath.Path(folder)
+        target.mkdir(parents=True, exist_ok=True)
+        for file in epath.Path(local).iterdir():
+            file.copy(target / file.name, overwrite=True)
 
 
 def validation(

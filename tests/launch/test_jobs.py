@@ -163,7 +163,7 @@ def test_the_scripts_are_clean():
 def test_a_dry_run_prints_what_a_run_runs_and_calls_nothing(play, command):
     more = {
         tpu: ["--spot", "--project", "p", "--export", "the twig", "--delete"],
-        gke: ["--spot", "--export", "the twig"],
+        gke: ["--spot", "--export", "gs://bucket/the twig"],
         slurm: ["--out", "runs/a b", "--export", "the twig"],
     }[command]
     dry = play.run(*command("--dry_run", *more, *ODD))
@@ -227,6 +227,7 @@ def test_help_and_mistakes(play, script):
         (gke("--topology", "4by4"), "--topology 4by4: not AxB"),
         (gke("--topology", "3x2"), "its 6 chips are not hosts of --chips 4"),
         (gke("--chips", "0"), "--chips 0"),
+        (gke("--export", "twig"), "--export twig: pods keep no files"),
         (["bash", "launch/slurm.sh", "--config", CONFIG], "not in a Slurm job"),
         (["sbatch", "--gpus-per-node=8", *slurm()[1:]], "give sbatch --ntasks-per-node=8"),
     ],

@@ -2,11 +2,15 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
+import fsspec
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
+from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 
 import twig_jax
@@ -97,6 +101,13 @@ def test_a_twig_of_another_shape_is_refused(folder, tmp_path):
     base = start_base(run, mesh)
     twig = start_twig(dataclasses.replace(run, twig_init=str(tmp_path / "twig")), base, mesh)
     assert layers(twig) == [0, 1]
+    # The run is over: this exports it again, to a bucket.
+    fsspec.register_implementation("gcs", MemoryFileSystem, clobber=True)
+    train(run, export="gs://bucket/a/twig", say=lambda text: None)
+    for file in (tmp_path / "twig").iterdir():
+        stored = epath.Path("gs://bucket/a/twig") / file.name
+        assert stored.read_bytes() == file.read_bytes()
+    assert not Path("gs:").exists()
     other = dataclasses.replace(run, twig_init=str(tmp_path / "twig"), T=1)
     with pytest.raises(ValueError, match=r"T=2, .* the run's is .*T=1"):
         start_twig(other, base, mesh)
