@@ -89,7 +89,7 @@ def ablate() -> None:
     variants = [v for name in _ABLATIONS.value or known for v in known[name]]
     bench = _Bench(config, reinforced)
     lines = []
-    with tqdm(variants, unit="variant", disable=not sys.stderr.isatty()) as bar:
+    with tqdm(variants, unit="variant", disable=None) as bar:
         for variant in bar:
             bar.set_description(f"{variant.ablation}: {variant.name}")
             seeds = _SEEDS.value[:1] if variant.once else _SEEDS.value

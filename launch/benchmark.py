@@ -205,7 +205,7 @@ def measure(batches: list[int], lengths: list[int], told: Callable[[dict], Any])
     if log:
         log.write_text("")
     speeds: list[speed.Speed] = []
-    for batch, new in tqdm(list(itertools.product(batches, lengths)), unit="cell"):
+    for batch, new in tqdm(list(itertools.product(batches, lengths)), unit="cell", disable=None):
         # No other cell uses these programs, and on a CPU dozens of them use up the memory maps
         # that Linux lets a process have.
         jax.clear_caches()

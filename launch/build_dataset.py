@@ -37,7 +37,7 @@ def build() -> None:
     from twig_jax.data.sources import BadSample, InstructionFile
 
     source = InstructionFile(_JSON.value or "", _IMAGES.value)
-    with tqdm(total=len(source), unit=" samples") as bar:
+    with tqdm(total=len(source), unit=" samples", disable=None) as bar:
 
         def seen(bad: BadSample | None) -> None:
             if bad is not None:

@@ -123,7 +123,7 @@ def measure() -> dict[str, Any]:
     answers, failed = first_answers(ways)
     agreement = agreements(answers)
     calls: dict[Way, list[Answer]] = {way: [] for way in answers}
-    for _ in tqdm(range(_REPEATS.value), unit="round"):
+    for _ in tqdm(range(_REPEATS.value), unit="round", disable=None):
         for one, timed in calls.items():
             timed.append(ways[one]())
 

@@ -89,7 +89,7 @@ def convert() -> None:
         if plan.config is not None and not has_tokenizer(source):
             print(f"{source} has no tokenizer: copy one into {_OUT.value} before asking questions")
         rounds = 1 + _VERIFY.value
-        with tqdm(total=rounds * plan.nbytes, unit="B", unit_scale=True) as bar:
+        with tqdm(total=rounds * plan.nbytes, unit="B", unit_scale=True, disable=None) as bar:
             c.convert(plan, out, mesh=mesh, extra=extra, tokenizer=tokenizer, seen=bar.update)
             different = c.verify(plan, out, seen=bar.update) if _VERIFY.value else []
     if different:

@@ -146,7 +146,7 @@ def compare() -> None:
         f"{_TIMED.value} for speed (batch 1, {_REPEATS.value} interleaved timings each)"
     )
     total = len(accuracy_runs) * len(samples) + _TIMED.value
-    with tqdm(total=total, unit="answer", disable=not sys.stderr.isatty()) as bar:
+    with tqdm(total=total, unit="answer", disable=None) as bar:
 
         def progress(what: str) -> None:
             bar.set_description(what)

@@ -198,14 +198,14 @@ def _answer(judge: Any, way: Any, share: tuple[int, int]) -> None:
     from tqdm import tqdm
 
     total = len(judge.questions[share[0] :: share[1]])
-    with tqdm(total=total, unit="answer", desc=way.name, disable=not sys.stderr.isatty()) as bar:
+    with tqdm(total=total, unit="answer", desc=way.name, disable=None) as bar:
         judge.answers(way, share, bar.update)
 
 
 def _speeds(judge: Any, ways: list) -> dict:
     from tqdm import tqdm
 
-    with tqdm(total=_TIMED.value, desc="timing", disable=not sys.stderr.isatty()) as bar:
+    with tqdm(total=_TIMED.value, desc="timing", disable=None) as bar:
         return judge.speeds(ways, _TIMED.value, _REPEATS.value, bar.update)
 
 

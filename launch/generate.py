@@ -167,7 +167,7 @@ def answer_all(model: Any, settings: Any, asked: list[dict[str, Any]], out: Text
     from tqdm import tqdm
 
     failed, window = 0, _WINDOW * _BATCH.value
-    with tqdm(total=len(asked), unit="question", disable=not sys.stderr.isatty()) as bar:
+    with tqdm(total=len(asked), unit="question", disable=None) as bar:
         # A window at a time: the images of a long file do not fit into memory together.
         for first in range(0, len(asked), window):
             part = asked[first : first + window]

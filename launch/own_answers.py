@@ -67,7 +67,7 @@ def answer(out: Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     size, answered, bad, cut = _AT_ONCE * _BATCH.value, 0, 0, 0
     empty = set()
-    with tqdm(total=len(todo), unit="conversation") as bar, out.open("a") as file:
+    with tqdm(total=len(todo), unit="conversation", disable=None) as bar, out.open("a") as file:
         for first in range(0, len(todo), size):
             samples = []
             for index in todo[first : first + size]:

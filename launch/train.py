@@ -83,7 +83,7 @@ def write_targets(config: Any, folder: str) -> None:
     from twig_jax.training.start import start_base
 
     base = start_base(config, make_mesh(*config.mesh))
-    with tqdm(total=config.steps, unit="step", disable=bool(jax.process_index())) as bar:
+    with tqdm(total=config.steps, unit="step", disable=jax.process_index() > 0 or None) as bar:
         targets.write_targets(config, base, folder, told=lambda step: bar.update())
 
 

@@ -29,8 +29,10 @@ def python(*arguments, timeout=900, **variables):
 
 
 def launch(name, *arguments):
-    """A launcher."""
-    return python("-m", f"launch.{name}", *arguments)
+    """A launcher, which draws no progress bar where there is no terminal."""
+    done = python("-m", f"launch.{name}", *arguments)
+    assert "\r" not in done.stderr, done.stderr
+    return done
 
 
 def slurm_step(name, *arguments, devices=1):

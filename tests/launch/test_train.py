@@ -62,6 +62,8 @@ def test_the_processes_of_a_slurm_step_train_one_twig(tmp_path):
     assert len(said[0]) == 1 and said[0][0].startswith("step 1: exact ")
     assert "tokar" in said[0][0]
     assert said[1] == []
+    logged = [[x for x in err.splitlines() if x.startswith("step ")] for _, err in ended]
+    assert [x[:18] for x in logged[0]] == ["step 1 of 1: loss "] and logged[1] == []
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 1]
     assert {p.name for p in (tmp_path / "twig").iterdir()} == {"model.safetensors", "twig.json"}

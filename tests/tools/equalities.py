@@ -54,7 +54,7 @@ def compare_all():
     import numpy as np
 
     began, counts, rng = time.perf_counter(), Counter(), np.random.default_rng(_SEED.value)
-    with tqdm(total=_TOKENS.value, unit="token", smoothing=0) as bar:
+    with tqdm(total=_TOKENS.value, unit="token", smoothing=0, disable=None) as bar:
         while counts["tokens"] < _TOKENS.value:
             counts["models"] += 1
             shape = TWIGS[(counts["models"] - 1) // MODELS_OF_A_SHAPE % len(TWIGS)]

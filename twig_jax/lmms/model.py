@@ -86,7 +86,7 @@ class TwigJax(lmms):
         tokens = drafted = matched = 0
         seconds = 0.0
         window = _WINDOW * self.batch_size
-        with tqdm(total=len(requests), desc="twig_jax", disable=self.rank != 0) as bar:
+        with tqdm(total=len(requests), desc="twig_jax", disable=self.rank != 0 or None) as bar:
             for first in range(0, len(requests), window):
                 asked = {}
                 for i, instance in enumerate(requests[first : first + window], first):

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -153,7 +154,7 @@ def fit(
         log = stack.enter_context(Log(out, start))
         show = progress and not jax.process_index()
         bar = stack.enter_context(
-            tqdm(total=config.steps, initial=start, disable=not show, unit="step")
+            tqdm(total=config.steps, initial=start, disable=not show or None, unit="step")
         )
         clock = _Clock()
         pending: list[dict[str, Any]] = []
@@ -206,6 +207,8 @@ def fit(
                 line["memory_gib"] = memory_used() / 2**30
                 log.write(n, line)
                 bar.set_postfix_str(_brief(line))
+                if show and bar.disable:  # not a terminal but a log
+                    print(f"step {n} of {config.steps}: {_brief(line)}", file=sys.stderr)
                 pending, clock = [], _Clock()
             if save or stop:
                 jax.block_until_ready(metrics)
@@ -253,7 +256,7 @@ def summarise(metrics: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def _brief(line: dict[str, float]) -> str:
-    """The figures that a progress bar has room for."""
+    """The figures that a line has room for."""
     names = ("loss", "accuracy", "agreement", "reward", "tokens_per_s")
     return ", ".join(f"{name} {line[name]:.4g}" for name in names if name in line)
 
