@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 
 from tests.decoding.models import generator, request, tokens
+from twig_jax.config import TwigConfig
 from twig_jax.decoding import shape
+from twig_jax.decoding.buckets import Bucket
+from twig_jax.decoding.generate import Generator
 from twig_jax.decoding.settings import Settings
 from twig_jax.decoding.shape import Costs, choose_tree, expected, fitted, hit_rates
 from twig_jax.decoding.tree import Tree
@@ -51,6 +54,11 @@ def few():
     return [request(i, 0, 4, 4) for i in range(3)]
 
 
+def right(buckets=()) -> Generator:
+    """A base and a twig of all its layers, so that no draft is refused."""
+    return generator(TwigConfig(K=1, T=4, K_f=5), made={"buckets": buckets}, eos_token_id=-1)
+
+
 @pytest.fixture(scope="module")
 def ranked(few):
     """Answers with all candidates of every place."""
@@ -79,3 +87,16 @@ def test_costs_are_measured_once(few, ranked, tmp_path, monkeypatch) -> None:
     assert tokens(model.generate(few, first)) == tokens(ranked)
     with pytest.raises(ValueError, match=r"mode plain .* drafts nothing"):
         fitted(model, few, dataclasses.replace(CALL, mode="plain"), cache)
+
+
+def test_short_answers_are_no_measure_of_compiling(few, tmp_path, monkeypatch) -> None:
+    """A twig that is always right ends answers of four tokens with their prompts."""
+    monkeypatch.setattr(shape, "_TIMED_WIDTHS", (1,))
+    monkeypatch.setattr(shape, "_TIMED_KEPT", (3,))
+    began, short = time.perf_counter(), dataclasses.replace(CALL, max_new_tokens=4)
+    costs = shape.measure(right(), few[:1], short, tmp_path / "costs.json")
+    assert 0 < costs.iteration(Tree.of(3)) < (time.perf_counter() - began) / 20
+    assert list(tmp_path.iterdir()) == [tmp_path / "costs.json"]
+    declared = right([Bucket(1, 32, 0, 4)])
+    with pytest.raises(ValueError, match="answers of 4 tokens are too short to fit a tree to"):
+        shape.measure(declared, few[:1], short, tmp_path / "costs.json")

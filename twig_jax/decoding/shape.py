@@ -1,6 +1,7 @@
 """Which tree of drafts is fastest: what width and depth cost on this device, and what they win."""
 
 import json
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -142,7 +143,9 @@ def measure(
     if key not in known:
         known[key] = _timed(generator, requests, settings)
         cache.parent.mkdir(parents=True, exist_ok=True)
-        cache.write_text(json.dumps(known, indent=1))
+        part = cache.with_name(f"{cache.name}.{os.getpid()}")
+        part.write_text(json.dumps(known, indent=1))
+        os.replace(part, cache)  # whole, whatever ends this process, and whoever reads beside it
     return Costs(*({int(n): s for n, s in part.items()} for part in known[key]))
 
 
@@ -150,19 +153,23 @@ def _timed(
     generator: Generator, requests: Sequence[Request], settings: Settings
 ) -> tuple[dict[int, float], dict[int, float]]:
     """(level, verification) of `Costs`."""
-    # Answers must not end before they are timed.
+    # Answers must not end before they are timed: they are as long as their program has room for.
+    new = generator.batches.prepare(requests, _with(settings, Tree.of(1))).program.max_new
     unending = replace(settings, theta=0.0, adaptive=False, stop=())
-    unending = replace(unending, min_new_tokens=settings.max_new_tokens)
+    unending = replace(unending, max_new_tokens=new, min_new_tokens=new)
 
     def iteration(depth: int, width: int, kept: int = 0) -> float:
         forced = _with(unending, Tree.of(depth, width, width, kept))
         running, times = generator.start(requests, forced), []
         for _ in range(1 + _ITERATIONS):  # the first compiles
-            if running.alive:
-                began = time.perf_counter()
-                running.run(1)
-                times.append(time.perf_counter() - began)
-        return min(times[1:], default=times[0])
+            if not running.alive:
+                running = generator.start(requests, forced)
+            if not running.alive:
+                raise ValueError(f"answers of {new} tokens are too short to fit a tree to")
+            began = time.perf_counter()
+            running.run(1)
+            times.append(time.perf_counter() - began)
+        return min(times[1:])
 
     # Two levels more, and as many nodes to verify.
     one, kept = iteration(1, 3), 3
