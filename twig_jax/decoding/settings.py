@@ -135,7 +135,7 @@ class Result:
     scores: np.ndarray  # float32 [S], what they were ranked by
     logits: np.ndarray  # float32 [V], the base's at the last prompt token
     prefill_s: float  # seconds of the whole batch: images, prompt and first drafts
-    decode_s: float  # seconds of the whole batch: the loop
+    decode_s: float  # seconds of the loop, until this answer was there
     batch: int
 
     @property

@@ -10,7 +10,7 @@ from twig_jax.decoding.generate import Generator
 from twig_jax.decoding.settings import Result, Settings
 from twig_jax.evaluation.scoring import acceptance, ceiling, relacc
 from twig_jax.evaluation.tasks import Sample, answer, exact
-from twig_jax.evaluation.timing import Call, Timed, beside
+from twig_jax.evaluation.timing import Call, Timed, beside, total_speed
 from twig_jax.evaluation.timing import timed as interleaved
 
 Progress = Callable[[str], None]  # is told what has one more answer
@@ -202,7 +202,7 @@ def speed_rows(
                 _scored(run, task, of, results, right[run], right[Run("plain")]),
                 timed_samples=len(of),
                 tokens_per_s=float(t.speeds[of].mean()),
-                tokens_per_s_total=_total(results),
+                tokens_per_s_total=total_speed(results, t.speeds[of]),
                 relspd=float(t.speeds[of].mean() / t.plain_speeds[of].mean()),
             )
             if run.mode in ("ssd", "ttp_ssd"):
@@ -229,11 +229,6 @@ def merged(accuracy: Sequence[Row], speed: Sequence[Row]) -> list[Row]:
         fields = ("samples", "exact", "relacc", "relacc_low", "relacc_high")
         rows.append(replace(row, **{f: getattr(better, f) for f in fields}))
     return rows + list(accurate.values())
-
-
-def _total(results: Sequence[Result]) -> float:
-    emitted = sum(len(r.tokens) + (r.stopped_by == "eos") for r in results)
-    return emitted / sum(r.prefill_s + r.decode_s for r in results)
 
 
 def content_tokens(tokenizer: Any, sample: Sample) -> list[bool]:

@@ -123,7 +123,7 @@ def _speed(
     first = statistics.median(c.first_s for c in mine)
     total = statistics.median(c.total_s for c in mine)
     prefill_ms = 1e3 * statistics.median(c.results[0].prefill_s for c in mine)
-    decode_ms = 1e3 * statistics.median(c.results[0].decode_s for c in mine)
+    decode_ms = 1e3 * statistics.median(max(r.decode_s for r in c.results) for c in mine)
     step_ms = decode_ms / steps if steps else None
 
     given, plain = (

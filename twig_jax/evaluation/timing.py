@@ -36,7 +36,7 @@ class Timed:
         lengths, plain_lengths = _lengths(self.results), _lengths(self.plain_results)
         return {
             "tokens_per_s": float(self.speeds.mean()),
-            "tokens_per_s_total": float(lengths.sum() / (lengths / self.speeds).sum()),
+            "tokens_per_s_total": total_speed(self.results, self.speeds),
             "relspd": float(self.speeds.mean() / self.plain_speeds.mean()),
             "first_token_s": float(self.first.mean()),
             "first_token_speedup": float(self.plain_first.mean() / self.first.mean()),
@@ -99,5 +99,11 @@ def beside(timings: Sequence[Timed]) -> Timed:
     return Timed(results, speeds, first, results, speeds, first)
 
 
-def _lengths(results: list[Result]) -> np.ndarray:
+def total_speed(results: Sequence[Result], speeds: np.ndarray) -> float:
+    """All tokens over all time, of answers at so many tokens/s each."""
+    lengths = _lengths(results)
+    return float(lengths.sum() / (lengths / speeds).sum())
+
+
+def _lengths(results: Sequence[Result]) -> np.ndarray:
     return np.array([len(r.tokens) + (r.stopped_by == "eos") for r in results])
