@@ -1,6 +1,7 @@
 """Visual embeddings by image: encoded in programs of few sizes, remembered by content."""
 
 import hashlib
+import threading
 from collections import OrderedDict
 from functools import partial
 
@@ -24,24 +25,25 @@ class ImageEncoder:
         self.remembered = remembered
         self.encoded = 0  # images that went through the vision tower
         self._known: OrderedDict[bytes, jax.Array] = OrderedDict()
+        self._lock = threading.Lock()  # threads that share a generator forget each other's images
 
     def __call__(self, base: Params, images: list[np.ndarray], dtype: jnp.dtype) -> list[jax.Array]:
         """Normalised pixels [H, W, 3] of each image -> visual embeddings [M, d] of each."""
         if not self.remembered:
             return self._encode(base, images, dtype)
         keys = [hashlib.blake2b(x.tobytes(), digest_size=16).digest() for x in images]
-        missing = {k: x for k, x in zip(keys, images, strict=True) if k not in self._known}
-        found = dict(zip(missing, self._encode(base, list(missing.values()), dtype), strict=True))
-        out = []
-        for key in keys:
-            if key in self._known:
-                self._known.move_to_end(key)
-            else:
+        with self._lock:
+            found = {key: self._known[key] for key in keys if key in self._known}
+        missing = {k: x for k, x in zip(keys, images, strict=True) if k not in found}
+        encoded = self._encode(base, list(missing.values()), dtype)
+        found |= zip(missing, encoded, strict=True)
+        with self._lock:
+            for key in keys:
                 self._known[key] = found[key]
-            out.append(self._known[key])
-        while len(self._known) > self.remembered:
-            self._known.popitem(last=False)
-        return out
+                self._known.move_to_end(key)
+            while len(self._known) > self.remembered:
+                self._known.popitem(last=False)
+        return [found[key] for key in keys]
 
     def warm_up(self, base: Params, size: int, dtype: jnp.dtype) -> None:
         """Compiles what so many images need."""
