@@ -3,13 +3,14 @@
 import dataclasses
 import itertools
 import logging
+import threading
 
 import jax
 import numpy as np
 import pytest
 
 from tests.decoding.models import CALL, CONFIG, generator, mixed, request
-from twig_jax.decoding import buckets
+from twig_jax.decoding import buckets, images
 from twig_jax.decoding.buckets import Bucket
 from twig_jax.decoding.generate import compiled_programs
 from twig_jax.decoding.settings import Request
@@ -90,9 +91,12 @@ def test_rows_stop_each_for_its_own_reason() -> None:
 def test_watching_changes_nothing_and_sees_text_grow() -> None:
     model, seen = speaking(), []
     rows = [request(20 + i, 1, 3, 4) for i in range(3)]
-    settings = dataclasses.replace(LONG, stop=("q7",))
+    settings = dataclasses.replace(LONG, stop=(ask(LONG)[0].text[16:18],))
     results = model.generate(rows, settings, watch=lambda running: seen.append(running.text(0)))
-    assert [r.text for r in results] == [r.text for r in ask(settings)]
+    alone = ask(settings)
+    assert [r.text for r in results] == [r.text for r in alone]
+    assert [r.matched.tolist() for r in results] == [r.matched.tolist() for r in alone]
+    assert "stop" in {r.stopped_by for r in alone}
     assert len(seen) > 3
     assert all(b.startswith(a) for a, b in itertools.pairwise(seen))
     assert seen[-1] == results[0].text
@@ -153,6 +157,27 @@ def test_images_are_encoded_once() -> None:
     assert model.images.encoded == 4
     fresh = generator().generate(rows, CALL)
     assert [r.tokens.tolist() for r in known] == [r.tokens.tolist() for r in fresh]
+
+
+def test_an_image_that_another_thread_forgets_meanwhile(monkeypatch) -> None:
+    model = generator()
+    model.images.remembered = 1
+    a, b, c = (request(i, 1, 2, 3).pixels[0] for i in range(3))
+
+    def ask(*asked):
+        return model.images(model.weights.base, list(asked), model.weights.dtype)
+
+    encode, known = images.encode, ask(a)[0]
+
+    def meanwhile(*args):
+        monkeypatch.setattr(images, "encode", encode)
+        other = threading.Thread(target=ask, args=(b,))
+        other.start()
+        other.join()
+        return encode(*args)
+
+    monkeypatch.setattr(images, "encode", meanwhile)
+    assert ask(a, c)[0] is known
 
 
 def test_many_questions_come_back_in_order() -> None:

@@ -103,6 +103,9 @@ class Running:
             scores, kept, logits = (x[row.of].copy() for x in signals[id(row.signals)])
             size, rounds = len(row.transcript.tokens), int(iterations[b])
             trace = jax.tree.map(lambda x, b=b: x[b].copy(), traces)  # not those of all rows
+            if row.transcript.stopped:  # later drafts, of before anybody looked, answer nothing
+                emitted = np.cumsum(trace.matched[:rounds] + 1)
+                rounds = 1 + int(np.searchsorted(emitted, row.transcript.read))
             length, is_visual = len(row.request.ids), row.request.is_visual
             kept = kept[kept < length]
             out.append(

@@ -14,12 +14,14 @@ _UNFINISHED = "\ufffd"  # what stands for the bytes of a character that is not c
 class Transcript:
     """The tokens of one answer so far, its text, and whether a stop is in it.
 
-    tokens: what the answer has so far, cut where it stopped. stopped: a stop was found.
+    tokens: what the answer has so far, cut where it stopped. stopped: a stop was found. read: how
+    many tokens that took.
     """
 
     def __init__(self, settings: Settings, detokenize: Detokenize | None) -> None:
         self.tokens = np.zeros(0, np.int32)
         self.stopped = False
+        self.read = 0
         self._min_new = settings.min_new_tokens
         self._texts = tuple(s for s in settings.stop if isinstance(s, str))
         self._sequences = tuple(tuple(s) for s in settings.stop if not isinstance(s, str))
@@ -46,7 +48,7 @@ class Transcript:
         text = self._decode(tokens) if self._texts else ""
         there = [stop for stop in self._texts if stop in text]
         for size in range(len(self.tokens) + 1, len(tokens) + 1):
-            self.tokens = tokens[:size]
+            self.tokens, self.read = tokens[:size], size
             if size > self._min_new and self._stop(there):
                 self.stopped = self._ended = True
                 return
