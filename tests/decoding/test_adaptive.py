@@ -1,7 +1,9 @@
 """Drafting that is switched off where it does not pay, and on again where it does."""
 
 import dataclasses
+import logging
 from typing import Any
+from unittest.mock import Mock
 
 import jax
 import jax.numpy as jnp
@@ -176,8 +178,13 @@ def test_drafts_after_a_pause_are_those_without_one() -> None:
             np.testing.assert_allclose(result.probs[i], fresh.probs[0], atol=1e-5)
 
 
-def test_the_cost_of_drafting_is_measured_where_none_is_given() -> None:
-    """Tokens do not depend on what the clock says."""
+def test_the_cost_of_drafting_is_measured_where_none_is_given(monkeypatch, caplog) -> None:
+    """Tokens do not depend on what the clock says, and what was interrupted is measured again."""
     timed = model()
     timed.draft_cost = None
-    assert tokens(run(ROWS, CALL, timed)) == tokens(run(ROWS, CALL, model()))
+    with monkeypatch.context() as interrupted, pytest.raises(KeyboardInterrupt):
+        interrupted.setattr(timed, "decode", Mock(side_effect=KeyboardInterrupt))
+        run(ROWS, CALL, timed)
+    with caplog.at_level(logging.INFO, "twig_jax"):
+        assert tokens(run(ROWS, CALL, timed)) == tokens(run(ROWS, CALL, model()))
+    assert "an iteration that drafts costs" in caplog.text

@@ -1,6 +1,7 @@
 """Several turns: the same tokens as decoding the whole conversation's ids from the beginning."""
 
 import dataclasses
+import logging
 
 import jax
 import numpy as np
@@ -60,8 +61,11 @@ def test_turns_equal_the_whole_conversation(mode, changes) -> None:
         )
 
 
-def test_a_new_question_chooses_anew_and_an_old_choice_can_be_kept() -> None:
-    """Kept from the first turn, the answer is that of the whole conversation with these tokens."""
+def test_a_new_question_chooses_anew_and_an_old_choice_can_be_kept(caplog) -> None:
+    """Kept from the first turn, the answer is that of the whole conversation with these tokens.
+
+    A later turn has a program of its own, which is announced as others are."""
+    caplog.set_level(logging.INFO, "twig_jax")
     settings = dataclasses.replace(CALL, max_new_tokens=6, avg_retained=3.2)
     first, second = request(11, 2, 3, 4), request(12, 0, 2, 6)
     sessions = {reprune: Session(model(), settings, reprune=reprune) for reprune in (True, False)}
@@ -80,6 +84,9 @@ def test_a_new_question_chooses_anew_and_an_old_choice_can_be_kept() -> None:
         if not reprune:
             assert result.kept.tolist() == start.kept.tolist()
     assert kept[True] != kept[False]
+    bucket = Bucket(rows=1, text=64, images=2, new=32)
+    said = [f"compiling for {bucket}", f"compiling for a later turn in {bucket}"]
+    assert [line.message for line in caplog.records][:2] == said
 
 
 def test_an_old_choice_stays_whole_where_less_is_asked_for_later() -> None:

@@ -120,7 +120,7 @@ class Generator:
         self.draft_cost = draft_cost
         self.images = ImageEncoder(config, remembered_images)
         self._costs: dict[tuple[Program, int], np.ndarray] = {}
-        self._known: set[tuple[Program, int]] = set()
+        self._known: set[tuple[Program, tuple[int, ...], bool]] = set()
 
     def generate(
         self,
@@ -266,7 +266,7 @@ class Generator:
         self, prepared: Prepared, requests: Sequence[Request], past: Past | None = None
     ) -> tuple[State, Signals]:
         """Runs the prompts of a batch, and their first drafts."""
-        self._announce(prepared.program, prepared.bucket)
+        self._announce(prepared, past)
         arguments = self._prompt(prepared, requests, past)
         with self.context():
             return jitted_prefill(*arguments)
@@ -335,12 +335,14 @@ class Generator:
 
         return jax.tree.map(put, tree)
 
-    def _announce(self, program: Program, bucket: Bucket) -> None:
+    def _announce(self, prepared: Prepared, past: Past | None) -> None:
         """Says in the log which bucket is about to be compiled."""
-        key = (program, bucket.rows)
+        shape = prepared.inputs.tokens.shape  # of later turns as long as they are, see `Batches`
+        key = (prepared.program, shape, past is not None)
         if key not in self._known:
             self._known.add(key)
-            _log.info("compiling for %s", bucket)
+            turns = "" if past is None else "a later turn in "
+            _log.info("compiling for %s%s", turns, prepared.bucket)
 
     def _cost(self, prepared: Prepared) -> np.ndarray:
         """What drafting 0 .. D levels adds to an iteration, in plain steps; see adaptive.py.
@@ -353,11 +355,15 @@ class Generator:
         if key in self._costs:
             return self._costs[key]
         cost = np.zeros(program.tree.depth + 1, np.float32)
-        self._costs[key] = cost
         if program.adaptive and self.draft_cost is not None:
             cost += np.arange(len(cost)) * self.draft_cost
-        elif program.adaptive:
-            cost = self._costs[key] = self._measured(prepared)
+        self._costs[key] = cost
+        if program.adaptive and self.draft_cost is None:
+            try:
+                cost = self._costs[key] = self._measured(prepared)
+            except BaseException:
+                del self._costs[key]  # no costs, under which it was to be measured
+                raise
             _log.info("an iteration that drafts costs %s plain steps", np.round(cost + 1, 2))
         return cost
 
