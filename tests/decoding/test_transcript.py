@@ -1,5 +1,6 @@
 """One answer as it comes, apart from any model: tokens are bytes of UTF-8."""
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -7,14 +8,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from twig_jax.decoding.settings import Settings
-from twig_jax.decoding.transcript import Transcript
+from twig_jax.decoding.transcript import Detokenize, Transcript
 
 
 def detokenize(tokens: Sequence[int]) -> str:
     return bytes(tokens).decode("utf-8", errors="replace")
 
 
-def told(tokens: Sequence[int], parts: Sequence[int], own: Settings) -> tuple[list[int], str, bool]:
+def in_runs(tokens: Sequence[int]) -> str:
+    """As Llama's tokenizers: of the bytes of rare characters in a row all count, or none."""
+    out = ""
+    for rare, run in itertools.groupby(tokens, lambda token: token >= 128):
+        text = detokenize(list(run))
+        out += "\ufffd" * len(text.encode()) if rare and "\ufffd" in text else text
+    return out
+
+
+def told(
+    tokens: Sequence[int], parts: Sequence[int], own: Settings, detokenize: Detokenize
+) -> tuple[list[int], str, bool]:
     """Tokens, text and whether it stopped, where the tokens come in parts of so many.
 
     What was shown on the way is never taken back.
@@ -26,22 +38,30 @@ def told(tokens: Sequence[int], parts: Sequence[int], own: Settings) -> tuple[li
         transcript.update(came[:end], ended=end == len(tokens))
         shown.append(transcript.text)
     assert all(shown[-1].startswith(text) for text in shown)
+    assert not shown[-1].endswith("\ufffd")
     return transcript.tokens.tolist(), transcript.text, transcript.stopped
 
 
-texts = st.text("ab é", min_size=1, max_size=3)
+texts = st.text("ab é漢", min_size=1, max_size=3)
 
 
 @given(
-    st.text("ab é", max_size=30),
+    st.text("ab é漢", max_size=30),
+    st.integers(0, 2),
     st.lists(texts | texts.map(lambda text: tuple(text.encode())), max_size=3),
     st.integers(0, 10),
     st.lists(st.integers(1, 12), max_size=12),
+    st.sampled_from([detokenize, in_runs]),
 )
-def test_an_answer_stops_where_it_would_token_by_token(text, stops, min_new, parts) -> None:
+def test_an_answer_stops_where_it_would_token_by_token(
+    text, missing, stops, min_new, parts, detokenize
+) -> None:
+    """Also where it ends in the middle of a character."""
     tokens = list(text.encode())
+    tokens = tokens[: len(tokens) - missing]
     own = Settings(stop=tuple(stops), min_new_tokens=min_new)
-    assert told(tokens, parts, own) == told(tokens, [1] * len(tokens), own)
+    alone = told(tokens, [1] * len(tokens), own, detokenize)
+    assert told(tokens, parts, own, detokenize) == alone
 
 
 def test_an_answer_is_decoded_once_a_part_while_no_stop_is_in_it() -> None:

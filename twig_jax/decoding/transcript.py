@@ -9,6 +9,7 @@ from twig_jax.decoding.settings import Settings
 Detokenize = Callable[[Sequence[int]], str]
 
 _UNFINISHED = "\ufffd"  # what stands for the bytes of a character that is not complete yet
+_BYTES = 3  # that such a character has at most
 
 
 class Transcript:
@@ -44,9 +45,9 @@ class Transcript:
             return
         self._ended = ended
         # Decoding takes as long as an answer is: once for all that came, and token by token only
-        # where a stop is to be cut off.
+        # where a stop is to be cut off, or may be among bytes that are no characters any more.
         text = self._decode(tokens) if self._texts else ""
-        there = [stop for stop in self._texts if stop in text]
+        there = [stop for stop in self._texts if stop in text or _UNFINISHED in text]
         for size in range(len(self.tokens) + 1, len(tokens) + 1):
             self.tokens, self.read = tokens[:size], size
             if size > self._min_new and self._stop(there):
@@ -55,18 +56,30 @@ class Transcript:
 
     @property
     def text(self) -> str:
-        """What can be shown: all of the text once the answer ended, before that only what no
-        further token can change (no part of a character or of a stop)."""
+        """What can be shown: all whole characters once the answer ended, before that only what no
+        further token can change (no part of a stop either)."""
         if self._cut is not None:
             return self._cut.strip()
         if self._ended:
-            return self._decode(self.tokens).strip()
+            return self._characters(self.tokens).strip()
         longest = max(map(len, self._sequences), default=0)
         end = tuple(self.tokens[len(self.tokens) - min(len(self.tokens), longest) :].tolist())
         held = max((_overlap(end, stop) for stop in self._sequences), default=0)
-        text = self._decode(self.tokens[: len(self.tokens) - held]).rstrip(_UNFINISHED)
+        text = self._characters(self.tokens[: len(self.tokens) - held])
         held = max((_overlap(text, stop) for stop in self._texts), default=0)
         return text[: len(text) - held].strip()
+
+    def _characters(self, tokens: np.ndarray) -> str:
+        """The text up to a last character that is not complete.
+
+        Llama's tokenizers have bytes for rare characters, and take all in a row for unknown where
+        the last ones are no character yet: so those are left out before.
+        """
+        text = self._decode(tokens)
+        if not text.endswith(_UNFINISHED):
+            return text
+        sizes = range(len(tokens), max(len(tokens) - _BYTES, 0) - 1, -1)
+        return max((self._decode(tokens[:n]).rstrip(_UNFINISHED) for n in sizes), key=len)
 
     def _decode(self, tokens: np.ndarray) -> str:
         return "" if self._detokenize is None else self._detokenize(tokens.tolist())
@@ -80,11 +93,11 @@ class Transcript:
                 return True
         if not texts:
             return False
-        text, before = self._decode(self.tokens), self._decode(self.tokens[:-1])
+        text, before = self._decode(self.tokens), self._characters(self.tokens[:-1])
         starts = []
         for stop in texts:
             # Only what the newest token completes: an earlier one came before min_new_tokens.
-            start = text.find(stop, max(0, len(before.rstrip(_UNFINISHED)) - len(stop) + 1))
+            start = text.find(stop, max(0, len(before) - len(stop) + 1))
             if start >= 0:
                 starts.append(start)
         if not starts:
