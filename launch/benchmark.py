@@ -28,6 +28,7 @@ from absl import app, flags
 
 from launch import run, whole
 from launch.output import parts, speeds, write_json
+from twig_jax.config import MODES
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "folder with a LLaVA model, or digits")
 _TWIG = flags.DEFINE_string("twig", None, "twig folder")
@@ -39,7 +40,7 @@ _MODES = flags.DEFINE_list("modes", ["plain", "ttp", "ssd", "ttp_ssd"], "what to
 _AVG_RETAINED = flags.DEFINE_list(
     "avg_retained", None, "R̄ per image, one or several budgets; default 1/9 of M"
 )
-_TEXT = flags.DEFINE_integer("text_tokens", 40, "text tokens of a random prompt", lower_bound=2)
+_TEXT = flags.DEFINE_integer("text_tokens", 40, "text tokens of a random prompt", lower_bound=3)
 _NEW = flags.DEFINE_list("max_new_tokens", ["40"], "tokens of each answer, one or several lengths")
 _BATCH = flags.DEFINE_list("batch", ["1"], "rows, one or several sizes")
 _REPEATS = flags.DEFINE_integer("repeats", 7, "interleaved measurements of each", lower_bound=1)
@@ -66,6 +67,8 @@ def main(argv: list[str]) -> None:
         raise app.UsageError("give either --checkpoint or --preset")
     if _PLOT.value and "plain" not in _MODES.value:
         raise app.UsageError("--plot draws speeds relative to plain; add it to --modes")
+    if unknown := [mode for mode in _MODES.value if mode not in (*MODES, "tree")]:
+        raise app.UsageError(f"no mode {unknown[0]!r}; there are: {', '.join(MODES)}, tree")
     if _WEIGHTS.value != "random" and _PRESET.value is None:
         raise app.UsageError("--weights is for a --preset; a checkpoint has its own")
     batches, lengths = whole("batch", _BATCH.value), whole("max_new_tokens", _NEW.value)
@@ -174,6 +177,8 @@ def measure(batches: list[int], lengths: list[int], told: Callable[[dict], Any])
         budgets = [float(x) for x in _AVG_RETAINED.value or [M / 9]]
     except ValueError:
         raise ValueError(f"--avg_retained takes numbers, not {_AVG_RETAINED.value}") from None
+    for one in ways(budgets, M, max(lengths)).values():
+        generator.batches.need(0, requests[0], one)  # what it refuses is told before anything runs
     machine = Machine(bandwidth(), product_rate(_DTYPE.value))
     model = _CHECKPOINT.value or _PRESET.value or ""
     results: dict[str, Any] = {
@@ -202,6 +207,9 @@ def measure(batches: list[int], lengths: list[int], told: Callable[[dict], Any])
         "results": [],
     }
     log = Path(_PROFILE.value) if _PROFILE.value else None
+    for path in (_PLOT.value, _PROFILE.value):
+        if path:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
     if log:
         log.write_text("")
     speeds: list[speed.Speed] = []

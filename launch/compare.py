@@ -39,7 +39,7 @@ from launch.output import comparison, write_json
 _PRESET = flags.DEFINE_string("preset", "cpu-300m", "whose shapes are measured")
 _WEIGHTS = flags.DEFINE_string("weights", "random", "as in launch.benchmark, of a preset")
 _AVG_RETAINED = flags.DEFINE_float("avg_retained", None, "R̄ of the image; default 1/9 of M")
-_TEXT = flags.DEFINE_integer("text_tokens", 40, "text tokens of the prompt", lower_bound=2)
+_TEXT = flags.DEFINE_integer("text_tokens", 40, "text tokens of the prompt", lower_bound=3)
 _NEW = flags.DEFINE_integer("max_new_tokens", 64, "tokens of an answer", lower_bound=2)
 _REPEATS = flags.DEFINE_integer("repeats", 7, "interleaved measurements of each", lower_bound=1)
 _THREADS = flags.DEFINE_integer("threads", os.cpu_count() or 1, "torch's; XLA takes all cores")

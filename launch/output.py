@@ -152,9 +152,10 @@ def _calibrated(c: Mapping[str, Any] | None) -> list[str]:
 
 
 def write_json(path: str | None, content: Any) -> None:
-    """Writes a result file; "-" is standard output, None writes nothing."""
+    """Writes a result file, into a new folder if need be; "-" is standard output, None nothing."""
     text = json.dumps(content, indent=1, allow_nan=False)
     if path == "-":
         print(text)
     elif path:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_text(text + "\n")

@@ -66,6 +66,20 @@ def test_an_unknown_part_is_named():
     )
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--modes", "plain,fast"], "no mode 'fast'; there are: plain, ttp, ssd, ttp_ssd, tree"),
+        (["--modes", "plain,ttp", "--avg_retained", "4,1"], "no number of kept tokens gives 1 "),
+        (["--text_tokens", "2"], "text_tokens"),  # there is text before and behind the image
+    ],
+)
+def test_a_benchmark_refuses_what_cannot_be_before_anything_is_timed(arguments, message):
+    done = launch("benchmark", "--preset", "toy", *arguments)
+    assert done.returncode == 1 and message in done.stderr
+    assert "Traceback" not in done.stderr and "cell" not in done.stderr
+
+
 def test_full_sizes_are_not_for_cpus(tmp_path):
     done = accelerator("--out", tmp_path / "out")
     assert done.returncode == 1 and "--tiny tries this on one" in done.stderr

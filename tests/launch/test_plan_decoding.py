@@ -14,9 +14,9 @@ def test_the_documentation_s_command(tmp_path):
     """The one that does without a compiler of the devices."""
     page = (ROOT / "docs" / "performance.md").read_text()
     (command,) = [line for line in page.splitlines() if "plan_decoding --topology h100" in line]
-    result = plan_decoding(*command.split()[3:], "--json", tmp_path / "plan.json")
+    result = plan_decoding(*command.split()[3:], "--json", tmp_path / "new" / "plan.json")
     assert result.returncode == 0, result.stderr[-2000:]
-    plans = json.loads((tmp_path / "plan.json").read_text())
+    plans = json.loads((tmp_path / "new" / "plan.json").read_text())
     lines = result.stdout.splitlines()
     assert lines[0].split()[:3] == ["topology", "rows", "mode"]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines()]
