@@ -140,6 +140,16 @@ def test_a_bucket_of_more_images_than_fit_is_warmed_up() -> None:
     assert report.programs > 0
 
 
+def test_an_answer_ends_where_the_positions_do() -> None:
+    rows = [request(20 + i, 1, 3, 4 + i) for i in range(3)]  # 16 to 18 tokens
+    known = dataclasses.replace(CONFIG.text, max_positions=20)
+    model = generator(eos_token_id=-1, text=known, made={"buckets": [BUCKET]})
+    for whole, result in zip(ask(CALL, 1), model.generate(rows[:1], CALL), strict=True):
+        assert result.tokens.tolist() == whole.tokens[:4].tolist()
+    results = model.generate(rows, CALL)
+    assert [(len(r.tokens), r.stopped_by) for r in results] == [(n, "length") for n in (4, 3, 2)]
+
+
 def test_a_prompt_longer_than_every_bucket_is_refused() -> None:
     with pytest.raises(ValueError, match=r"fits into none.*4 rows x \(32 text, 2 images"):
         speaking().generate([request(1, 1, 20, 20)], CALL)

@@ -107,7 +107,11 @@ class Batches:
         limit = device_memory(device)
         itemsize = self.weights.dtype.itemsize
         check_memory(program, chosen, self._weights_bytes, itemsize, limit, self.mesh)
-        filled = own + [None] * (chosen.rows - len(own))
+        filled: list[Settings | None] = [
+            replace(s, max_new_tokens=min(s.max_new_tokens, self._positions - len(r.ids)))
+            for s, r in zip(own, requests, strict=True)
+        ]
+        filled += [None] * (chosen.rows - len(own))
         return Prepared(
             program,
             chosen,
@@ -133,6 +137,11 @@ class Batches:
             raise ValueError(f"mode {settings.mode} needs avg_retained")
         if not self.has_tokenizer and any(isinstance(s, str) for s in settings.stop):
             raise ValueError("stopping at texts needs a tokenizer; give sequences of token ids")
+
+    @property
+    def _positions(self) -> int:
+        """The most tokens of a prompt and its answer."""
+        return self.config.text.max_positions
 
     @property
     def _asks(self) -> bool:
@@ -173,11 +182,10 @@ class Batches:
         given = sum(
             0 if x is None else f * len(x) for x, f in ((request.pixels, M), (request.visual, 1))
         )
-        positions = self.config.text.max_positions
-        if len(request.ids) >= positions:
+        if len(request.ids) >= self._positions:
             raise ValueError(
                 f"request {i}: a prompt of {len(request.ids)} tokens leaves no room for an answer "
-                f"in the {positions} positions that the model knows"
+                f"in the {self._positions} positions that the model knows"
             )
         if request.is_visual[-1]:
             raise ValueError(f"request {i}: the prompt's last token must be text")
