@@ -278,3 +278,5 @@ def test_one_batch_has_one_mode() -> None:
     rows = [request(1, 1, 2, 2), request(2, 1, 2, 2, mode="plain")]
     with pytest.raises(ValueError, match="request 1: one batch has one mode"):
         generator().generate(rows, CALL)
+    with pytest.raises(ValueError, match="request 1: one batch has one mode"):
+        generator().generate_many(rows, CALL, batch=1, told=lambda *_: pytest.fail("too late"))

@@ -81,13 +81,7 @@ class Batches:
             raise ValueError("a batch needs at least one request")
         settings.check()
         own = [r.settings or settings for r in requests]
-        needs = [self.need(i, r, s) for i, (r, s) in enumerate(zip(requests, own, strict=True))]
-        for i, s in enumerate(own):
-            if s.shape != settings.shape:
-                raise ValueError(
-                    f"request {i}: one batch has one mode and one way of drafting: mode, adaptive, "
-                    f"children, expanded and nodes {settings.shape} here, not {s.shape}"
-                )
+        needs = [self.need(i, r, settings) for i, r in enumerate(requests)]
         images, texts, news = (max(column) for column in zip(*needs, strict=True))
         need = Bucket(len(requests), texts, images, news)
         chosen = fit(need, self.buckets) if bucket is None else fit(need, [bucket])
@@ -148,9 +142,15 @@ class Batches:
         """Whether what prunes is asked for by name."""
         return self.schedule is not None and self.schedule.rank is None
 
-    def need(self, i: int, request: Request, settings: Settings) -> Need:
-        """What request i takes; ValueError for a bad one."""
+    def need(self, i: int, request: Request, call: Settings) -> Need:
+        """What request i takes in a call of such settings; ValueError for a bad one."""
+        settings = request.settings or call
         self.check(settings)
+        if settings.shape != call.shape:
+            raise ValueError(
+                f"request {i}: one batch has one mode and one way of drafting: mode, adaptive, "
+                f"children, expanded and nodes {call.shape} here, not {settings.shape}"
+            )
         if len(request.ids) == 0 or len(request.ids) != len(request.is_visual):
             raise ValueError(f"request {i}: ids and is_visual must have one length above 0")
         M = self.config.vision.num_tokens

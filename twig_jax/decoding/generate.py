@@ -163,7 +163,7 @@ class Generator:
         The longest come first, and the last batch is filled up: it needs no program of its own.
         told: is given (index, result) of each as it is there. Raises as `generate` does.
         """
-        need = [self.batches.need(i, r, r.settings or settings) for i, r in enumerate(requests)]
+        need = [self.batches.need(i, r, settings) for i, r in enumerate(requests)]
         order = sorted(range(len(requests)), key=lambda i: need[i], reverse=True)
         results: list[Result | None] = [None] * len(requests)
         for first in range(0, len(order), batch):
