@@ -242,6 +242,10 @@ def test_the_estimate_covers_the_state() -> None:
         ),
         ({"pixels": np.zeros((1, 9, 9, 3), np.float32)}, r"pixels must be of shape \[.., \d+, \d+"),
         ({"visual": np.zeros((9, 1), np.float32)}, r"visual must be of shape \[.., \d+\], not"),
+        (
+            {"pixels": np.zeros((1, 12, 12, 3)), "visual": np.zeros((5, 32))},
+            "both pixels and visual",
+        ),
         ({"scores": np.zeros(3, np.float32)}, "3 scores for 4 tokens"),
         ({"is_visual": np.zeros(3, bool)}, "must have one length"),
     ],

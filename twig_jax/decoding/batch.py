@@ -174,6 +174,8 @@ class Batches:
             raise ValueError(
                 f"request {i}: {len(request.scores)} scores for {len(request.ids)} tokens"
             )
+        if request.pixels is not None and request.visual is not None:
+            raise ValueError(f"request {i}: there are both pixels and visual; give one of the two")
         slots = int(request.is_visual.sum())
         asks = settings.prune and self._asks and slots > 0
         if asks and settings.selector == "given" and request.scores is None:
