@@ -177,6 +177,7 @@ def measure(batches: list[int], lengths: list[int], told: Callable[[dict], Any])
         budgets = [float(x) for x in _AVG_RETAINED.value or [M / 9]]
     except ValueError:
         raise ValueError(f"--avg_retained takes numbers, not {_AVG_RETAINED.value}") from None
+    speed.check_room(generator.config, requests, max(lengths))
     for one in ways(budgets, M, max(lengths)).values():
         generator.batches.need(0, requests[0], one)  # what it refuses is told before anything runs
     machine = Machine(bandwidth(), product_rate(_DTYPE.value))

@@ -114,6 +114,7 @@ def measure() -> dict[str, Any]:
     config = dataclasses.replace(config, eos_token_id=-1)
     M = config.vision.num_tokens
     requests = speed.random_requests(config, _CALIBRATING, _TEXT.value)
+    speed.check_room(config, requests, _NEW.value)
     settings = Settings(avg_retained=_AVG_RETAINED.value or M / 9, max_new_tokens=_NEW.value)
     generator, reached = calibration.draw(
         config, twig, _WEIGHTS.value, _DTYPE.value, requests, settings

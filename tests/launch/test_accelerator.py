@@ -71,6 +71,10 @@ def test_an_unknown_part_is_named():
     [
         (["--modes", "plain,fast"], "no mode 'fast'; there are: plain, ttp, ssd, ttp_ssd, tree"),
         (["--modes", "plain,ttp", "--avg_retained", "4,1"], "no number of kept tokens gives 1 "),
+        (
+            ["--max_new_tokens", "9,500"],
+            "tokens and answers of 500 are more than the 512 positions",
+        ),
         (["--text_tokens", "2"], "text_tokens"),  # there is text before and behind the image
     ],
 )

@@ -204,6 +204,16 @@ def random_requests(config: LlavaConfig, rows: int, text_tokens: int) -> list[Re
     return requests
 
 
+def check_room(config: LlavaConfig, requests: Sequence[Request], new: int) -> None:
+    """Raises ValueError where answers of so many tokens would end before, for want of positions."""
+    longest, positions = max(len(r.ids) for r in requests), config.text.max_positions
+    if longest + new > positions:
+        raise ValueError(
+            f"prompts of {longest} tokens and answers of {new} are more than the {positions} "
+            "positions that the model knows"
+        )
+
+
 def timed(generator: Generator, requests: Sequence[Request], settings: Settings) -> Call:
     """One call."""
     began = time.perf_counter()
