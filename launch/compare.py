@@ -115,7 +115,8 @@ def measure() -> dict[str, Any]:
     M = config.vision.num_tokens
     requests = speed.random_requests(config, _CALIBRATING, _TEXT.value)
     speed.check_room(config, requests, _NEW.value)
-    settings = Settings(avg_retained=_AVG_RETAINED.value or M / 9, max_new_tokens=_NEW.value)
+    retained = M / 9 if _AVG_RETAINED.value is None else _AVG_RETAINED.value
+    settings = Settings(avg_retained=retained, max_new_tokens=_NEW.value)
     generator, reached = calibration.draw(
         config, twig, _WEIGHTS.value, _DTYPE.value, requests, settings
     )

@@ -58,7 +58,8 @@ def planned(batches: list[int]) -> list[Any]:
     from twig_jax.presets import preset
 
     config, twig = preset(_PRESET.value)
-    retained = _AVG_RETAINED.value or config.vision.num_tokens / 9
+    M, retained = config.vision.num_tokens, _AVG_RETAINED.value
+    retained = M / 9 if retained is None else retained
     plans = []
     for topology, rows, mode in itertools.product(_TOPOLOGY.value, batches, _MODES.value):
         settings = Settings(mode=mode, avg_retained=retained, gamma=_GAMMA.value)

@@ -43,6 +43,10 @@ def test_the_documentation_s_command(tmp_path):
         (["--topology", "h100:8", "--tensor", "3"], "does not use the 8 devices"),
         (["--topology", "h100:1", "--preset", "llava"], "no preset 'llava'"),
         (["--topology", "h100:1", "--modes", "quick"], "no mode 'quick'"),
+        (
+            ["--topology", "h100:1", "--modes", "ttp", "--avg_retained", "0"],
+            "tokens gives 0 visual",
+        ),
     ],
 )
 def test_mistakes_are_named(arguments, message):
