@@ -128,6 +128,12 @@ def test_memory_is_that_of_real_arrays():
     assert found["rest of the state"] == device_bytes(running.state) - device_bytes(caches)
 
 
+def test_rows_that_devices_do_not_split_are_held_by_each():
+    bucket = dataclasses.replace(BUCKET, rows=3)
+    few, many = (tiny(name, bucket, tensor=2, mode="plain") for name in ("h100:2", "h100:8"))
+    assert many.mesh == (4, 1, 2) and many.memory == pytest.approx(few.memory)
+
+
 def test_pruned_layers_hold_no_slots_for_pruned_tokens():
     """Layers before K_f hold text and R tokens, those after text alone, as the sizes show."""
     text = CONFIG.text

@@ -140,8 +140,8 @@ def plan(
         taken, copies = (prompt(first), iteration(each)), None
         # Of a prompt, as if tensor parallelism split nothing of it.
         caches = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(given.state.caches))
-        held = state_bytes(program, bucket.rows, jnp.dtype(dtype).itemsize)
-        working = (held - caches) / (sizes[0] * sizes[1])
+        held = state_bytes(program, 1, jnp.dtype(dtype).itemsize)
+        working = given.rows * (held - caches / bucket.rows)
     return Plan(
         topology=topology,
         mesh=sizes,
