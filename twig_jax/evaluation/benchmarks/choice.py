@@ -91,13 +91,20 @@ class MMBench:
         return Score({"accuracy": mean(whole.values())}, score.points, score.unanswered)
 
     def upload(self, answers: Answers) -> tuple[str, Any]:
-        """The table without hints and images but with a column `prediction`, for a spreadsheet."""
+        """The table without hints and images but with a column `prediction`, for a spreadsheet.
+
+        As pandas writes it, which the official judge reads: numbers, and nothing in empty cells.
+        """
         said = {key.id: text for key, text in answers.items()}
         rows = self._rows()
-        names = [name for name in rows[0] if name not in _NOT_UPLOADED]
-        names.insert(6, "prediction")
-        full = [{**row, "prediction": said.get(str(int(row["index"])), "")} for row in rows]
-        return f"mmbench_{self.split}.xlsx", [names, *([row[n] for n in names] for row in full)]
+        names = [name for name in rows[0] if name not in (*_NOT_UPLOADED, "index")]
+        names.insert(5, "prediction")
+        content: list[list[Any]] = [["index", *names]]
+        for row in rows:
+            index = int(row["index"])
+            cells = {**row, "prediction": said.get(str(index), "")}
+            content.append([index, *(None if cells[n] in _NOTHING else cells[n] for n in names)])
+        return f"mmbench_{self.split}.xlsx", content
 
     def _rows(self) -> list[dict[str, str]]:
         path = need(self.folder / f"mmbench_{self.split}.tsv", "MMBench's table")

@@ -182,10 +182,13 @@ def write_upload(folder: Path, name: str, content: Any) -> Path:
     path = folder / name
     if path.suffix == ".xlsx":
         from openpyxl import Workbook
+        from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE
 
         book = Workbook()
         for row in content:
-            book.active.append(row)
+            book.active.append(
+                [ILLEGAL_CHARACTERS_RE.sub("", x) if isinstance(x, str) else x for x in row]
+            )
         book.save(path)
     elif path.suffix:
         path.write_text(json.dumps(content))
