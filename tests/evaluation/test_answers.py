@@ -134,6 +134,23 @@ def test_what_cannot_be_asked_is_told_and_tried_again(tmp_path, whole):
     assert (folder / "answers.jsonl").read_bytes() == whole
 
 
+def test_a_question_that_is_there_twice_is_told_before_any_is_asked(tmp_path):
+    with pytest.raises(ValueError, match="several questions have id '3' and the same prompt"):
+        answer_share(
+            tmp_path, [*QUESTIONS, QUESTIONS[3]], (0, 1), None, None,
+            batch=1, model_id="m", settings={},
+        )  # fmt: skip
+
+
+def test_answers_to_other_questions_are_not_mixed(tmp_path):
+    Model().run(tmp_path)
+    with pytest.raises(ValueError, match=r"no question has id '15' .* choose another folder or"):
+        answer_share(
+            tmp_path, QUESTIONS[:11], (0, 1), None, None,
+            batch=1, model_id="m", settings={"mode": "plain"},
+        )  # fmt: skip
+
+
 def test_a_question_that_cannot_be_asked_is_not_timed(tmp_path):
     benchmark = Digits(samples=1, seed=0)
     good = benchmark.questions()
@@ -143,6 +160,9 @@ def test_a_question_that_cannot_be_asked_is_not_timed(tmp_path):
         Settings(max_new_tokens=4), batch=1, model_id="m", notes={},
     )  # fmt: skip
     assert judge.speeds([Way("plain")], 2, 1)[Way("plain")]["timed_samples"] == 1
+    judge = dataclasses.replace(judge, questions=[long])
+    with pytest.raises(ValueError, match=r"none of the questions can be asked, as .* tokens"):
+        judge.row(Way("plain"), judge.answers(Way("plain")), None)
 
 
 def test_answers_by_other_settings_are_not_mixed(tmp_path):

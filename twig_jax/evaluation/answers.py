@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
@@ -45,13 +46,16 @@ def answer_share(
     many more questions are done with.
 
     settings: what the answers depend on, kept in run.json and in each line's metadata. Raises
-    ValueError where the folder has answers by other settings. detokenize: tokens -> text, for
-    `pieces`, the text that each token adds.
+    ValueError where the folder has answers by other settings, and where a question is there twice.
+    detokenize: tokens -> text, for `pieces`, the text that each token adds.
 
     A question that cannot be asked has a line with an empty text and the error in its metadata, and
     is tried again by the next run. Returns the lines of all shares so far; once there is one for
     every question, answers.jsonl has them in the questions' order.
     """
+    twice = [key.id for key, n in Counter(q.key for q in questions).items() if n > 1]
+    if twice:
+        raise ValueError(f"several questions have id {twice[0]!r} and the same prompt")
     folder.mkdir(parents=True, exist_ok=True)
     keep_settings(folder / "run.json", {"model_id": model_id, **settings})
     i, n = share

@@ -123,10 +123,13 @@ class Judge:
         """A way's figures for a result file, and its score; base: plain decoding's score.
 
         Shares are fractions, `figures` in the benchmark's own unit. What each question adds is
-        written to points.json beside the answers, in the questions' order.
+        written to points.json beside the answers, in the questions' order. Raises ValueError where
+        none of the questions could be asked.
         """
         found = [json.loads(lines[q.key])["metadata"] for q in self.questions]
         answered = [m for m in found if "error" not in m]
+        if not answered:
+            raise ValueError(f"none of the questions can be asked, as {found[0]['error']}")
         drafted = sum(sum(m["drafted"]) for m in answered)
         matched = sum(sum(m["matched"]) for m in answered)
         rounds = sum(len(m["matched"]) for m in answered)

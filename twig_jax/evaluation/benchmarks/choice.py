@@ -111,6 +111,8 @@ class MMBench:
         csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # images are long fields
         with open(path, newline="") as file:
             rows = list(csv.DictReader(file, delimiter="\t"))
+        if not rows:
+            raise ValueError(f"{path} has no rows; it should be MMBench's table")
         for number, row in enumerate(rows, 2):
             missing = [n for n in ("index", "question", "A", "image") if row.get(n) is None]
             if missing:

@@ -110,11 +110,17 @@ def look_up(known: Mapping[Any, Any], key: Any, path: Path) -> Any:
 
 
 def read_lines(path: Path, what: str, fields: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """The objects of a JSON-lines file; ValueError names the line that is none or lacks a field."""
+    """The objects of a JSON-lines file.
+
+    ValueError names the line that is none or lacks a field, and an empty file.
+    """
+    number = 0
     with open(need(path, what)) as file:
         for number, line in enumerate(file, 1):
             if line.strip():
                 yield _parsed(line, f"{path}:{number}", fields)
+    if not number:
+        raise ValueError(f"{path} is empty; it should be {what}")
 
 
 def _parsed(line: str, where: str, fields: Sequence[str]) -> dict[str, Any]:
@@ -158,7 +164,10 @@ def read_answers(path: Path, asked: Sequence[Question]) -> dict[Key, str]:
         answer = _parsed(line, where, ("question_id", "prompt", "text"))
         key = Key(str(answer["question_id"]), answer["prompt"])
         if key not in keys:
-            raise ValueError(f"{where}: no question has id {key.id!r} and this prompt")
+            raise ValueError(
+                f"{where}: no question has id {key.id!r} and this prompt; the answers here are to "
+                "other questions or to more of them: choose another folder or a larger limit"
+            )
         if key in found:
             raise ValueError(f"{where}: a second answer to question {key.id!r}")
         found[key] = line
