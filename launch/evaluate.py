@@ -122,10 +122,12 @@ def evaluate() -> None:
     for way in chosen:
         _answer(judge, way, share)
     # Whoever is last finds all there is to judge, and judges it.
+    screen = sys.stderr if _JSON.value == "-" else sys.stdout
     answered = {way: judge.answered(way) for way in chosen}
     waiting = {way: lines for way, lines in answered.items() if len(lines) < len(questions)}
     for way, lines in waiting.items():
-        print(f"{way.name}: {len(lines)} of {len(questions)} answered, the rest by other processes")
+        done = f"{len(lines)} of {len(questions)} answered"
+        print(f"{way.name}: {done}, the rest by other processes", file=screen)
     if waiting:
         return
     found: dict[Any, dict[str, Any]] = {}
@@ -136,7 +138,7 @@ def evaluate() -> None:
         upload = benchmark.upload(said(lines))
         if upload is not None:
             path = write_upload(judge.folder / way.name, *upload)
-            print(f"{way.name}: for the official judge: {path}")
+            print(f"{way.name}: for the official judge: {path}", file=screen)
     if _TIMED.value:
         for way, speed in _speeds(judge, chosen).items():
             found[way] = speed | found[way]
@@ -148,7 +150,7 @@ def evaluate() -> None:
     }
     write_json(str(judge.folder / "results.json"), content)
     write_json(_JSON.value, content)
-    print(_table(list(found.values())), file=sys.stderr if _JSON.value == "-" else sys.stdout)
+    print(_table(list(found.values())), file=screen)
 
 
 def check_files(benchmark: Any) -> None:

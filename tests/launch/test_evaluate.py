@@ -4,6 +4,7 @@ import json
 from functools import partial
 
 import pytest
+from PIL import Image
 
 from tests.launch.process import launch, slurm_step
 
@@ -82,3 +83,18 @@ def test_files_of_the_score_are_looked_for_first(tmp_path):
     (tmp_path / "llava_gqa_testdev_balanced.jsonl").write_text(json.dumps(line) + "\n")
     done = evaluate("--task", "gqa", "--data", str(tmp_path), "--checkpoint", "nowhere")
     assert done.returncode == 1 and "testdev_balanced_questions.json is not there" in done.stderr
+
+
+def test_standard_output_is_json_alone(tmp_path):
+    """Also where there is a file for an official judge."""
+    line = {"question_id": 0, "image": "0.png", "text": "Is it?"}
+    (tmp_path / "llava_gqa_testdev_balanced.jsonl").write_text(json.dumps(line) + "\n")
+    (tmp_path / "data" / "images").mkdir(parents=True)
+    Image.new("RGB", (96, 96)).save(tmp_path / "data" / "images" / "0.png")
+    known = tmp_path / "data" / "testdev_balanced_questions.json"
+    known.write_text(json.dumps({"0": {"answer": "yes"}}))
+    task = ("--task", "gqa", "--data", tmp_path, "--modes", "plain", "--batch", "4")
+    done = evaluate(*task, "--timed_samples", "0", "--out", tmp_path / "out", "--json", "-")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["results"][0]["samples"] == 1
+    assert "for the official judge: " in done.stderr
