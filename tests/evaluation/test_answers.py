@@ -17,6 +17,10 @@ from twig_jax.evaluation.judge import Judge, Way
 QUESTIONS = [Question(i, f"Q{i}", stated=f"Q{i}") for i in range(23)]
 
 
+def spell_out(tokens):
+    return "".join(f"{t} " for t in tokens)
+
+
 class Model:
     """Answers `text i` to question i, longest first; stops after `most` answers."""
 
@@ -46,7 +50,7 @@ class Model:
             )
             told(at, result)
 
-    def run(self, folder, share=(0, 1), told=lambda _: None, **settings):
+    def run(self, folder, share=(0, 1), told=lambda _: None, spell=spell_out, **settings):
         return answer_share(
             folder,
             QUESTIONS,
@@ -56,7 +60,7 @@ class Model:
             batch=1,
             model_id="m",
             settings={"mode": "plain", **settings},
-            detokenize=lambda tokens: "".join(f"{t} " for t in tokens),
+            detokenize=spell,
             told=told,
         )
 
@@ -74,6 +78,15 @@ def test_all_answers_are_in_the_questions_order(whole):
     found = lines[7]["metadata"]
     assert found["matched"] == [1] and found["mode"] == "plain"
     assert found["kept"] == [1] and found["pieces"] == ["0 ", "1 ", "2 "]
+
+
+def test_a_character_of_several_tokens_is_the_last_one_s(tmp_path):
+    """As byte tokens decode: a mark stands for every byte of what is not complete."""
+    texts = ["", "\ufffd", "\ufffd\ufffd", "好"]
+    lines = Model().run(tmp_path, spell=lambda tokens: texts[len(tokens)])
+    assert json.loads(next(iter(lines.values())))["metadata"]["pieces"] == ["", "", "好"]
+    lines = Model().run(tmp_path / "cut", spell=lambda tokens: "\ufffd" * len(tokens))
+    assert json.loads(next(iter(lines.values())))["metadata"]["pieces"] == ["", "", ""]
 
 
 @pytest.mark.parametrize("after", [0, 1, 5, 16, 22])

@@ -12,6 +12,19 @@ _UNFINISHED = "\ufffd"  # what stands for the bytes of a character that is not c
 _BYTES = 3  # that such a character has at most
 
 
+def characters(detokenize: Detokenize, tokens: Sequence[int]) -> str:
+    """The text of tokens up to a last character that is not complete.
+
+    Llama's tokenizers have bytes for rare characters, and take all in a row for unknown where the
+    last ones are no character yet: so those are left out before.
+    """
+    text = detokenize(tokens)
+    if not text.endswith(_UNFINISHED):
+        return text
+    sizes = range(len(tokens), max(len(tokens) - _BYTES, 0) - 1, -1)
+    return max((detokenize(tokens[:n]).rstrip(_UNFINISHED) for n in sizes), key=len)
+
+
 class Transcript:
     """The tokens of one answer so far, its text, and whether a stop is in it.
 
@@ -70,16 +83,7 @@ class Transcript:
         return text[: len(text) - held].strip()
 
     def _characters(self, tokens: np.ndarray) -> str:
-        """The text up to a last character that is not complete.
-
-        Llama's tokenizers have bytes for rare characters, and take all in a row for unknown where
-        the last ones are no character yet: so those are left out before.
-        """
-        text = self._decode(tokens)
-        if not text.endswith(_UNFINISHED):
-            return text
-        sizes = range(len(tokens), max(len(tokens) - _BYTES, 0) - 1, -1)
-        return max((self._decode(tokens[:n]).rstrip(_UNFINISHED) for n in sizes), key=len)
+        return "" if self._detokenize is None else characters(self._detokenize, tokens.tolist())
 
     def _decode(self, tokens: np.ndarray) -> str:
         return "" if self._detokenize is None else self._detokenize(tokens.tolist())

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from twig_jax.decoding.settings import Request, Result
-from twig_jax.decoding.transcript import Detokenize
+from twig_jax.decoding.transcript import Detokenize, characters
 from twig_jax.evaluation.benchmarks.files import (
     Key,
     Question,
@@ -152,9 +152,11 @@ def _described(request: Request, result: Result, detokenize: Detokenize | None) 
     `kept` counts the prompt's visual tokens from 0, image after image.
     """
     order = np.cumsum(request.is_visual) - 1
+    tokens = result.tokens.tolist()
+    # A character's bytes add nothing until it is complete.
     texts = [
-        "" if detokenize is None else detokenize(result.tokens[:n].tolist())
-        for n in range(len(result.tokens) + 1)
+        "" if detokenize is None else characters(detokenize, tokens[:n])
+        for n in range(len(tokens) + 1)
     ]
     return {
         "pieces": [after[len(before) :] for before, after in pairwise(texts)],
