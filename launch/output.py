@@ -4,16 +4,24 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unicodedata import combining
 
 
 def aligned(headers: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     """A table for a terminal: columns aligned to the right."""
     rows = [headers, *lines]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(headers))]
+    widths = [max(_width(row[i]) for row in rows) for i in range(len(headers))]
     return "\n".join(
-        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+        "  ".join(
+            " " * (width - _width(cell)) + cell for cell, width in zip(row, widths, strict=True)
+        )
         for row in rows
     )
+
+
+def _width(text: str) -> int:
+    """How wide a terminal shows a text: the bar of R̄ stands above its letter."""
+    return sum(not combining(character) for character in text)
 
 
 def speeds(results: Mapping[str, Any]) -> str:

@@ -160,6 +160,7 @@ def test_the_report(two):
     assert '<span class="draft"> three</span>' in text and '<span class="own"> is</span>' in text
     assert text.count("<h3>") == text.count("<symbol") == 3
     assert text.count('class="patches"') == 3 * 4
+    assert "h3,.card p{white-space:pre-line" in text  # questions and answers may have several
     assert not re.search(r'(src|href)="(?!data:|#)', text)
     assert "http" not in text
 

@@ -18,6 +18,9 @@ def test_a_report_of_two_folders(tmp_path):
     content = json.loads(done.stdout)
     assert content == json.loads((out / "report.json").read_text())
     assert [row["relacc"] for row in content["results"]] == [1, 0.75]
+    scores = done.stderr.partition("Scores: digits\n")[2].partition("\n\n")[0]
+    # As wide as a terminal shows them: the bar of R̄ stands above its letter.
+    assert len({len(line.replace("\u0304", "")) for line in scores.splitlines()}) == 1
     assert "RelAcc %" in done.stderr and "## RelAcc %" in (out / "tables.md").read_text()
     assert (out / "accuracy.png").is_file() and (out / "report.html").is_file()
 

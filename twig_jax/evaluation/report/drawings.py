@@ -88,7 +88,7 @@ def speed(rows: Sequence[Pooled]) -> bytes | None:
     for axes in panels.values():
         axes.axhline(1, color=STYLES["plain"][0], linewidth=1)
         axes.set_ylim(bottom=0)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.set_xlabel("new tokens of an answer", fontsize=9)
         axes.set_ylabel("speed, plain = 1", fontsize=9)
     return _finish(figure, panels, "Speed against answer length")
@@ -115,7 +115,7 @@ def acceptance(rows: Sequence[Pooled]) -> tuple[bytes, bytes] | None:
             markersize=5,
             label=_label(row),
         )
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.set_xlabel("position in the draft", fontsize=9)
         axes.set_ylabel("accepted %", fontsize=9)
     positions = _finish(figure, panels, "Drafts accepted, by position")

@@ -18,6 +18,7 @@ tr:nth-child(even){background:#f5f6f8}.wide{overflow-x:auto}
 .small{gap:1rem}.small .card{width:196px;font-size:14px;line-height:1.4}.small p{margin:.35rem 0}
 .patches{width:320px;border:1px solid #ccc;display:block}.small .patches{width:100%}
 .draft{background:#cfe3f5;border-bottom:2px solid #2166ac}.own{border-bottom:2px solid #d6604d}
+h3,.card p{white-space:pre-line;overflow-wrap:anywhere}
 .note{color:#666;font-size:14px}svg,img{max-width:100%;height:auto}
 """
 
