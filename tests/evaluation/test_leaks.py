@@ -16,9 +16,13 @@ def trained_on(folder, *rows):
     """Rows of (id, image, question)."""
     content = []
     for name, image, text in rows:
-        Image.fromarray(np.zeros((2, 2, 3), np.uint8)).save(folder / image)
-        said = [{"from": "human", "value": f"<image>\n{text}"}, {"from": "gpt", "value": "x"}]
-        content.append({"id": name, "image": image, "conversations": said})
+        said = [{"from": "human", "value": text}, {"from": "gpt", "value": "x"}]
+        content.append({"id": name, "conversations": said})
+        if image is not None:
+            (folder / image).parent.mkdir(exist_ok=True)
+            Image.fromarray(np.zeros((2, 2, 3), np.uint8)).save(folder / image)
+            content[-1]["image"] = image
+            said[0]["value"] = f"<image>\n{text}"
     (folder / "data.json").write_text(json.dumps(content))
     return InstructionFile(folder / "data.json")
 
@@ -44,6 +48,28 @@ def test_the_same_question_about_the_same_image(tmp_path, row, found):
     pairs = leaks(ASKED, trained_on(tmp_path, row))
     assert [question.id for question, _ in pairs] == found
     assert all(name == row[0] for _, name in pairs)
+
+
+BY_LETTER = "\nAnswer with the option's letter from the given choices directly."
+
+
+@pytest.mark.parametrize(
+    ("row", "found"),
+    [
+        (("a", "7/image.png", "Which?\nA. x\nB. y"), [7]),
+        (("a", "9/image.png", "Which?\nA. x\nB. y"), []),  # another image of the same name
+        (("a", None, "Why?\nOf p.\nA. x\nB. y"), [5]),
+        (("a", None, "Why?\nOf q.\nA. x\nB. y"), []),  # the same first line about another text
+        (("5", None, "What?"), [5]),
+    ],
+)
+def test_images_by_folder_and_questions_without_one(tmp_path, row, found):
+    """As ScienceQA has them: an image.png in a folder each, and few first lines for many texts."""
+    asked = [
+        Question(i, f"Which?\nA. x\nB. y{BY_LETTER}", (f"test/{i}/image.png",)) for i in (7, 8)
+    ]
+    asked.append(Question(5, f"Why?\nOf p.\nA. x\nB. y{BY_LETTER}"))
+    assert [q.id for q, _ in leaks(asked, trained_on(tmp_path, row))] == found
 
 
 def test_digits_are_held_out():
