@@ -135,7 +135,10 @@ class _Bench:
             ),
             batch=_BATCH.value,
             model_id=Path(config.base).name,
-            notes={"limit": _LIMIT.value, "gamma": _GAMMA.value, "theta": _THETA.value},
+            notes={
+                "dtype": self.model.generator.weights.dtype.name,
+                **{flag.name: flag.value for flag in (_LIMIT, _GAMMA, _THETA)},
+            },
             limited=_LIMIT.value is not None,
         )
         plain = Way("plain")

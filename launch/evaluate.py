@@ -97,6 +97,7 @@ def evaluate() -> None:
     model = api.load(_CHECKPOINT.value, _TWIG.value, _DTYPE.value, template=_TEMPLATE.value)
     tokens = model.config.vision.num_tokens
     budgets = [float(b) for b in _RETAINED.value] or [round(part * tokens) for part in BUDGETS]
+    settings = _settings() | {"dtype": model.generator.weights.dtype.name}
     judge = Judge(
         model,
         task,
@@ -113,7 +114,7 @@ def evaluate() -> None:
         ),
         batch=_BATCH.value,
         model_id=Path(_CHECKPOINT.value).name,
-        notes=_settings(),
+        notes=settings,
         limited=_LIMIT.value is not None,
     )
     chosen = ways(_MODES.value, _SELECTOR.value, budgets)
@@ -145,7 +146,7 @@ def evaluate() -> None:
     content = {
         "schema": 1,
         **environment(),
-        "settings": _settings() | {"limit": _LIMIT.value},
+        "settings": settings | {"limit": _LIMIT.value},
         "results": list(found.values()),
     }
     write_json(str(judge.folder / "results.json"), content)
@@ -212,9 +213,9 @@ def _speeds(judge: Any, ways: list) -> dict:
 
 
 def _settings() -> dict[str, Any]:
-    """What answers depend on besides the run; but for rounding, not on the batch."""
+    """What answers depend on besides the run and dtype; but for rounding, not on the batch."""
     drafting = (_GAMMA, _THETA, _CHILDREN, _EXPANDED, _NODES)
-    flags = (_CHECKPOINT, _TWIG, _DTYPE, _TEMPLATE, _MAX_NEW, *drafting, _SEED)
+    flags = (_CHECKPOINT, _TWIG, _TEMPLATE, _MAX_NEW, *drafting, _SEED)
     return {flag.name: flag.value for flag in flags}
 
 

@@ -18,6 +18,7 @@ def test_shares_give_what_one_process_gives(tmp_path):
     done = evaluate(*common, *timed, "--out", str(tmp_path / "one"), "--json", "-")
     assert done.returncode == 0, done.stderr
     content = json.loads(done.stdout)
+    assert content["settings"]["dtype"] == "float32"  # which a GPU's default is not
     plain, fast = content["results"]
     assert (plain["mode"], plain["relacc"], plain["samples"]) == ("plain", 1, 6)
     assert (fast["selector"], fast["retained"], fast["unanswered"]) == ("twig", 11, [])
