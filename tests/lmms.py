@@ -158,6 +158,15 @@ def model():
     return TwigJax(avg_retained=16)
 
 
+class Damaged(list):
+    """Documents of which the first cannot be read."""
+
+    def __getitem__(self, at):
+        if at == 0:
+            raise OSError("image file is truncated")
+        return super().__getitem__(at)
+
+
 @pytest.fixture(scope="module")
 def page(asked):
     return Image.fromarray(asked[0][0].image)
@@ -167,6 +176,9 @@ def test_a_question_that_cannot_be_asked_has_an_empty_answer(model, page, asked)
     q = asked[0][1]
     alone = model.model.generate(q.text, [page], model.settings, max_new_tokens=64)
     assert ask(model, [("missing.png", q), (page, q), ({"video": 1}, q)]) == ["", alone.text, ""]
+    # As a data set that cannot decode an image.
+    damaged = Damaged([(page, q), (page, q)])
+    assert ask(model, damaged) == ["", alone.text]
     long = SimpleNamespace(text=q.text * 200)
     assert ask(model, [(page, long), (page, q)]) == ["", alone.text]
     with pytest.raises(

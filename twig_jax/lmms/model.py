@@ -95,14 +95,15 @@ class TwigJax(lmms):
                     # Repeats of a question are to differ where they are sampled.
                     settings = self._settings(kwargs, repeats[*place])
                     repeats[*place] += 1
-                    visuals = doc_to_visual(self.task_dict[task][split][doc_id])
                     try:
+                        # A data set decodes its images here.
+                        visuals = doc_to_visual(self.task_dict[task][split][doc_id])
                         request = self._request(text, visuals or [])
                         # The mode has been checked; this is about the question.
                         plain = replace(settings, mode="plain")
                         self.model.generator.batches.prepare([request], plain)
                         asked[i] = replace(request, settings=settings)
-                    except (MemoryError, ValueError) as error:
+                    except (MemoryError, OSError, ValueError) as error:
                         errors.append(f"{task}, document {doc_id}: {error}")
                         logger.error(f"answered by an empty text: {errors[-1]}")
                         bar.update()
