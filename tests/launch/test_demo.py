@@ -20,9 +20,9 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
     few = ("--samples", 4, "--timed_samples", 2, "--repeats", 1, "--batch", 4, "--gamma", 3)
     few = (*few, "--pruned", "0.889")
-    result = demo(*few, "--html", folder / "demo.html", "--json", "-")
+    result = demo(*few, "--html", folder / "made" / "demo.html", "--json", "-")
     assert result.returncode == 0, result.stderr[-2000:]
-    return json.loads(result.stdout), result.stderr, (folder / "demo.html").read_text()
+    return json.loads(result.stdout), result.stderr, (folder / "made" / "demo.html").read_text()
 
 
 def test_the_results_follow_the_contract(run):

@@ -23,6 +23,9 @@ def test_a_report_of_two_folders(tmp_path):
     assert len({len(line.replace("\u0304", "")) for line in scores.splitlines()}) == 1
     assert "RelAcc %" in done.stderr and "## RelAcc %" in (out / "tables.md").read_text()
     assert (out / "accuracy.png").is_file() and (out / "report.html").is_file()
+    elsewhere = tmp_path / "made" / "figures.json"
+    done = report("--runs", runs, "--out", out, "--samples_shown", 1, "--json", elsewhere)
+    assert done.returncode == 0 and json.loads(elsewhere.read_text()) == content
 
 
 def test_nothing_is_half_written(tmp_path):

@@ -110,7 +110,10 @@ def write(
     pairs: Sequence[Sequence[Shown]],
     patches_per_side: int,
 ) -> None:
-    """Writes the report: one file, no other resources. `pairs` share a page each."""
+    """Writes the report, in a folder that is made: one file, no other resources.
+
+    Those of `pairs` share a page each.
+    """
     shown = [
         page.picture(f"page{i}", pair[0].image)
         + page.row(_card(f"page{i}", one, patches_per_side) for one in pair)
@@ -128,6 +131,7 @@ def write(
         ),
         *shown,
     ]
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text(page.page("twig_jax on digits", parts))
 
 
