@@ -114,9 +114,10 @@ class MMBench:
         if not rows:
             raise ValueError(f"{path} has no rows; it should be MMBench's table")
         for number, row in enumerate(rows, 2):
-            missing = [n for n in ("index", "question", "A", "image") if row.get(n) is None]
+            # What is cut short lacks the last ones.
+            missing = [n for n in ("index", "question", "A", "image", *row) if row.get(n) is None]
             if missing:
-                raise ValueError(f"{path}: row {number} has no {', '.join(missing)}")
+                raise ValueError(f"{path}: row {number} has no {', '.join(dict.fromkeys(missing))}")
         return rows
 
 

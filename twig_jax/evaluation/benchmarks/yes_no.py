@@ -168,7 +168,8 @@ class MME:
                 category, _, name = str(question.id).partition("/")
                 known = self._known(category, Path(name).stem)
                 file, asked = Path(name).with_suffix(".txt").name, self._asked(question, known)
-                row = (file, asked, known[asked], answers[question.key])
+                # An answer is a cell: no break or tab is left in it.
+                row = (file, asked, known[asked], " ".join(answers[question.key].split()))
                 rows[f"{category}.txt"] += "\t".join(row) + "\n"
         return "mme", dict(rows)
 
