@@ -126,6 +126,7 @@ def test_gqa(tmp_path):
     name, content = gqa.upload(answers)
     assert name == "testdev_balanced_predictions.json"
     assert content[0] == {"questionId": "0", "prediction": "yes"}
+    assert content[3] == {"questionId": "3", "prediction": ""}
 
 
 def test_vqav2_has_a_file_for_the_official_judge(tmp_path):
@@ -165,6 +166,9 @@ def test_vqav2_validation(tmp_path):
     expected = [0, (2 * (1 / 3) + 8 * (2 / 3)) / 10, 0, 1, 1, 0]
     assert list(score.points.values()) == pytest.approx(expected)
     assert score.figures["accuracy"] == pytest.approx(100 * sum(expected) / 6)
+    content = benchmark.upload(answered(benchmark, "2"))[1]
+    assert content[:2] == [{"question_id": 0, "answer": "2"}, {"question_id": 1, "answer": ""}]
+    assert len(content) == 6
 
 
 def test_textvqa(tmp_path):
@@ -255,6 +259,8 @@ def test_mme(tmp_path):
     # The official judge takes a line apart at its tabs.
     assert rows[1] == "1.txt\tIs it b?  Please answer yes or no.\tNo\tNo. None is."
     assert len(rows) == 4
+    rows = (path / "code_reasoning.txt").read_text().splitlines()
+    assert len(rows) == 4 and rows[2].endswith("\tYes\t")  # an image's two follow each other
 
 
 def mmbench(folder, benchmark="mmbench", turned=False):
@@ -369,6 +375,7 @@ def test_mmmu(tmp_path):
     assert mmmu.upload(answers)[0] == "mmmu_val.json"
     content = mmmu.upload(answers)[1]
     assert content == {"val_Art_1": "B", "2": "the answer is 1200", "3": "about 3.43"}
+    assert mmmu.upload({})[1] == {"val_Art_1": "", "2": "", "3": ""}
     rows[0]["image_2"] = None
     write(tmp_path / "mmmu_val.jsonl", rows)
     with pytest.raises(ValueError, match="val_Art_1 has no image_2"):
@@ -408,11 +415,12 @@ def test_mmmu_open_answers(text, known, right):
 
 
 def test_judged(tmp_path):
-    write(tmp_path / "llava-mm-vet.jsonl", asked("Why?"))
+    write(tmp_path / "llava-mm-vet.jsonl", asked("Why?", "How?"))
     write(tmp_path / "questions.jsonl", asked("Why?", category="conv"))
     vet, wild = BENCHMARKS["mmvet"](tmp_path), BENCHMARKS["llava-bench"](tmp_path)
     assert vet.score({}) is None and wild.score({}) is None
-    assert vet.upload(answered(vet, "Because.")) == ("mm-vet.json", {"v1_0": "Because."})
+    content = {"v1_0": "Because.", "v1_1": ""}
+    assert vet.upload(answered(vet, "Because.")) == ("mm-vet.json", content)
     assert wild.upload({}) is None
     assert vet.max_new_tokens == wild.max_new_tokens == 1024
 

@@ -234,10 +234,9 @@ class MMMU:
         """What MMMU's main_eval_only.py reads: letters, and open answers as they are."""
         content = {}
         for q, row in zip(self.questions(), self._rows(), strict=True):
-            if q.key in answers:
-                text = answers[q.key]
-                choice = row["question_type"] == "multiple-choice"
-                content[q.key.id] = parse_choice(text, _options(row)) or "" if choice else text
+            text = answers.get(q.key, "")
+            choice = row["question_type"] == "multiple-choice"
+            content[q.key.id] = parse_choice(text, _options(row)) or "" if choice else text
         return f"mmmu_{self.split}.json", content
 
     @property

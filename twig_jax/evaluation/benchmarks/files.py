@@ -70,7 +70,11 @@ class Benchmark(Protocol):
         """What the official script gives on these answers; None where only a judge can tell."""
 
     def upload(self, answers: Answers) -> tuple[str, Any] | None:
-        """Name and content of the file for the official judge; None where there is none."""
+        """Name and content of the file for the official judge; None where there is none.
+
+        It has every question, an empty answer where there is none: judges stop at missing ones, or
+        leave them out of the score.
+        """
 
 
 def mean(points: Iterable[float]) -> float:

@@ -28,7 +28,8 @@ class Judged:
         """MM-Vet's evaluator reads id -> answer."""
         if self.prefix is None:
             return None
-        return "mm-vet.json", {f"{self.prefix}{key.id}": text for key, text in answers.items()}
+        said = {q.key.id: answers.get(q.key, "") for q in self.questions()}
+        return "mm-vet.json", {f"{self.prefix}{i}": text for i, text in said.items()}
 
 
 def mm_vet(folder: Path) -> Judged:

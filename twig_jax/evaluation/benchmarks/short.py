@@ -61,7 +61,8 @@ class GQA:
 
     def upload(self, answers: Answers) -> tuple[str, Any]:
         """What GQA's own eval.py reads."""
-        content = [{"questionId": k.id, "prediction": _gqa(t)} for k, t in answers.items()]
+        said = [(q.key.id, _gqa(answers.get(q.key, ""))) for q in self.questions()]
+        content = [{"questionId": i, "prediction": text} for i, text in said]
         return "testdev_balanced_predictions.json", content
 
 
@@ -134,7 +135,9 @@ class VQAv2Val:
 
     def upload(self, answers: Answers) -> tuple[str, Any]:
         """What the VQA evaluation reads."""
-        content = [{"question_id": int(k.id), "answer": t} for k, t in answers.items()]
+        content = [
+            {"question_id": q.id, "answer": answers.get(q.key, "")} for q in self.questions()
+        ]
         return "v2_OpenEnded_mscoco_val2014_results.json", content
 
 

@@ -164,13 +164,13 @@ class MME:
         """Rows of image, question, known answer and answer: a text file a category."""
         rows: dict[str, str] = defaultdict(str)
         for question in self.questions():
-            if question.key in answers:
-                category, _, name = str(question.id).partition("/")
-                known = self._known(category, Path(name).stem)
-                file, asked = Path(name).with_suffix(".txt").name, self._asked(question, known)
-                # An answer is a cell: no break or tab is left in it.
-                row = (file, asked, known[asked], " ".join(answers[question.key].split()))
-                rows[f"{category}.txt"] += "\t".join(row) + "\n"
+            category, _, name = str(question.id).partition("/")
+            known = self._known(category, Path(name).stem)
+            file, asked = Path(name).with_suffix(".txt").name, self._asked(question, known)
+            # An answer is a cell: no break or tab is left in it.
+            text = " ".join(answers.get(question.key, "").split())
+            row = (file, asked, self._label(question, known), text)
+            rows[f"{category}.txt"] += "\t".join(row) + "\n"
         return "mme", dict(rows)
 
     def _known(self, category: str, stem: str) -> dict[str, str]:
