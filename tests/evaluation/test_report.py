@@ -231,6 +231,7 @@ def strip(path):
         (lambda f: strip(f / "digits/plain/answers.jsonl"), "no pieces of question test-1-0"),
         (lambda f: (f / "digits/results.json").write_text("{"), "results.json is no JSON"),
         (lambda f: (f / "digits/results.json").write_text("{}"), "has no device, versions"),
+        (lambda f: change(f, results=[{"way": "plain"}]), "has no avg_retained, mode, pruned"),
         (lambda f: change(f, settings={"checkpoint": "other"}), "checkpoint 'digits' and 'other'"),
         (lambda f: change(f, device="1 x gpu"), "speeds on 1 x cpu and 1 x gpu"),
     ],

@@ -12,6 +12,8 @@ from twig_jax.evaluation.judge import Way
 # What may differ between folders of one report: which questions are asked, and how long an answer
 # may get, which benchmarks choose for themselves.
 _FREE = {"seed", "limit", "max_new_tokens"}
+# What a row of results.json tells at least.
+_ROW = set("mode selector avg_retained pruned retained samples unanswered".split())
 # What an answer's metadata tells of how it came about.
 _TOLD = {"pieces", "accepted", "drafted", "matched", "kept"}
 
@@ -122,6 +124,7 @@ def read(folders: Sequence[Path]) -> list[Evaluation]:
 def _evaluation(path: Path) -> Evaluation:
     content = read_json(path, "the figures of launch.evaluate")
     missing = [k for k in ("device", "versions", "settings", "results") if k not in content]
+    missing += sorted({k for row in content.get("results", ()) for k in _ROW - row.keys()})
     if missing:
         raise ValueError(f"{path} has no {', '.join(missing)}; launch.evaluate writes them")
     ways = {}
