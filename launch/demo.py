@@ -40,6 +40,8 @@ MAX_NEW = 64
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+    if not _PRUNED.value:
+        raise app.UsageError("--pruned takes one share or several")
     from twig_jax.runtime import use_compilation_cache
 
     use_compilation_cache()

@@ -38,7 +38,9 @@ _SELECTOR = flags.DEFINE_list("selector", ["twig"], "what prunes; --selector hel
 _RETAINED = flags.DEFINE_list(
     "avg_retained", [], "visual tokens a layer sees; default a third, two ninths and one ninth"
 )
-_MAX_NEW = flags.DEFINE_integer("max_new_tokens", None, "default the benchmark's own")
+_MAX_NEW = flags.DEFINE_integer(
+    "max_new_tokens", None, "of an answer; default the benchmark's own", lower_bound=1
+)
 _GAMMA = flags.DEFINE_integer("gamma", 5, "tokens ahead that are drafted at most")
 _THETA = flags.DEFINE_float("theta", 0.6, "drafting stops after a token less probable than this")
 _CHILDREN = flags.DEFINE_integer("children", 1, "drafts tried after each; 1 is a chain")

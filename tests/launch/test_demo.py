@@ -87,9 +87,10 @@ def test_a_bad_image_is_named(tmp_path, broken):
 
 
 def test_a_bad_budget_is_no_traceback():
-    result = demo("--pruned", "x")
-    assert result.returncode == 1 and "demo: could not convert" in result.stderr
-    assert "Traceback" not in result.stderr
+    for pruned, said in (("x", "demo: could not convert"), ("", "--pruned takes one share")):
+        result = demo("--pruned", pruned)
+        assert result.returncode == 1 and said in result.stdout + result.stderr
+        assert "Traceback" not in result.stderr
 
 
 def test_growing_the_twig_again(tmp_path):

@@ -79,6 +79,11 @@ def test_bad_input(arguments, message):
     assert done.returncode == 1 and f"evaluate: {message}" in done.stderr
 
 
+def test_answers_have_room_for_a_token():
+    done = evaluate("--task", "digits", "--max_new_tokens", "0")
+    assert done.returncode == 1 and "--max_new_tokens=0" in done.stderr
+
+
 def test_files_of_the_score_are_looked_for_first(tmp_path):
     line = {"question_id": 0, "image": "0.jpg", "text": "Is it?"}
     (tmp_path / "llava_gqa_testdev_balanced.jsonl").write_text(json.dumps(line) + "\n")
