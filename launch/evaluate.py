@@ -234,6 +234,7 @@ def _table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         main = next(iter(row.get("figures", {}).items()), None)
         first = row.get("first_token_s")
+        ends = [percent(row.get(name)) for name in ("relacc_low", "relacc_high")]
         lines.append(
             [
                 row["mode"],
@@ -242,7 +243,7 @@ def _table(rows: list[dict[str, Any]]) -> str:
                 str(row["retained"]),
                 "" if main is None else f"{main[0]} {main[1]:.1f}",
                 percent(row.get("relacc")),
-                f"{percent(row.get('relacc_low'))} - {percent(row.get('relacc_high'))}",
+                " - ".join(filter(None, ends)),
                 percent(row["tokar"]),
                 number(row["mean_accepted"]),
                 number(row.get("relspd")),

@@ -104,3 +104,4 @@ def test_standard_output_is_json_alone(tmp_path):
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["results"][0]["samples"] == 1
     assert "for the official judge: " in done.stderr
+    assert " - " not in done.stderr  # there is no RelAcc of a base without a right answer
