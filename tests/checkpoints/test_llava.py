@@ -398,6 +398,16 @@ def test_settings_that_are_not_supported_are_listed_at_once(folder):
     ]
 
 
+@pytest.mark.parametrize(("layer", "reads"), [(-4, False), (-3, True), (2, True), (3, False)])
+def test_the_feature_layer_is_one_there_is(folder, layer, reads):
+    edit(folder, lambda content: content.update(vision_feature_layer=layer))
+    if reads:
+        assert read_llava(folder)[0].vision.feature_layer == layer
+    else:
+        with pytest.raises(ValueError, match=f"feature_layer is {layer}, the tower has 2 layers"):
+            read_llava(folder)
+
+
 def test_answers_end_as_generation_config_says(folder, config):
     path = folder / "generation_config.json"
     path.write_text('{"eos_token_id": [9]}')

@@ -220,6 +220,9 @@ def _config(
         for name, value in integers.items()
         if not isinstance(value, int)
     ]
+    states = vision["num_hidden_layers"] + 1
+    if isinstance(feature[1], int) and not -states <= feature[1] < states:
+        problems.append(f"{feature[0]} is {feature[1]}, the tower has {states - 1} layers")
     if problems:
         raise ValueError(f"{path} asks for what is not supported:\n  " + "\n  ".join(problems))
     heads = text["num_attention_heads"]
