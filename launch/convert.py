@@ -59,6 +59,8 @@ def convert() -> None:
     to, out = _TO.value or "", Path(_OUT.value or "")
     if "://" in (_OUT.value or ""):
         raise ValueError(f"--out {_OUT.value} is no local folder; write one and copy it there")
+    if _MESH.value is not None and (to != "orbax" or len(_MESH.value) > 3):
+        raise ValueError("--mesh takes data,fsdp,tensor, and goes with --to orbax alone")
     source = local_folder(_SOURCE.value or "")
     mesh = None if _MESH.value is None else make_mesh(*(int(size) for size in _MESH.value))
     with c.plan(

@@ -386,10 +386,18 @@ def test_the_launcher(tmp_path, hf):
     assert done.stdout.count(" -> ") == leaves
 
 
-def test_a_bucket_is_no_folder(hf):
-    """And no folder is made that is called like one."""
-    done = launcher("--source", hf, "--to", "orbax", "--out", "gs://bucket/out")
-    assert done.returncode == 1 and "gs://bucket/out is no local folder" in done.stderr
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        # And no folder is made that is called like one.
+        (["--to", "orbax", "--out", "gs://bucket/out"], "gs://bucket/out is no local folder"),
+        (["--to", "hf", "--out", "out", "--mesh", "1,1,1"], "goes with --to orbax alone"),
+        (["--to", "orbax", "--out", "out", "--mesh", "1,1,1,1"], "takes data,fsdp,tensor"),
+    ],
+)
+def test_flags_that_mean_nothing_here(hf, flags, message):
+    done = launcher("--source", hf, *flags)
+    assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("to", ["orbax", "hf"])
