@@ -285,7 +285,7 @@ def test_a_data_set_is_written_as_it_is_read(tmp_path, images, mixed, monkeypatc
         there.append(len(list(tmp_path.glob(".out.part/*/*/*.array_record*"))))
 
     assert build(source, tmp_path / "out", seen=seen).written == 200
-    assert there[0] == 0 and there[-1] == 5
+    assert (there[0], there[-1]) == (1, 5)
     assert not (tmp_path / ".out.part").exists()
     found = open_source(tmp_path / "out")
     assert [sample.turns for sample in found] == [sample.turns for sample in source]

@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import itertools
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -106,8 +105,7 @@ def _write(examples: Iterator[dict[str, Any]], folder: Path) -> None:
     writer.initialize_splits(["train"])
     with contextlib.ExitStack() as stack:
         stack.callback(writer.close_all)
-        while several := list(itertools.islice(examples, _READY)):
-            writer.add_examples({"train": several})
+        writer.add_examples({"train": examples})
 
 
 class _Examples:
