@@ -319,6 +319,13 @@ def test_mistakes_are_named(arguments, message):
     assert "Traceback" not in result.stderr
 
 
+def test_a_bucket_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="gs://bucket/out is no folder of this machine"):
+        build(DigitsSource(pages=1), "gs://bucket/out")
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("package", ["grain", "tensorflow_datasets"])
 def test_missing_packages_are_named(tmp_path, monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)

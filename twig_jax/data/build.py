@@ -40,14 +40,16 @@ def build(
     Every image is decoded to see that it can be, and copied as it is. seen: called after each
     sample, with the error of a bad one. The folder appears when it is whole; until then the data
     lies beside it, and what an earlier call left there is removed.
-    Raises ValueError where more than max_bad_fraction of the samples are bad or all are,
-    FileExistsError where the data set is there already, ImportError without TFDS.
+    Raises ValueError for a bucket, or where more than max_bad_fraction of the samples are bad or
+    all are, FileExistsError where the data set is there already, ImportError without TFDS.
     """
     try:
         import grain
         import tensorflow_datasets  # noqa: F401
     except ImportError as error:
         raise ImportError(NEEDS) from error
+    if "://" in str(out):
+        raise ValueError(f"{out} is no folder of this machine: build in one, then copy it")
     target = Path(out).absolute() / NAME
     if target.exists():
         raise FileExistsError(f"{target} is there already: remove it or name another folder")
