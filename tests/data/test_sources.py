@@ -292,6 +292,14 @@ def test_a_data_set_is_written_as_it_is_read(tmp_path, images, mixed, monkeypatc
     records = tensorflow_datasets.data_source("llava_instruct", data_dir=tmp_path / "out")["train"]
     assert records[199]["id"] == b"cut"
 
+    path = next((tmp_path / "out").rglob("*-00003"))
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"-00003 is missing or cut short"):
+        open_source(tmp_path / "out")
+    path.unlink()
+    with pytest.raises(ValueError, match=r"-00003 is missing or cut short"):
+        open_source(tmp_path / "out")
+
 
 def test_bad_rows_may_come_first(tmp_path):
     """They are a share of the whole file."""

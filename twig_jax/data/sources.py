@@ -142,7 +142,7 @@ class BuiltDataset:
 
     folder: the data set's, or one that holds it alone. Needs TFDS, but not TensorFlow.
     Raises FileNotFoundError for a folder without a data set or split, ValueError for several data
-    sets, ImportError without TFDS.
+    sets or one that is not whole, ImportError without TFDS.
     """
 
     def __init__(self, folder: str | Path, split: str = "train") -> None:
@@ -175,6 +175,7 @@ class BuiltDataset:
     def _records(self) -> Any:
         try:
             import tensorflow_datasets as tfds
+            from array_record.python.array_record_module import ArrayRecordReader
         except ImportError as error:
             raise ImportError(NEEDS) from error
 
@@ -188,6 +189,11 @@ class BuiltDataset:
         if self._split not in builder.info.splits:
             splits = ", ".join(builder.info.splits)
             raise FileNotFoundError(f"{self._folder} has no split {self._split!r}, only {splits}")
+        split = builder.info.splits[self._split]
+        for path, length in zip(split.filepaths, split.shard_lengths, strict=True):
+            # A file without its end has no records, which nothing else tells.
+            if not path.is_file() or ArrayRecordReader(str(path)).num_records() != length:
+                raise ValueError(f"{path} is missing or cut short: copy or build it again")
         return builder.as_data_source(self._split, decoders={"images": Encoded()})
 
 
