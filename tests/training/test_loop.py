@@ -261,6 +261,7 @@ def test_the_best_is_kept_and_can_be_the_result(tmp_path):
 
 
 def test_the_average_of_parameters_is_the_result(tmp_path):
+    """Another decay may be set on the way, none may not."""
     history = []
     settings = ("steps=4", "save_every=1", "mesh=(8, 1, 1)")
     fit(
@@ -274,6 +275,14 @@ def test_the_average_of_parameters_is_the_result(tmp_path):
     for params in history:
         expected = jax.tree.map(lambda a, b: 0.9 * a + 0.1 * b, expected, params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), averaged, expected)
+
+    on = ("steps=5", "mesh=(8, 1, 1)")
+    with pytest.raises(ValueError, match=r"another model: ema 0\.9, now None"):
+        fit(config(tmp_path / "ema", *on), *start(), progress=False)
+    further = fit(config(tmp_path / "ema", "ema=0.5", *on), *start(), progress=False)
+    state = state_of(tmp_path / "ema", 5)
+    expected = jax.tree.map(lambda a, b: (a + b) / 2, averaged, state["params"])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), further, expected)
 
 
 def test_agreement_is_how_often_the_base_says_the_same(tmp_path):

@@ -67,7 +67,7 @@ def test_none_and_tuples_have_types_too():
         ("data.workers=-1", r"data\.workers is -1, it must be at least 0"),
         ("reinforce.at_a_time=0", r"reinforce\.at_a_time is 0"),
         ("optim.warmup=100", r"optim\.warmup is 100, a share of all steps"),
-        ("ema=1", "ema is 1, a decay is 0 to less than 1"),
+        ("ema=1", "ema is 1, a decay is between 0 and 1"),
         ("reinforce.budgets=(48, 16)", "they must ascend"),
         ("optim=1", "group of settings"),
         ("steps.x=1", "no settings of its own"),

@@ -166,8 +166,8 @@ class TrainConfig:
         _at_least(0, self, "", "steps", "K")
         _at_least(1, self, "", "layers", "T", "K_f", "log_every", "save_every", "keep")
         _at_least(1, self, "", "validation_samples", "device_rows", "head_chunk")
-        if self.ema is not None and not 0 <= self.ema < 1:
-            raise ValueError(f"ema is {self.ema:g}, a decay is 0 to less than 1")
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise ValueError(f"ema is {self.ema:g}, a decay is between 0 and 1")
 
     def model(self) -> tuple[LlavaConfig, TwigConfig]:
         """The base and twig configuration of this run; a twig's base has its own in its folder."""

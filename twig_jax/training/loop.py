@@ -43,7 +43,7 @@ Callback = Callable[[int, Params], dict[str, float]]
 _PATIENCE = 10
 
 # What a checkpoint's run and the one that goes on from it must have in common.
-_SHAPE = ("stage", "preset", "layers", "K", "T", "K_f", "p_head", "ema")
+_SHAPE = ("stage", "preset", "layers", "K", "T", "K_f", "p_head")
 
 _LOG = logging.getLogger(__name__)
 
@@ -329,10 +329,11 @@ def _check_notes(notes: dict[str, Any], config: TrainConfig, grown_on: str | Non
         for name in _SHAPE
         if was.get(name, False) != now[name]
     ]
-    # The P-Head alone has moments there.
+    # An average is kept with the one, moments of the P-Head alone with the other.
     actions = was.get("reinforce", {}).get("actions", 0), now["reinforce"]["actions"]
-    if bool(actions[0]) != bool(actions[1]):
-        other.append(f"reinforce.actions {actions[0]}, now {actions[1]}")
+    for name, (a, b) in {"ema": (was.get("ema"), now["ema"]), "reinforce.actions": actions}.items():
+        if bool(a) != bool(b):
+            other.append(f"{name} {a}, now {b}")
     if other:
         raise ValueError(
             f"the checkpoints in {config.out} are of another model: {'; '.join(other)}; give the "
