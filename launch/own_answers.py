@@ -15,6 +15,7 @@ own.unanswered.jsonl; remove it to have them asked again.
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ _NEW = flags.DEFINE_integer("max_new_tokens", 256, "of an answer", lower_bound=1
 _BATCH = flags.DEFINE_integer("batch", 32, "questions answered at once", lower_bound=1)
 _DTYPE = flags.DEFINE_string("dtype", None, "float32, bfloat16; default what the device is fit for")
 
+_BEGINNING = b'{"index": '  # of every row
 _AT_ONCE = 8  # batches of conversations between two times that answers are written
 
 
@@ -100,13 +102,17 @@ def answer(out: Path) -> None:
 
 
 def known(out: Path) -> set[int]:
-    """The conversations that the file has, by number; a line that was cut off is taken away."""
+    """The conversations that the file has, by number; a line that was cut off is taken away.
+
+    Raises ValueError for a file of other rows, which stays as it is.
+    """
     if not out.is_file():
         return set()
     text = out.read_bytes()
+    if not text.startswith(_BEGINNING[: len(text)]):
+        raise ValueError(f"{out} has not been written by this program: give another --out")
     whole = text[: text.rfind(b"\n") + 1]
-    if whole != text:
-        out.write_bytes(whole)
+    os.truncate(out, len(whole))
     return {json.loads(line)["index"] for line in whole.splitlines()}
 
 

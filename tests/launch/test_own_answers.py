@@ -106,3 +106,9 @@ def test_bad_input(tmp_path):
     done = own_answers("--out", tmp_path / "own.jsonl", "--data", "nowhere.json")
     assert done.returncode == 1 and "own_answers: no data at nowhere.json" in done.stderr
     assert own_answers("--out", tmp_path / "own.json").returncode == 1
+    others = tmp_path / "others.jsonl"  # whose last line does not end
+    others.write_text('{"id": "1", "conversations": []}')
+    done = own_answers("--out", others)
+    assert done.returncode == 1 and "has not been written by this program" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert others.read_text() == '{"id": "1", "conversations": []}'
