@@ -3,9 +3,9 @@
     python -m tests.tools.adaptive
 
 Long answers of the digits model, of forced length, once with the shipped twig and once with a
-random one; every call beside a plain one, in turn. Losing at most 5 % to plain decoding is what
-adaptive drafting promises, see docs/decoding.md. --random takes random weights of 300M parameters,
-for which only a random twig means anything.
+random one; every call beside a plain one, in turn. What drafting may lose to plain decoding at most
+is in docs/decoding.md. --random takes random weights of 300M parameters, for which only a random
+twig means anything.
 """
 
 import statistics
