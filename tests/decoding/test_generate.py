@@ -89,10 +89,15 @@ def test_rows_stop_each_for_its_own_reason() -> None:
 
 
 def test_watching_changes_nothing_and_sees_text_grow() -> None:
-    model, seen = speaking(), []
+    model, seen, taken = speaking(), [], []
     rows = [request(20 + i, 1, 3, 4) for i in range(3)]
+
+    def watch(running):
+        seen.append(running.text(0))
+        taken.append(running.results([0])[0].decode_s)
+
     settings = dataclasses.replace(LONG, stop=(ask(LONG)[0].text[16:18],))
-    results = model.generate(rows, settings, watch=lambda running: seen.append(running.text(0)))
+    results = model.generate(rows, settings, watch=watch)
     alone = ask(settings)
     assert [r.text for r in results] == [r.text for r in alone]
     assert [r.matched.tolist() for r in results] == [r.matched.tolist() for r in alone]
@@ -100,6 +105,7 @@ def test_watching_changes_nothing_and_sees_text_grow() -> None:
     assert len(seen) > 3
     assert all(b.startswith(a) for a, b in itertools.pairwise(seen))
     assert seen[-1] == results[0].text
+    assert 0 < taken[0] < taken[-1] == results[0].decode_s
 
 
 def test_half_a_character_is_never_shown() -> None:

@@ -122,7 +122,7 @@ class Running:
                     scores=scores[:length],
                     logits=logits,
                     prefill_s=row.prefilled - row.began,
-                    decode_s=row.ended - row.prefilled,
+                    decode_s=(row.ended if row.done else time.perf_counter()) - row.prefilled,
                     batch=len(self.rows),
                 )
             )
