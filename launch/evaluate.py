@@ -188,10 +188,11 @@ def _share() -> tuple[int, int]:
     if _DISTRIBUTED.value:
         import jax
 
-        from twig_jax.runtime import join_processes
-
-        join_processes()
-        return jax.process_index(), jax.process_count()
+        jax.distributed.initialize()
+        share = jax.process_index(), jax.process_count()
+        # Members of a cluster end together: all of them where one fails, or is minutes late.
+        jax.distributed.shutdown()
+        return share
     i, _, n = _SHARE.value.partition("/")
     if not (i.isdecimal() and n.isdecimal() and int(i) < int(n)):
         raise ValueError(f"--share is i/n with i from 0 to n-1, not {_SHARE.value}")

@@ -41,13 +41,14 @@ def main(argv: list[str]) -> None:
         raise app.UsageError("give --config FILE and overrides as --set name=value, nothing else")
     if _PLAN.value != (_TOPOLOGY.value is not None):
         raise app.UsageError("--plan and --topology go together")
+    import jax
 
-    from twig_jax.runtime import join_processes, use_compilation_cache
+    from twig_jax.runtime import use_compilation_cache
     from twig_jax.training.overrides import override
     from twig_jax.training.preemption import Preempted
 
     if _DISTRIBUTED.value:
-        join_processes()
+        jax.distributed.initialize()
     use_compilation_cache()
     try:
         config = override(read_config(_CONFIG.value), _SET.value)

@@ -30,6 +30,7 @@ def train(
 ) -> None:
     """Runs a training configuration to its end, validating before every checkpoint."""
     import jax
+    from jax.experimental import multihost_utils
 
     from twig_jax.checkpoints.llava import write_llava
     from twig_jax.checkpoints.twig import write_twig
@@ -66,6 +67,8 @@ def train(
     elif export and first:
         with _local(export) as folder:
             write_llava(folder, trained, base_config, tokenizer=ASSETS)
+    # jax aborts all processes, the one that writes too, five minutes after the first has ended.
+    multihost_utils.sync_global_devices("exported")
 
 
 @contextmanager

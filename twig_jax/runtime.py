@@ -31,13 +31,6 @@ def use_compilation_cache() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
-def join_processes() -> None:
-    """Joins the processes of a job on a cluster that jax knows, such as a pod or a Slurm step."""
-    # They do not end together: shares of questions differ, and one process writes for all. jax
-    # aborts all of them, at work or not, five minutes after the first has ended.
-    jax.distributed.initialize(shutdown_timeout_seconds=30 * 24 * 3600)
-
-
 def environment() -> dict[str, Any]:
     """Device and versions, and clocks where nvidia-smi tells them, for result files."""
     import flax

@@ -35,12 +35,12 @@ def launch(name, *arguments):
     return done
 
 
-def slurm_step(name, *arguments, devices=1):
-    """A launcher's two processes as srun starts them; [(output, errors)] when both have ended."""
+def slurm_step(name, shares, devices=1):
+    """A launcher's processes as srun starts them, one for each list of further arguments."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         job = free.getsockname()[1]  # that jax derives the coordinator's port from
-    processes = [
+    return [
         subprocess.Popen(
             [sys.executable, "-m", f"launch.{name}", "--distributed", *map(str, arguments)],
             cwd=ROOT,
@@ -48,7 +48,7 @@ def slurm_step(name, *arguments, devices=1):
                 XLA_FLAGS=f"{QUICK_COMPILING} --xla_force_host_platform_device_count={devices}",
                 SLURM_JOB_ID=str(job),
                 SLURM_STEP_NODELIST="localhost",
-                SLURM_NTASKS="2",
+                SLURM_NTASKS=str(len(shares)),
                 SLURM_PROCID=str(index),
                 SLURM_LOCALID=str(index),
             ),
@@ -56,8 +56,5 @@ def slurm_step(name, *arguments, devices=1):
             stderr=subprocess.PIPE,
             text=True,
         )
-        for index in range(2)
+        for index, arguments in enumerate(shares)
     ]
-    ended = [process.communicate(timeout=600) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], ended
-    return ended

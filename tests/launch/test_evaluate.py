@@ -44,12 +44,23 @@ def test_shares_give_what_one_process_gives(tmp_path):
     assert results.read_bytes() == before
 
 
-def test_the_processes_of_a_slurm_step_share_the_questions(tmp_path):
-    """With unlike shares, of which the first to be through waits for the other to end."""
-    common = ("--task", "digits", "--limit", "5", "--batch", "3", "--modes", "plain")
-    slurm_step("evaluate", *common, "--timed_samples", "0", "--out", tmp_path)
-    (result,) = json.loads((tmp_path / "digits" / "results.json").read_bytes())["results"]
-    assert (result["samples"], result["unanswered"]) == (5, [])
+def test_a_process_of_a_cluster_that_ends_ends_no_other(tmp_path):
+    """One fails while the other still answers its share."""
+    processes = slurm_step(
+        "evaluate",
+        [
+            ["--task", "digits", "--limit", 4, "--batch", 4, "--modes", "plain", "--out", tmp_path],
+            ["--task", "gqa", "--data", "nowhere", "--out", tmp_path],
+        ],
+    )
+    answers, fails = processes
+    _, said = fails.communicate(timeout=600)
+    assert fails.returncode == 1 and "evaluate: nowhere" in said
+    own = tmp_path / "digits" / "plain" / "answers.0-of-2.jsonl"
+    assert not own.exists() or not own.read_text()  # nobody waited for the answers
+    out, said = answers.communicate(timeout=600)
+    assert answers.returncode == 0, said
+    assert "plain: 2 of 4 answered" in out
 
 
 @pytest.mark.parametrize(
