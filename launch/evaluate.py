@@ -126,16 +126,19 @@ def evaluate() -> None:
         _answer(judge, way, share)
     # Whoever is last finds all there is to judge, and judges it.
     screen = sys.stderr if _JSON.value == "-" else sys.stdout
-    answered = {way: judge.answered(way) for way in chosen}
-    waiting = {way: lines for way, lines in answered.items() if len(lines) < len(questions)}
-    for way, lines in waiting.items():
-        done = f"{len(lines)} of {len(questions)} answered"
-        print(f"{way.name}: {done}, the rest by other processes", file=screen)
+    done = {way: len(judge.answered(way)) for way in chosen}
+    waiting = {way: count for way, count in done.items() if count < len(questions)}
+    for way, count in waiting.items():
+        print(
+            f"{way.name}: {count} of {len(questions)} answered, the rest by other processes",
+            file=screen,
+        )
     if waiting:
         return
     found: dict[Any, dict[str, Any]] = {}
     base = None
-    for way, lines in answered.items():
+    for way in done:  # one at a time: the answers of all may be too many to hold
+        lines = judge.answered(way)
         found[way], score = judge.row(way, lines, base)
         base = score if way.mode == "plain" else base
         upload = benchmark.upload(said(lines))

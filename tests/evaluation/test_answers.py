@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import tracemalloc
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import twig_jax
 from twig_jax.decoding.settings import Settings
 from twig_jax.evaluation.answers import answer_share, failed
-from twig_jax.evaluation.benchmarks.files import Question
+from twig_jax.evaluation.benchmarks.files import Question, answer_line
 from twig_jax.evaluation.benchmarks.pages import Digits
 from twig_jax.evaluation.judge import Judge, Way
 
@@ -176,6 +177,27 @@ def test_a_question_that_cannot_be_asked_is_not_timed(tmp_path):
     judge = dataclasses.replace(judge, questions=[long])
     with pytest.raises(ValueError, match=r"none of the questions can be asked, as .* tokens"):
         judge.row(Way("plain"), judge.answers(Way("plain")), None)
+
+
+def test_what_answers_tell_is_counted_one_by_one(tmp_path):
+    """All of a large benchmark's, each with the visual tokens it kept, would not fit in memory."""
+    questions = [Question(i // 2, "Q", stated=f"Q{i}") for i in range(400)]
+    told = {"drafted": [2, 0], "matched": [1, 0], "kept": list(range(1000, 1576))}
+    lines = {q.key: answer_line(q, "", "m", told) for q in questions}
+    for q in questions[:2]:
+        lines[q.key] = answer_line(q, "", "m", {"error": "no image"})
+    model = SimpleNamespace(config=SimpleNamespace(vision=SimpleNamespace(num_tokens=576)))
+    benchmark = SimpleNamespace(score=lambda answers: None)
+    judge = Judge(
+        model, "t", benchmark, questions, tmp_path, Settings(), batch=1, model_id="m", notes={}
+    )
+    tracemalloc.start()
+    row, _ = judge.row(Way("plain"), lines, None)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (row["retained"], row["unanswered"]) == (576, ["0", "0"])  # an id may have two questions
+    assert (row["tokar"], row["mean_drafted"]) == (0.5, 1)
+    assert peak < sum(map(len, lines.values())) / 4
 
 
 def test_answers_by_other_settings_are_not_mixed(tmp_path):

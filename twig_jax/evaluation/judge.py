@@ -126,13 +126,19 @@ class Judge:
         written to points.json beside the answers, in the questions' order. Raises ValueError where
         none of the questions could be asked.
         """
-        found = [json.loads(lines[q.key])["metadata"] for q in self.questions]
-        answered = [m for m in found if "error" not in m]
-        if not answered:
-            raise ValueError(f"none of the questions can be asked, as {found[0]['error']}")
-        drafted = sum(sum(m["drafted"]) for m in answered)
-        matched = sum(sum(m["matched"]) for m in answered)
-        rounds = sum(len(m["matched"]) for m in answered)
+        drafted = matched = rounds = kept = 0
+        errors: list[tuple[str, str]] = []
+        for question in self.questions:
+            told = json.loads(lines[question.key])["metadata"]
+            if "error" in told:
+                errors.append((question.key.id, told["error"]))
+                continue
+            drafted += sum(told["drafted"])
+            matched += sum(told["matched"])
+            rounds += len(told["matched"])
+            kept = max(kept, len(told["kept"]))
+        if len(errors) == len(self.questions):
+            raise ValueError(f"none of the questions can be asked, as {errors[0][1]}")
         tokens = self.model.config.vision.num_tokens
         row: dict[str, Any] = {
             "task": self.task,
@@ -140,11 +146,9 @@ class Judge:
             "selector": way.selector,
             "avg_retained": way.avg_retained,
             "pruned": 0.0 if way.avg_retained is None else 1 - way.avg_retained / tokens,
-            "retained": max((len(m["kept"]) for m in answered), default=0),
+            "retained": kept,
             "samples": len(self.questions),
-            "unanswered": [
-                q.key.id for q, m in zip(self.questions, found, strict=True) if "error" in m
-            ],
+            "unanswered": [asked for asked, _ in errors],
             "tokar": matched / drafted if drafted else None,
             "mean_drafted": drafted / rounds if drafted else None,
             "mean_accepted": matched / rounds if drafted else None,
