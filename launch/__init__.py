@@ -1,5 +1,6 @@
 """Launchers: thin command lines over the package."""
 
+import math
 from collections.abc import Callable, Sequence
 
 from absl import app, flags, logging
@@ -14,6 +15,18 @@ def run(main: Callable[[list[str]], None]) -> None:
         main(argv)
 
     app.run(quiet)
+
+
+def numbers(flag: str, values: Sequence[str], below: float = math.inf) -> list[float]:
+    """The numbers of a list flag; UsageError unless all are above 0 and below that."""
+    try:
+        found = [float(value) for value in values]
+    except ValueError:
+        found = []
+    if not found or not all(0 < number < below for number in found):
+        most = "" if below == math.inf else f" and below {below:g}"
+        raise app.UsageError(f"--{flag} takes numbers above 0{most}, not {','.join(values)!r}")
+    return found
 
 
 def whole(flag: str, values: Sequence[str]) -> list[int]:

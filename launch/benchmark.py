@@ -26,7 +26,7 @@ from typing import Any
 
 from absl import app, flags
 
-from launch import run, whole
+from launch import numbers, run, whole
 from launch.output import parts, speeds, write_json
 from twig_jax.config import MODES
 
@@ -173,10 +173,8 @@ def measure(batches: list[int], lengths: list[int], told: Callable[[dict], Any])
     cold = next(programs.glob("*-cache"), None) is None
     generator, requests, weights, calibration = load(batches, lengths)
     M = generator.config.vision.num_tokens
-    try:
-        budgets = [float(x) for x in _AVG_RETAINED.value or [M / 9]]
-    except ValueError:
-        raise ValueError(f"--avg_retained takes numbers, not {_AVG_RETAINED.value}") from None
+    asked = _AVG_RETAINED.value
+    budgets = numbers(_AVG_RETAINED.name, asked) if asked else [M / 9]
     speed.check_room(generator.config, requests, max(lengths))
     for one in ways(budgets, M, max(lengths)).values():
         generator.batches.need(0, requests[0], one)  # what it refuses is told before anything runs

@@ -10,7 +10,7 @@ import time
 
 from absl import app, flags
 
-from launch import run
+from launch import numbers, run
 from launch.output import aligned, write_json
 from twig_jax.evaluation.compare import Run
 
@@ -68,10 +68,11 @@ def answer_one() -> None:
 
     if not _PROMPT.value:
         raise app.UsageError("--image needs a --prompt")
+    budgets = numbers(_PRUNED.name, _PRUNED.value, below=1)
     model = api.load()
     settings = Settings(
         mode=_MODE.value,
-        avg_retained=round(model.config.vision.num_tokens * (1 - float(_PRUNED.value[-1]))),
+        avg_retained=round(model.config.vision.num_tokens * (1 - budgets[-1])),
         gamma=_GAMMA.value,
         theta=_THETA.value,
         max_new_tokens=MAX_NEW,
@@ -126,7 +127,9 @@ def compare() -> None:
     from twig_jax.runtime import environment
 
     began = time.perf_counter()
-    budgets = [float(share) for share in _PRUNED.value]
+    if _PROMPT.value is not None:
+        raise app.UsageError("--prompt needs an --image")
+    budgets = numbers(_PRUNED.name, _PRUNED.value, below=1)
     model = api.load()
     config, tokenizer = model.config, model.tokenizer
     common = Settings(

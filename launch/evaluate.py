@@ -16,7 +16,7 @@ from typing import Any
 
 from absl import app, flags
 
-from launch import run
+from launch import numbers, run
 from launch.output import aligned, write_json
 from twig_jax.config import MODES
 
@@ -81,6 +81,7 @@ def evaluate() -> None:
         for name in asked:
             if name not in known:
                 raise ValueError(f"no --{flag} {name}; there are: {', '.join(known)}")
+    asked_budgets = _RETAINED.value and numbers(_RETAINED.name, _RETAINED.value)
     share = _share()
     benchmark = open_benchmark(task, Path(_DATA.value), _LIMIT.value, _SEED.value)
     questions = benchmark.questions()[: _LIMIT.value]
@@ -98,7 +99,7 @@ def evaluate() -> None:
     use_compilation_cache()
     model = api.load(_CHECKPOINT.value, _TWIG.value, _DTYPE.value, template=_TEMPLATE.value)
     tokens = model.config.vision.num_tokens
-    budgets = [float(b) for b in _RETAINED.value] or [round(part * tokens) for part in BUDGETS]
+    budgets = asked_budgets or [round(part * tokens) for part in BUDGETS]
     settings = _settings() | {"dtype": model.generator.weights.dtype.name}
     judge = Judge(
         model,

@@ -58,7 +58,7 @@ def main(argv: list[str]) -> None:
             write_targets(config, _WRITE.value)
         else:
             train(config, export=_EXPORT.value)
-    except (FileNotFoundError, FloatingPointError, ImportError, ValueError) as error:
+    except (FloatingPointError, ImportError, OSError, ValueError) as error:
         sys.exit(f"train: {error}")
     except Preempted as notice:
         print(f"train: {notice}", file=sys.stderr)

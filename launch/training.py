@@ -16,9 +16,12 @@ def read_config(path: str) -> Any:
     if not Path(path).is_file():
         raise FileNotFoundError(f"no configuration file {path}")
     spec = importlib.util.spec_from_file_location("config", path)
-    assert spec is not None and spec.loader is not None
+    if spec is None or spec.loader is None:
+        raise ValueError(f"{path} is no Python file")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise ValueError(f"{path} has no get_config()")
     return module.get_config()
 
 
@@ -41,6 +44,8 @@ def train(
     from twig_jax.training.loop import fit
     from twig_jax.training.start import start_base, start_twig
 
+    if export and "://" not in export:
+        Path(export).mkdir(parents=True, exist_ok=True)  # or it is known now that it cannot be
     base_config, twig_config = config.model()
     mesh = make_mesh(*config.mesh)
     first = not jax.process_index()

@@ -8,7 +8,10 @@ import time
 from functools import partial
 
 import pytest
+from absl.app import UsageError
 
+from launch import numbers
+from launch.training import read_config
 from tests.launch.process import ROOT, environment, launch, slurm_step
 from twig_jax.hardware import find_topology
 
@@ -79,6 +82,30 @@ def test_what_the_base_teaches_is_written(tmp_path):
     assert result.returncode == 0, result.stderr[-2000:]
     names = {path.name for path in (tmp_path / "targets").iterdir()}
     assert names == {"000001-0of1.npz", "targets.json"}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"), [("a.md", "", "no Python file"), ("a.py", "", "has no get_config")]
+)
+def test_what_is_no_configuration_is_told(tmp_path, name, text, said):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=said):
+        read_config(tmp_path / name)
+
+
+def test_an_export_that_cannot_be_written_is_told_at_once(tmp_path):
+    (tmp_path / "taken").touch()
+    run = ("--config", "configs/digits_twig.py", f"--set=out={tmp_path / 'run'}")
+    done = train(*run, "--export", tmp_path / "taken")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "taken" in done.stderr and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("values", [[], ["a"], ["0"], ["16", "-1"], ["nan"], ["inf"], ["88.9"]])
+def test_list_flags_take_numbers(values):
+    with pytest.raises(UsageError, match="--pruned takes numbers above 0 and below 1, not"):
+        numbers("pruned", values, below=1)
+    assert numbers("pruned", ["0.5", "0.25"], below=1) == [0.5, 0.25]
 
 
 def test_a_plan_is_printed_and_nothing_trained(tmp_path):
