@@ -88,7 +88,8 @@ class DigitsBatches:
       patch_words    int32 [B, 144, 5]  tokens that name what each patch shows: digit or " blank",
                                         row, column, shade and size (-1 and -1 where blank)
 
-    Turns that no row can hold are left out. Raises ValueError for rows that no turn fits, a bad
+    Turns that no row can hold are left out, and a page that allows no question of the mix gives way
+    to its next variant. Raises ValueError for rows that no turn fits, a bad
     shard, or a tokenizer made for other data.
     """
 
@@ -161,8 +162,7 @@ class DigitsBatches:
         return batch
 
     def _row(self, index: int) -> Batch:
-        page = digits.page(self._split, self._seed, index)
-        rng = digits.generator(self._split, self._seed, index, 1)
+        page, asking = self._asked(index)
         start, length = len(self._prefix), self._row_tokens
         if length <= start:
             raise ValueError(f"a row of {length} tokens does not even hold the page's {start}")
@@ -178,7 +178,7 @@ class DigitsBatches:
         row["tokens"][:start], row["is_visual"][:start] = self._prefix, self._is_visual
         row["positions"][:start], row["segments"][:start] = np.arange(start), SHARED
         begin, misfits, segment = start, 0, 0
-        for question in questions.stream(page, rng, self._mix):
+        for question in asking:
             asked, answer, content = self._turn(question)
             size = len(asked) + len(answer)
             end = begin + size
@@ -202,6 +202,18 @@ class DigitsBatches:
             row["content"][predicting] = content
             begin = end
         return row | {"pixels": page.image, "patch_words": self._names(page)}
+
+    def _asked(self, index: int) -> tuple[Page, Iterator[Question]]:
+        """A page, or the first of its variants that allows a kind of the mix, and its questions."""
+        for variant in itertools.count():
+            page = digits.page(self._split, self._seed, index, variant)
+            rng = digits.generator(self._split, self._seed, index, 1)
+            asking = questions.stream(page, rng, self._mix)
+            try:
+                return page, itertools.chain([next(asking)], asking)
+            except questions.NoQuestion:
+                continue
+        raise AssertionError("unreachable")
 
     def _turn(self, question: Question) -> tuple[list[int], list[int], list[bool]]:
         """Ids up to where the model answers, ids of the answer and EOS, and their content flags."""

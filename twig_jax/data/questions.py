@@ -90,6 +90,10 @@ class Question:
     content: tuple[bool, ...]
 
 
+class NoQuestion(ValueError):
+    """A page allows none of the kinds of question that are asked for."""
+
+
 def stream(
     page: Page, rng: np.random.Generator, mix: Mapping[str, float] | None = None
 ) -> Iterator[Question]:
@@ -97,7 +101,7 @@ def stream(
 
     No text comes twice and no (kind, cells) comes twice, as far as the page has others left.
     Raises ValueError for a mix with an unknown kind, with a negative weight or without weight, and
-    where the page allows none of its kinds.
+    NoQuestion where the page allows none of its kinds.
     """
     kinds, bounds = _weights(mix)
     texts: set[str] = set()
@@ -108,7 +112,7 @@ def stream(
         question = _MAKERS[kind](page, rng)
         if question is None:
             if not any(_MAKERS[other](page, rng) for _ in range(_FAILURES) for other in kinds):
-                raise ValueError(f"the page allows no question of the kinds {', '.join(kinds)}")
+                raise NoQuestion(f"the page allows no question of the kinds {', '.join(kinds)}")
             continue
         key = (kind, question.cells)
         # After some fruitless draws little or nothing is left: repeat cells, then whole texts.
