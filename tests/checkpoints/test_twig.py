@@ -88,6 +88,18 @@ def test_an_interruption_between_shards_leaves_no_mixture(
     is_read(other)
 
 
+def test_a_full_disk_leaves_no_folder_that_seems_whole(
+    tmp_path, twig, twig_config, base, config, monkeypatch
+):
+    def full(*_, **__):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(storage, "save_file", full)
+    with pytest.raises(OSError, match="No space"):
+        write_twig(tmp_path, twig, twig_config, base, config, "float32")
+    assert not list(tmp_path.iterdir())
+
+
 def test_official_names(folder, twig, twig_config):
     stored = load_file(folder / "model.safetensors")
     layer = (

@@ -192,8 +192,9 @@ def write_twig(
     source = from_tree(tensors, params, "the tree to be written").cast(dtype)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_notes(folder, twig, fingerprint(config, base, twig.K))
     write_hf(folder, source)
+    # Last: launch.ablate takes a folder with notes for a twig that is there.
+    write_notes(folder, twig, fingerprint(config, base, twig.K))
 
 
 def fingerprint(config: LlavaConfig, base: Params, K: int) -> str:
