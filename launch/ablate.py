@@ -153,7 +153,8 @@ class _Bench:
         way = Way(variant.mode)
         row: dict[str, Any] = {"avg_retained": None, "retained": None}
         if variant.mode != "ssd":
-            budget = _RETAINED.value or round(self.model.config.vision.num_tokens / 9)
+            M, asked = self.model.config.vision.num_tokens, _RETAINED.value
+            budget = round(M / 9) if asked is None else asked
             way = Way(variant.mode, variant.selector, budget)
             row = {"avg_retained": budget, "retained": self._kept(variant, budget)}
             if row["retained"] is None:

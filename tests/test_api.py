@@ -62,6 +62,12 @@ def test_a_single_image_must_be_in_a_list(model, image, raw):
         model.request("What is it?", image, raw=raw)
 
 
+def test_images_in_one_array(model):
+    several = np.random.default_rng(0).integers(0, 255, (2, 8, 8, 3), np.uint8)
+    one, other = (model.request("<image> and <image>?", x) for x in (several, [*several]))
+    np.testing.assert_array_equal(one.pixels, other.pixels)
+
+
 def without(tree, name):
     return {other: part for other, part in tree.items() if other != name}
 

@@ -147,7 +147,8 @@ class Chat:
 
 def _count(images: Sequence[Any]) -> int:
     """How many images there are. Raises ValueError for a single one, which is no list of them."""
-    if isinstance(images, str | bytes) or not isinstance(images, Sequence):
+    several = isinstance(images, Sequence) and not isinstance(images, str | bytes)
+    if not several and np.ndim(images) != 4:  # an array of several has one more dimension
         raise ValueError("images are a list, of a single one too: [image]")
     return len(images)
 

@@ -80,11 +80,6 @@ class Running:
         row = self.rows[b]
         return "" if row is None else row.transcript.text
 
-    def tokens(self, b: int) -> np.ndarray:
-        """Its tokens by now, int32 [n]."""
-        row = self.rows[b]
-        return np.zeros(0, np.int32) if row is None else row.transcript.tokens
-
     def results(self, which: Sequence[int] | None = None) -> list[Result]:
         """Results of the rows that are taken, or of those in `which`."""
         chosen = (

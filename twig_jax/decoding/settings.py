@@ -140,6 +140,11 @@ class Result:
     batch: int
 
     @property
+    def emitted(self) -> int:
+        """Tokens that decoding gave, EOS included."""
+        return len(self.tokens) + (self.stopped_by == "eos")
+
+    @property
     def depths(self) -> list[np.ndarray]:
         """How many tokens ahead each draft of each iteration is, from 1."""
         found = []

@@ -54,8 +54,7 @@ def acceptance(results: Sequence[Result], content: Sequence[Sequence[bool]]) -> 
 
 def tokens_per_s(result: Result) -> float:
     """New tokens over prefill and decoding time, EOS included (the paper's speed)."""
-    emitted = len(result.tokens) + (result.stopped_by == "eos")
-    return emitted / (result.prefill_s + result.decode_s)
+    return result.emitted / (result.prefill_s + result.decode_s)
 
 
 def relacc(

@@ -118,7 +118,7 @@ def _speed(
     settings, mine, rows = ways[way], calls[way], len(requests)
     results = mine[0].results  # greedy: all calls have the same
     told, levels = acceptance(results, [()] * rows), _deepest(results)
-    emitted = [len(r.tokens) + (r.stopped_by == "eos") for r in results]
+    emitted = [r.emitted for r in results]
     steps = max(len(r.matched) for r in results) - 1  # the first one belongs to prefill
     first = statistics.median(c.first_s for c in mine)
     total = statistics.median(c.total_s for c in mine)

@@ -106,4 +106,4 @@ def total_speed(results: Sequence[Result], speeds: np.ndarray) -> float:
 
 
 def _lengths(results: Sequence[Result]) -> np.ndarray:
-    return np.array([len(r.tokens) + (r.stopped_by == "eos") for r in results])
+    return np.array([r.emitted for r in results])
