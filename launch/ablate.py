@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from absl import app, flags
+from tqdm import tqdm
 
 from launch import run
 from launch.output import aligned, write_json
@@ -67,8 +68,6 @@ def main(argv: list[str]) -> None:
 
 def ablate() -> None:
     """Trains, answers, times, prints and writes."""
-    from tqdm import tqdm
-
     from launch.training import read_config
     from twig_jax.evaluation.ablations import ablations, over_seeds
     from twig_jax.evaluation.plots import plot_ablations
@@ -231,7 +230,7 @@ class _Bench:
         if not (out / "twig" / "twig.json").is_file():
             config = dataclasses.replace(config, out=str(out))
             print(f"training {out}", file=sys.stderr)
-            train(config, export=str(out / "twig"), say=lambda text: print(text, file=sys.stderr))
+            train(config, export=str(out / "twig"), say=lambda text: tqdm.write(text, sys.stderr))
         return out / "twig"
 
 

@@ -9,6 +9,7 @@ import sys
 import time
 
 from absl import app, flags
+from tqdm import tqdm
 
 from launch import numbers, run
 from launch.output import aligned, write_json
@@ -40,8 +41,6 @@ MAX_NEW = 64
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
-    if not _PRUNED.value:
-        raise app.UsageError("--pruned takes one share or several")
     from twig_jax.runtime import use_compilation_cache
 
     use_compilation_cache()
@@ -58,7 +57,9 @@ def main(argv: list[str]) -> None:
 
 def say(text: str = "") -> None:
     """Prints for people; standard output stays clean where it carries JSON."""
-    print(text, file=sys.stderr if _JSON.value == "-" else sys.stdout, flush=True)
+    file = sys.stderr if _JSON.value == "-" else sys.stdout
+    tqdm.write(text, file)  # above the progress bar
+    file.flush()
 
 
 def answer_one() -> None:
@@ -115,7 +116,6 @@ def grow() -> None:
 def compare() -> None:
     """All modes, budgets and selectors; prints tables, writes the report and --json."""
     import numpy as np
-    from tqdm import tqdm
 
     from twig_jax import api
     from twig_jax.data import digits, questions

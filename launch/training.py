@@ -9,6 +9,7 @@ from typing import Any
 
 from absl import logging
 from etils import epath
+from tqdm import tqdm
 
 
 def read_config(path: str) -> Any:
@@ -29,7 +30,7 @@ def train(
     config: Any,
     *,
     export: str | None = None,
-    say: Callable[[str], None] = print,
+    say: Callable[[str], None] = tqdm.write,  # above the progress bar
 ) -> None:
     """Runs a training configuration to its end, validating before every checkpoint."""
     import jax

@@ -152,8 +152,10 @@ def test_an_answer_ends_where_the_positions_do() -> None:
     model = generator(eos_token_id=-1, text=known, made={"buckets": [BUCKET]})
     for whole, result in zip(ask(CALL, 1), model.generate(rows[:1], CALL), strict=True):
         assert result.tokens.tolist() == whole.tokens[:4].tolist()
-    results = model.generate(rows, CALL)
-    assert [(len(r.tokens), r.stopped_by) for r in results] == [(n, "length") for n in (4, 3, 2)]
+    endless = dataclasses.replace(CALL, max_new_tokens=10**9)  # takes no slots for them
+    for settings in (CALL, endless):
+        found = model.generate(rows, settings)
+        assert [(len(r.tokens), r.stopped_by) for r in found] == [(n, "length") for n in (4, 3, 2)]
 
 
 def test_a_prompt_longer_than_every_bucket_is_refused() -> None:

@@ -87,9 +87,9 @@ def test_a_bad_image_is_named(tmp_path, broken):
 
 
 def test_a_bad_budget_is_no_traceback():
-    for pruned, said in (("x", "demo: could not convert"), ("", "--pruned takes one share")):
+    for pruned in ("x", ""):
         result = demo("--pruned", pruned)
-        assert result.returncode == 1 and said in result.stdout + result.stderr
+        assert result.returncode == 1 and "--pruned takes numbers above 0" in result.stderr
         assert "Traceback" not in result.stderr
 
 

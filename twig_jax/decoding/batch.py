@@ -80,8 +80,11 @@ class Batches:
         if not requests:
             raise ValueError("a batch needs at least one request")
         settings.check()
-        own = [r.settings or settings for r in requests]
         needs = [self.need(i, r, settings) for i, r in enumerate(requests)]
+        own = [
+            replace(r.settings or settings, max_new_tokens=n.new)
+            for r, n in zip(requests, needs, strict=True)
+        ]
         images, texts, news = (max(column) for column in zip(*needs, strict=True))
         need = Bucket(len(requests), texts, images, news)
         chosen = fit(need, self.buckets) if bucket is None else fit(need, [bucket])
@@ -101,11 +104,7 @@ class Batches:
         limit = device_memory(device)
         itemsize = self.weights.dtype.itemsize
         check_memory(program, chosen, self._weights_bytes, itemsize, limit, self.mesh)
-        filled: list[Settings | None] = [
-            replace(s, max_new_tokens=min(s.max_new_tokens, self._positions - len(r.ids)))
-            for s, r in zip(own, requests, strict=True)
-        ]
-        filled += [None] * (chosen.rows - len(own))
+        filled = own + [None] * (chosen.rows - len(own))
         return Prepared(
             program,
             chosen,
@@ -131,11 +130,6 @@ class Batches:
             raise ValueError(f"mode {settings.mode} needs avg_retained")
         if not self.has_tokenizer and any(isinstance(s, str) for s in settings.stop):
             raise ValueError("stopping at texts needs a tokenizer; give sequences of token ids")
-
-    @property
-    def _positions(self) -> int:
-        """The most tokens of a prompt and its answer."""
-        return self.config.text.max_positions
 
     @property
     def _asks(self) -> bool:
@@ -184,10 +178,12 @@ class Batches:
         given = sum(
             0 if x is None else f * len(x) for x, f in ((request.pixels, M), (request.visual, 1))
         )
-        if len(request.ids) >= self._positions:
+        positions = self.config.text.max_positions
+        room = positions - len(request.ids)
+        if room < 1:
             raise ValueError(
                 f"request {i}: a prompt of {len(request.ids)} tokens leaves no room for an answer "
-                f"in the {self._positions} positions that the model knows"
+                f"in the {positions} positions that the model knows"
             )
         if request.is_visual[-1]:
             raise ValueError(f"request {i}: the prompt's last token must be text")
@@ -200,7 +196,7 @@ class Batches:
             raise ValueError(f"request {i}: {slots} visual tokens are no whole images of {M}")
         images = -(-slots // M)
         self._budget(settings, images)
-        return Need(images, len(request.ids) - slots, settings.max_new_tokens)
+        return Need(images, len(request.ids) - slots, min(settings.max_new_tokens, room))
 
     def _budget(self, settings: Settings, images: int) -> tuple[int, ...]:
         """R of a row with so many images, in every segment of deep layers."""
