@@ -50,14 +50,16 @@ class BadSample(ValueError):
 
 
 def check_bad(bad: int, read: int, enough: int, limit: float) -> None:
-    """Raises ValueError where more than the share `limit` of the samples read is bad.
+    """Raises ValueError where more than the share `limit` of the samples is bad.
 
-    enough: how many are judged by, where fewer are read yet: a few bad ones may come together.
+    enough: how many are judged together, also where some of them are not read yet: bad ones may
+    come first.
     """
-    if bad > limit * max(read, enough):
+    judged = -(-read // enough) * enough
+    if bad > limit * judged:
         raise ValueError(
             f"{bad} of the first {read} samples are bad, more than max_bad_fraction {limit} "
-            f"allows of {max(read, enough)}; each is named above"
+            f"allows of {judged}; each is named above"
         )
 
 

@@ -44,13 +44,13 @@ def leaks(questions: Sequence[Question], trained: Source) -> list[tuple[Question
             sample = trained[index]
         except BadSample:
             bad += 1
+            check_bad(bad, index + 1, len(trained), _BAD)
             continue
         for image in sample.images or ("",):
             name = _image(image, shared)
             texts = [sample.id, *(_words(text, name) for text, _ in sample.turns)]
             hits = {id(q): q for text in texts if (q := asked.get((name, text))) is not None}
             found += [(question, sample.id) for question in hits.values()]
-    check_bad(bad, len(trained), len(trained), _BAD)
     return found
 
 
