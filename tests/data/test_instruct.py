@@ -1,9 +1,11 @@
 """From conversations to batches: masks, cuts, packing, bad samples, and exact positions."""
 
+import dataclasses
 import io
 import itertools
 import json
 import logging
+import multiprocessing
 import sys
 
 import numpy as np
@@ -333,11 +335,8 @@ def write(folder, count, bad=()):
 
 
 @pytest.mark.parametrize("workers", [(0, 0), (2, 2), (2, 0)])
-def test_a_saved_position_goes_on_exactly(tmp_path, workers, monkeypatch):
+def test_a_saved_position_goes_on_exactly(tmp_path, workers):
     """Also across epochs, with bad samples, and with another number of workers."""
-    monkeypatch.setattr(
-        "multiprocessing.shared_memory.SharedMemory", None
-    )  # containers have little
     source = InstructionFile(write(tmp_path, 60, bad=(7, 31)))
     options = {"max_bad_fraction": 0.2, "shard": (1, 2), "row_tokens": 256}
     stream = batches(source, workers=workers[0], **options)
@@ -430,6 +429,19 @@ def test_other_numbers_of_shards_go_on_with_what_is_left(before, after):
         stream.close()
     assert max(state["read"] for state in states) * before == read
     assert sorted(names_of(drawn)) == sorted(given.id for given in samples)
+
+
+def test_a_worker_that_is_killed_ends_the_run():
+    """As where memory is short; images are larger than what a pipe holds."""
+    large = dataclasses.replace(CONFIG, vision=VisionConfig(image_size=160, patch_size=40))
+    before = set(multiprocessing.active_children())
+    stream = batches([sample(n) for n in range(90)], config=large, workers=1, row_images=1)
+    next(stream)
+    (worker,) = set(multiprocessing.active_children()) - before
+    worker.kill()
+    with pytest.raises(RuntimeError, match="terminated unexpectedly"):
+        list(itertools.islice(stream, 200))
+    stream.close()
 
 
 def test_other_numbers_of_shards_finish_what_one_has_read_to_its_end():

@@ -10,7 +10,6 @@ import logging
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +27,9 @@ from twig_jax.data.tokens import Conventions, answer_ids
 _POOL = 128
 # What one process decodes at a time, and how many samples it keeps ready.
 _THREADS, _READY = 4, 16
+# Bytes of samples that workers hold ready, in shared memory: a container has 64 MB, unless it is
+# given more, and workers die where that is full.
+_SHARED = 48 * 2**20
 # Samples, or an epoch of fewer, that bad ones are judged by: before, chance would decide.
 _ENOUGH = 10_000
 # Batches that are made ahead of training.
@@ -346,7 +348,9 @@ class _Packer:
             self._counts["bad"] += 1
             _LOG.warning("left out: %s", sample)
         else:
-            self._pool.append(Encoded(position, **sample))
+            # Copies, as arrays from workers hold on to shared memory, of which there is little.
+            arrays = {name: np.array(array) for name, array in sample.items()}
+            self._pool.append(Encoded(position, **arrays))
 
     def _open(self, number: int) -> Any:
         grain = _grain()
@@ -357,11 +361,11 @@ class _Packer:
 
             if not flags.FLAGS.is_parsed():  # not by a launcher, and grain's workers have flags
                 flags.FLAGS.mark_as_parsed()
-            # Through pipes: a container's shared memory is 64 MB, and workers die where it is full.
-            piped = grain.experimental.DatasetOptions(min_shm_size=sys.maxsize)
-            samples = grain.experimental.WithOptionsIterDataset(samples, piped)
+            # Of each worker grain holds twice as many as it is told, and two more.
+            most = max(1, self.shape.images * 3 * self.shape.side**2)  # bytes of a sample
+            ready = _SHARED // (self._workers * most) // 2 - 1
             samples = samples.mp_prefetch(
-                grain.MultiprocessingOptions(self._workers, _READY),
+                grain.MultiprocessingOptions(self._workers, max(1, min(ready, _READY))),
                 worker_init_fn=_end_with_parent,
             )
         return iter(samples)
