@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 from tests import QUICK_COMPILING
@@ -31,16 +32,17 @@ def python(*arguments, timeout=900, **variables):
 def launch(name, *arguments):
     """A launcher, which draws no progress bar where there is no terminal."""
     done = python("-m", f"launch.{name}", *arguments)
-    assert "\r" not in done.stderr, done.stderr
+    assert "%|" not in done.stderr, done.stderr
     return done
 
 
+@contextmanager
 def slurm_step(name, shares, devices=1):
     """A launcher's processes as srun starts them, one for each list of further arguments."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         job = free.getsockname()[1]  # that jax derives the coordinator's port from
-    return [
+    processes = [
         subprocess.Popen(
             [sys.executable, "-m", f"launch.{name}", "--distributed", *map(str, arguments)],
             cwd=ROOT,
@@ -58,3 +60,8 @@ def slurm_step(name, shares, devices=1):
         )
         for index, arguments in enumerate(shares)
     ]
+    try:
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()

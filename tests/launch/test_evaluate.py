@@ -6,9 +6,10 @@ from functools import partial
 import pytest
 from PIL import Image
 
-from tests.launch.process import launch, slurm_step
+from tests.launch.process import ROOT, launch, slurm_step
 
 evaluate = partial(launch, "evaluate")
+BASE = ROOT / "twig_jax" / "assets" / "digits" / "base"
 
 
 def test_shares_give_what_one_process_gives(tmp_path):
@@ -45,22 +46,19 @@ def test_shares_give_what_one_process_gives(tmp_path):
 
 
 def test_a_process_of_a_cluster_that_ends_ends_no_other(tmp_path):
-    """One fails while the other still answers its share."""
-    processes = slurm_step(
-        "evaluate",
-        [
-            ["--task", "digits", "--limit", 4, "--batch", 4, "--modes", "plain", "--out", tmp_path],
-            ["--task", "gqa", "--data", "nowhere", "--out", tmp_path],
-        ],
-    )
-    answers, fails = processes
-    _, said = fails.communicate(timeout=600)
-    assert fails.returncode == 1 and "evaluate: nowhere" in said
-    own = tmp_path / "digits" / "plain" / "answers.0-of-2.jsonl"
-    assert not own.exists() or not own.read_text()  # nobody waited for the answers
-    out, said = answers.communicate(timeout=600)
+    """One fails while the other still reads an orbax tree and answers its share."""
+    base, out = tmp_path / "base", ("--out", tmp_path)
+    assert launch("convert", "--source", BASE, "--to", "orbax", "--out", base).returncode == 0
+    few = ("--task", "digits", "--limit", 4, "--batch", 4, "--modes", "plain")
+    shares = [(*few, "--checkpoint", base, *out), ("--task", "gqa", "--data", "nowhere", *out)]
+    with slurm_step("evaluate", shares) as (answers, fails):
+        _, said = fails.communicate(timeout=600)
+        assert fails.returncode == 1 and "evaluate: nowhere" in said
+        own = tmp_path / "digits" / "plain" / "answers.0-of-2.jsonl"
+        assert not own.exists() or not own.read_text()  # nobody waited for the answers
+        found, said = answers.communicate(timeout=600)
     assert answers.returncode == 0, said
-    assert "plain: 2 of 4 answered" in out
+    assert "plain: 2 of 4 answered" in found
 
 
 @pytest.mark.parametrize(

@@ -60,8 +60,8 @@ def test_the_processes_of_a_slurm_step_train_one_twig(tmp_path):
     )
     arguments = ["--config", tmp_path / "tiny.py", "--export", tmp_path / "twig"]
     arguments += [f"--set={s}" for s in settings]
-    processes = slurm_step("train", [arguments] * 2, devices=2)
-    ended = [process.communicate(timeout=600) for process in processes]
+    with slurm_step("train", [arguments] * 2, devices=2) as processes:
+        ended = [process.communicate(timeout=600) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], ended
     # The collectives' library greets on standard output, from several threads at once.
     said = [[x for x in out.splitlines() if x.startswith("step ")] for out, _ in ended]

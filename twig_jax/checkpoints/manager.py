@@ -168,6 +168,9 @@ def read_tree(
         node[last] = np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)
     context = ocp.Context()
     context.pytree.loading.partial_load = True
+    # Each process reads by itself: others may read something else, or have ended.
+    context.multiprocessing.primary_host = jax.process_index()
+    context.multiprocessing.active_processes = {jax.process_index()}
     with context:
         tree = ocp.load(Path(folder).absolute(), like)
     found = {}
