@@ -45,7 +45,7 @@ def train(
     from twig_jax.training.loop import fit
     from twig_jax.training.start import start_base, start_twig
 
-    if export and "://" not in export:
+    if export and "://" not in export and not jax.process_index():
         Path(export).mkdir(parents=True, exist_ok=True)  # or it is known now that it cannot be
     base_config, twig_config = config.model()
     mesh = make_mesh(*config.mesh)
@@ -83,12 +83,15 @@ def _local(folder: str) -> Iterator[str]:
     if "://" not in folder:
         yield folder
         return
+    from twig_jax.checkpoints.twig import TWIG_FILE
+
     with tempfile.TemporaryDirectory() as local:
         yield local
         target = epath.Path(folder)
         target.mkdir(parents=True, exist_ok=True)
-        for file in epath.Path(local).iterdir():
-            file.copy(target / file.name, overwrite=True)
+        # A twig's notes last, by which it is known to be there.
+        for file in sorted(Path(local).iterdir(), key=lambda file: file.name == TWIG_FILE):
+            epath.Path(file).copy(target / file.name, overwrite=True)
 
 
 def validation(

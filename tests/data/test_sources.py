@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -244,7 +245,7 @@ def test_a_built_data_set_is_the_file_s(tmp_path, images, mixed):
     assert "2 bad ones left out" in result.stdout
     assert "left out: sample half: cannot read image" in result.stderr
     assert "left out: sample silent: turn 1 has no answer" in result.stderr
-    assert "\r" not in result.stderr  # no progress bar, as this is no terminal
+    assert "%|" not in result.stderr  # no progress bar, as this is no terminal
 
     source = open_source(tmp_path / "a/out")
     assert isinstance(source, BuiltDataset)
@@ -275,10 +276,15 @@ def test_too_many_bad_rows_leave_nothing_behind(tmp_path, images, mixed):
 
 
 def test_a_data_set_is_written_as_it_is_read(tmp_path, images, mixed, monkeypatch):
-    """In several files, of any size; what an interrupted call left is not in the way."""
+    """In several files, of any size, by one call at a time."""
     monkeypatch.setattr("twig_jax.data.build._FILE", 40)
     source = InstructionFile(write(tmp_path / "data.jsonl", GOOD * 40), images)
-    (tmp_path / ".out.part/llava_instruct/1.0.0").mkdir(parents=True)
+    other = tmp_path / ".out.part/llava_instruct"
+    other.mkdir(parents=True)
+    with pytest.raises(FileExistsError, match=r"\.out\.part is there: another call is writing"):
+        build(source, tmp_path / "out")
+    assert other.exists()
+    shutil.rmtree(other.parent)
     there = []
 
     def seen(bad):

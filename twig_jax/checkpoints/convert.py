@@ -211,11 +211,11 @@ def _digest(x: np.ndarray) -> bytes:
 @contextmanager
 def _staged(out: Path, nbytes: int) -> Iterator[Path]:
     """A folder beside `out` that gets its name at the end, and is gone after a failure."""
-    if out.exists():
-        raise FileExistsError(f"{out} is there already; remove it or choose another place")
     staging = out.with_name(f"{out.name}.partial")
     out.parent.mkdir(parents=True, exist_ok=True)
     with _locked(out.with_name(f"{out.name}.lock")):
+        if out.exists():
+            raise FileExistsError(f"{out} is there already; remove it or choose another place")
         if staging.exists():  # of a conversion that was killed
             shutil.rmtree(staging)
         free = shutil.disk_usage(out.parent).free

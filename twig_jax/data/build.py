@@ -39,9 +39,10 @@ def build(
 
     Every image is decoded to see that it can be, and copied as it is. seen: called after each
     sample, with the error of a bad one. The folder appears when it is whole; until then the data
-    lies beside it, and what an earlier call left there is removed.
+    lies beside it.
     Raises ValueError for a bucket, or where more than max_bad_fraction of the samples are bad or
-    all are, FileExistsError where the data set is there already, ImportError without TFDS.
+    all are, FileExistsError where the data set is there already, whole or not, ImportError without
+    TFDS.
     """
     try:
         import grain
@@ -71,7 +72,14 @@ def build(
             raise ValueError("there is no good sample to write")
 
     part = target.parent.with_name(f".{target.parent.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
+    part.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        part.mkdir()
+    except FileExistsError:
+        raise FileExistsError(
+            f"{part} is there: another call is writing this data set, or was killed; where none "
+            "is, remove it"
+        ) from None
     try:
         _write(good(), part / NAME / VERSION)
         target.parent.mkdir(exist_ok=True)
