@@ -499,7 +499,7 @@ def test_bad_question_files_are_named(tmp_path):
     (tmp_path / "questions.jsonl").write_text('{"question_id": 1, "text": "x"}\n\n{"text": "y"}\n')
     with pytest.raises(ValueError, match=r"questions.jsonl:3: no question_id"):
         BENCHMARKS["llava-bench"](tmp_path).questions()
-    (tmp_path / "questions.jsonl").write_text("")
+    (tmp_path / "questions.jsonl").write_text("\n\n")
     with pytest.raises(ValueError, match=r"questions.jsonl is empty; it should be LLaVA's"):
         BENCHMARKS["llava-bench"](tmp_path).questions()
     (tmp_path / "mmbench_dev_20230712.tsv").write_text("index\tquestion\n")

@@ -72,6 +72,14 @@ def test_images_by_folder_and_questions_without_one(tmp_path, row, found):
     assert [q.id for q, _ in leaks(asked, trained_on(tmp_path, row))] == found
 
 
+def test_a_number_of_coco_s_is_one_image_in_every_folder(tmp_path):
+    """MME asks about some in two categories."""
+    files = ("count/000000427034.jpg", "color/000000427034.jpg")
+    asked = [Question(i, "What?", (file,)) for i, file in enumerate(files)]
+    row = ("a", "train2017/000000427034.jpg", "What?")
+    assert {name for _, name in leaks(asked, trained_on(tmp_path, row))} == {"a"}
+
+
 def test_digits_are_held_out():
     """Test pages are known by their content; the training set has none of them."""
     questions = Digits(samples=60).questions()

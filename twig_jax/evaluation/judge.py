@@ -137,7 +137,7 @@ class Judge:
             matched += sum(told["matched"])
             rounds += len(told["matched"])
             kept = max(kept, len(told["kept"]))
-        if len(errors) == len(self.questions):
+        if errors and len(errors) == len(self.questions):
             raise ValueError(f"none of the questions can be asked, as {errors[0][1]}")
         tokens = self.model.config.vision.num_tokens
         row: dict[str, Any] = {

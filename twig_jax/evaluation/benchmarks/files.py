@@ -118,12 +118,13 @@ def read_lines(path: Path, what: str, fields: Sequence[str]) -> Iterator[dict[st
 
     ValueError names the line that is none or lacks a field, and an empty file.
     """
-    number = 0
+    empty = True
     with open(need(path, what)) as file:
         for number, line in enumerate(file, 1):
             if line.strip():
+                empty = False
                 yield _parsed(line, f"{path}:{number}", fields)
-    if not number:
+    if empty:
         raise ValueError(f"{path} is empty; it should be {what}")
 
 

@@ -15,6 +15,8 @@ from twig_jax.evaluation.benchmarks.files import Question
 
 # COCO's images have names with and without their split.
 _COCO = re.compile(r"^COCO_[a-z]+20\d\d_")
+# The number of one of COCO's images, whatever folder it is in: MME has some in two categories.
+_NUMBER = re.compile(r"\d{12}")
 # The line that says how to answer.
 _HOW = re.compile(r"\nAnswer (the question|with the option)[^\n]*$")
 # Training data that cannot be read cannot be vouched for.
@@ -25,13 +27,14 @@ def leaks(questions: Sequence[Question], trained: Source) -> list[tuple[Question
     """(question, id of the training sample) wherever one image has one question in both.
 
     An image is known by its file's name, with its folder's where the benchmark has several images
-    of that name, or by its content where it has none; a question by its first line, without an
-    image by all of it but how to answer, or by its id. An image alone is no leak: LLaVA's own
-    training data shares COCO's images with several benchmarks. Raises ValueError where over 1 % of
-    the samples are bad.
+    of that name (but COCO's numbers), or by its content where it has none; a question by its first
+    line, without an image by all of it but how to answer, or by its id. An image alone is no leak:
+    LLaVA's own training data shares COCO's images with several benchmarks. Raises ValueError where
+    over 1 % of the samples are bad.
     """
     files = {i for q in questions for i in q.images if isinstance(i, str | Path)}
-    shared = {stem for stem, n in Counter(map(_stem, files)).items() if n > 1}
+    stems = Counter(map(_stem, files))
+    shared = {stem for stem, n in stems.items() if n > 1 and not _NUMBER.fullmatch(stem)}
     asked: dict[tuple[str, str], Question] = {}
     for question in questions:
         for image in question.images or ("",):
