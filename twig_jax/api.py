@@ -147,8 +147,9 @@ class Chat:
 
 def _count(images: Sequence[Any]) -> int:
     """How many images there are. Raises ValueError for a single one, which is no list of them."""
-    several = isinstance(images, Sequence) and not isinstance(images, str | bytes)
-    if not several and np.ndim(images) != 4:  # an array of several has one more dimension
+    # An array of several has four dimensions, or is one of paths.
+    array = getattr(images, "ndim", 1) in (2, 3)
+    if array or isinstance(images, str | bytes) or not hasattr(images, "__len__"):
         raise ValueError("images are a list, of a single one too: [image]")
     return len(images)
 
