@@ -163,7 +163,7 @@ def test_files_are_read_side_by_side(tmp_path):
 
     def serve(path):
         with path.open("wb") as file:
-            everyone.wait(timeout=5)
+            everyone.wait(timeout=60)
             file.write(encoded(picture()))
 
     paths = [tmp_path / f"{n}.png" for n in range(4)]

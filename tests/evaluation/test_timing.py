@@ -38,4 +38,4 @@ def test_a_step_is_measured_where_a_row_ends_with_its_prompt() -> None:
     assert [len(r.matched) for r in model.generate(rows, fast)] == [1, 2]
     (found,) = speed.measure(model, rows, {"ssd": fast}, 3, Machine(1e9, 1e9))
     whole = found.token_ms * (fast.max_new_tokens - 1)
-    assert found.step_ms > whole / 10
+    assert found.step_ms > whole / 20
