@@ -65,14 +65,13 @@ def test_without_losses_the_newest_is_the_best(tmp_path, state):
     manager.close()
 
 
-@pytest.mark.parametrize("where", ["state/manifest.ocdbt", "state/d/*", "state/_METADATA"])
-def test_a_checkpoint_that_is_cut_short_is_named(tmp_path, state, where):
+def test_a_checkpoint_that_is_cut_short_is_named(tmp_path, state):
     """As on a disk that was full; orbax would say that its handlers do not fit."""
     manager = CheckpointManager(tmp_path)
     manager.save(1, state, {})
     manager.save(2, state, {})
     manager.wait()
-    (file,) = (tmp_path / "2").glob(where)
+    file = tmp_path / "2" / "state" / "_METADATA"
     file.write_bytes(file.read_bytes()[:20])
     with pytest.raises(ValueError, match=f"checkpoint in {tmp_path}/2: .* move it away"):
         manager.restore(abstract(state))
