@@ -1,6 +1,5 @@
 """A data set of TFDS from any source whose images are files, images included."""
 
-import contextlib
 import io
 import os
 import shutil
@@ -113,9 +112,10 @@ def _write(examples: Iterator[dict[str, Any]], folder: Path) -> None:
     folder.mkdir(parents=True)
     writer = tfds.core.SequentialWriter(info, _FILE, file_format="array_record")
     writer.initialize_splits(["train"])
-    with contextlib.ExitStack() as stack:
-        stack.callback(writer.close_all)
+    try:
         writer.add_examples({"train": examples})
+    finally:
+        writer.close_all()
 
 
 class _Examples:

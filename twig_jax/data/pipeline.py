@@ -89,8 +89,8 @@ class DigitsBatches:
                                         row, column, shade and size (-1 and -1 where blank)
 
     Turns that no row can hold are left out, and a page that allows no question of the mix gives way
-    to its next variant. Raises ValueError for rows that no turn fits, a bad
-    shard, or a tokenizer made for other data.
+    to its next variant. Raises ValueError for rows that no turn fits, a bad shard, or a tokenizer
+    made for other data.
     """
 
     def __init__(
