@@ -199,8 +199,11 @@ def test_a_torch_file_cut_short(folder, zipped):
         read_llava(folder)
 
 
-def test_a_training_state_is_no_model(folder):
-    as_torch(folder, lambda tensors: {"step": 3, "state_dict": tensors})
+@pytest.mark.parametrize(
+    "stored", [lambda tensors: {"step": 3, "state_dict": tensors}, lambda tensors: [tensors]]
+)
+def test_a_training_state_is_no_model(folder, stored):
+    as_torch(folder, stored)
     with pytest.raises(ValueError, match="holds other things than tensors"):
         read_llava(folder)
 

@@ -147,7 +147,8 @@ class Weights:
             tensors = torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
         except Exception as error:  # a zip, a pickle or a memory map: each fails in its own way
             raise ValueError(f"{path} is damaged or cut short: {error}") from error
-        if not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+        named = isinstance(tensors, Mapping)
+        if not named or not all(isinstance(x, torch.Tensor) for x in tensors.values()):
             raise ValueError(f"{path} holds other things than tensors, as training states do")
 
         def read(name: str) -> np.ndarray:
