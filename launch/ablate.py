@@ -182,11 +182,14 @@ class _Bench:
 
         from twig_jax.checkpoints.twig import read_twig
         from twig_jax.decoding.generate import Generator
+        from twig_jax.models.cpu import restored
 
         own, folder = self.model.generator, self._grown(variant, seed)
         base = own.weights.base
         dtype = own.weights.dtype
-        grown, twig = read_twig(folder, base, own.config, dtype, lambda _, x: jnp.asarray(x))
+        grown, twig = read_twig(
+            folder, restored(base), own.config, dtype, lambda _, x: jnp.asarray(x)
+        )
         changes = {"K_f": variant.K_f} if variant.K_f is not None else {}
         generator = Generator(
             own.config,

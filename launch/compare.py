@@ -206,6 +206,7 @@ def theirs(
     import jax
 
     from twig_jax.checkpoints.llava import write_llava
+    from twig_jax.models.cpu import restored
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -220,7 +221,7 @@ def theirs(
     def load(config: Any, base: Any) -> Any:
         model: Any
         with tempfile.TemporaryDirectory() as folder:
-            write_llava(folder, base, config, _DTYPE.value)
+            write_llava(folder, restored(base), config, _DTYPE.value)
             model = transformers.LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype)
         # Read where a model is the assistant.
         model.generation_config.update(

@@ -24,8 +24,10 @@ from twig_jax.decoding.buckets import Bucket, program_for
 from twig_jax.decoding.cost import shapes, shapes_of_weights
 from twig_jax.decoding.generate import jitted_prefill
 from twig_jax.decoding.plan import lower_decode
-from twig_jax.programs import Hlo, device_bytes
+from twig_jax.models.cpu import arrange
+from twig_jax.programs import Hlo, abstract, device_bytes
 from twig_jax.sharding.mesh import AXES
+from twig_jax.sharding.rules import shardings
 from twig_jax.training.config import DataConfig, DistillConfig, ReinforceConfig, TrainConfig
 from twig_jax.training.plan import lowered
 
@@ -41,6 +43,7 @@ DECODING = {
     "ttp_ssd": {"mode": "ttp_ssd"},
     "tree": {"children": 3, "expanded": 2, "nodes": 5},
     "adaptive": {"adaptive": True},
+    "bfloat16": {"mode": "ssd"},  # whose weights are arranged for CPUs
 }
 TRAINING = {
     "twig": {},
@@ -71,7 +74,9 @@ def decoding(name):
     twig = TwigConfig(K=1, T=1, K_f=2)
     settings = dataclasses.replace(CALL, **DECODING[name])
     program = program_for(BUCKET, settings, config, twig)
-    weights = shapes_of_weights(config, twig, "float32", one_device())
+    dtype = "bfloat16" if name == "bfloat16" else "float32"
+    weights = jax.eval_shape(arrange, shapes_of_weights(config, twig, dtype))
+    weights = abstract(weights, shardings(weights, one_device()))
     return shapes(program, BUCKET.rows, weights, one_device())
 
 

@@ -17,6 +17,7 @@ from twig_jax.decoding.generate import Generator
 from twig_jax.decoding.running import Running
 from twig_jax.decoding.session import Session
 from twig_jax.decoding.settings import Request, Result, Settings
+from twig_jax.models.cpu import arranged
 from twig_jax.models.int8 import is_kernel, quantise
 from twig_jax.sharding.placement import distribute
 
@@ -212,6 +213,7 @@ def load(
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
     def place(path: str, x: Any) -> Any:
+        x = arranged(path, x)
         return jax.tree.map(jnp.asarray, x) if mesh is None else distribute({path: x}, mesh)[path]
 
     def place_in_int8(path: str, x: np.ndarray) -> Any:

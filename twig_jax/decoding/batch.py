@@ -102,7 +102,7 @@ class Batches:
             gpu=runs_triton(device),
         )
         limit = device_memory(device)
-        itemsize = self.weights.dtype.itemsize
+        itemsize = self.weights.cache_dtype.itemsize
         check_memory(program, chosen, self._weights_bytes, itemsize, limit, self.mesh)
         filled = own + [None] * (chosen.rows - len(own))
         return Prepared(

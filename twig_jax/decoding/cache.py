@@ -112,11 +112,14 @@ def commit(cache: Cache, block: Cache, slots: jax.Array) -> Cache:
     if slots.shape == (1, 1):
         # One operation in place, where a scatter has to read what it may have to leave.
         at = (0, 0, slots[0, 0], 0)
-        return jax.tree.map(lambda c, x: jax.lax.dynamic_update_slice(c, x, at), cache, block)
+        return jax.tree.map(
+            lambda c, x: jax.lax.dynamic_update_slice(c, x.astype(c.dtype), at), cache, block
+        )
     rows = jnp.arange(slots.shape[0])[:, None]
 
     def write(c: jax.Array, x: jax.Array) -> jax.Array:
-        return c.at[rows, :, slots].set(rearrange(x, "B K W D -> B W K D"), mode="drop")
+        x = rearrange(x, "B K W D -> B W K D").astype(c.dtype)
+        return c.at[rows, :, slots].set(x, mode="drop")
 
     return jax.tree.map(write, cache, block)
 

@@ -90,7 +90,7 @@ def undrafted(program: Program, tokens: jax.Array, state: jax.Array, trunk: Cach
         levels=jnp.zeros((B,), jnp.int32),
         states=jnp.pad(state, ((0, 0), (0, W - 1), (0, 0))),
         slots=jnp.full((B, W), p.tree.size, jnp.int32).at[:, 0].set(0),
-        trunk=trunk,
+        trunk=jax.tree.map(lambda x: x.astype(dtype), trunk),
         twig=scratch(p, p.twig.T if p.keeps_twig else 0, B, 1 + p.tree.slots, dtype),
     )
 

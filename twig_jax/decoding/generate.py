@@ -24,6 +24,7 @@ from twig_jax.decoding.prefill import Past, Signals, prefill
 from twig_jax.decoding.running import Row, Running
 from twig_jax.decoding.settings import Request, Result, Settings, controls
 from twig_jax.decoding.transcript import Detokenize, Transcript
+from twig_jax.models.cpu import arrange
 from twig_jax.models.llava import Params
 from twig_jax.pruning.schedule import Schedule, by_twig
 from twig_jax.sharding.placement import distribute, gather, partition
@@ -103,6 +104,7 @@ class Generator:
         if int8_drafts and twig is None:
             raise ValueError("there is no twig to draft in int8: give one, or leave int8 out")
         weights = drafting_in_int8(base, twig) if int8_drafts else Weights(base, twig)
+        weights = arrange(weights)
         if mesh is not None:
             weights = distribute(weights, mesh)
         self.weights = weights

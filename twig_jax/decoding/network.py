@@ -40,8 +40,14 @@ class Weights(NamedTuple):
 
     @property
     def dtype(self) -> jnp.dtype:
-        """Of states and caches: the embeddings', whatever kernels are kept in."""
-        return self.base["text"]["embed_tokens"]["embedding"].dtype
+        """Of states: the norms', whatever kernels and embeddings are kept in."""
+        return self.base["text"]["norm"]["scale"].dtype
+
+    @property
+    def cache_dtype(self) -> jnp.dtype:
+        """Of caches: the states', but for those that cpu.py has arranged."""
+        bits = self.base["text"]["embed_tokens"]["embedding"].dtype == jnp.uint16
+        return jnp.dtype(jnp.float32) if bits else self.dtype
 
     @property
     def drafter(self) -> Params:

@@ -256,11 +256,13 @@ def prefill(
         choice = choose(controls, logits, drafts.depth, places, seen, path)
 
     G = p.generated_slots
+    caches = Caches(trunk, twig if p.keeps_twig else (), tuple(deep))
+    caches = jax.tree.map(lambda x: x.astype(weights.cache_dtype), caches)
     state = State(
         caches=Caches(
-            grow(trunk, G),
-            grow(twig if p.keeps_twig else (), G),
-            tuple(grow(cache, G) for cache in deep),
+            grow(caches.trunk, G),
+            grow(caches.twig, G),
+            tuple(grow(cache, G) for cache in caches.deep),
         ),
         prompt=Prompt(trunk=real, deep=tuple(in_deep), lengths=lengths),
         controls=controls,

@@ -133,7 +133,7 @@ def measure(
             "jax": jax.__version__,
             "base": program.base.text,
             "twig": program.twig,
-            "dtype": jax.tree.leaves(generator.weights.base)[0].dtype,
+            "dtype": generator.weights.dtype,
             "bytes": [nbytes(part) for part in generator.weights],
             "segments": program.segments,
             "slots": (len(requests), program.prompt_slots, program.max_new),

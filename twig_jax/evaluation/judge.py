@@ -236,7 +236,7 @@ class Judge:
 
 def _memory(generator: Generator, settings: Settings, requests: Sequence[Request]) -> int:
     program = generator.batches.prepare(requests[:1], settings).program
-    itemsize = generator.weights.dtype.itemsize
+    itemsize = generator.weights.cache_dtype.itemsize
     weights = generator.weights if program.runs_twig else generator.weights.base
     return nbytes(weights) + round(state_bytes(program, 1, itemsize))
 

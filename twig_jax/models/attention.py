@@ -54,6 +54,7 @@ def apply_rope(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
 def _logits(q: jax.Array, k: jax.Array, mask: jax.Array) -> jax.Array:
     """Scaled, masked float32 attention logits [B, K, G, Q, S]."""
     q = rearrange(q * q.shape[-1] ** -0.5, "B Q (K G) D -> B K G Q D", K=k.shape[1])
+    q = q.astype(k.dtype)
     if q.shape[3] < k.shape[2]:
         # Few queries over a cache: with the keys on the left, CPUs need no transposed copy of them.
         logits = jnp.einsum("BKSD,BKGQD->BKSGQ", k, q, preferred_element_type=jnp.float32)
@@ -75,9 +76,9 @@ def queries_at_once(count: int) -> int:
 def attend(q: jax.Array, context: Sequence[Context]) -> jax.Array:
     """Softmax attention of q [B, Q, H, D] over the union of several blocks; returns [B, Q, H, D].
 
-    The blocks share one softmax but are never concatenated, so a cache is read in place. A query
-    that sees nothing (padding) returns zeros. In long sequences the scores [Q, S] are never there
-    as a whole, in the backward pass neither.
+    The blocks share one softmax but are never concatenated, so a cache is read in place; one may
+    be of a wider type than q. A query that sees nothing (padding) returns zeros. In long sequences
+    the scores [Q, S] are never there as a whole, in the backward pass neither.
     """
     Q = q.shape[1]
     if queries_at_once(Q) == Q:
@@ -100,7 +101,12 @@ def _attend(q: jax.Array, context: Sequence[Context]) -> jax.Array:
     weights, total = _softmax(logits)
     ends = itertools.accumulate(c.kv.k.shape[2] for c in context[:-1])
     parts = [
-        jnp.einsum("BKGQS,BKSD->BKGQD", w, c.kv.v, preferred_element_type=jnp.float32)
+        jnp.einsum(
+            "BKGQS,BKSD->BKGQD",
+            w.astype(c.kv.v.dtype),
+            c.kv.v,
+            preferred_element_type=jnp.float32,
+        )
         for w, c in zip(
             jnp.split(weights.astype(q.dtype), list(ends), axis=-1), context, strict=True
         )

@@ -8,7 +8,7 @@ from flax import linen as nn
 from twig_jax.config import VisionConfig
 from twig_jax.models.attention import KV, Context, attend
 from twig_jax.models.fused_attention import fused_attend
-from twig_jax.models.layers import LayerNorm, quick_gelu
+from twig_jax.models.layers import Dense, LayerNorm, quick_gelu
 
 
 class EncoderLayer(nn.Module):
@@ -21,16 +21,16 @@ class EncoderLayer(nn.Module):
         """x [B, S, d] -> [B, S, d]. fused: as for `DecoderLayer`."""
         c = self.config
         y = LayerNorm(c.layer_norm_eps, name="layer_norm1")(x)
-        q, k, v = (nn.Dense(c.hidden_size, name=f"{n}_proj")(y) for n in "qkv")
+        q, k, v = (Dense(c.hidden_size, use_bias=True, name=f"{n}_proj")(y) for n in "qkv")
         q = rearrange(q, "B S (H D) -> B S H D", H=c.num_heads)
         k, v = (rearrange(x, "B S (H D) -> B H S D", H=c.num_heads) for x in (k, v))
         everything = jnp.ones((x.shape[0], x.shape[1], x.shape[1]), bool)
         attention = fused_attend if fused else attend
         y = rearrange(attention(q, [Context(KV(k, v), everything)]), "B S H D -> B S (H D)")
-        x = x + nn.Dense(c.hidden_size, name="out_proj")(y)
+        x = x + Dense(c.hidden_size, use_bias=True, name="out_proj")(y)
         y = LayerNorm(c.layer_norm_eps, name="layer_norm2")(x)
-        y = quick_gelu(nn.Dense(c.intermediate_size, name="fc1")(y))
-        return x + nn.Dense(c.hidden_size, name="fc2")(y)
+        y = quick_gelu(Dense(c.intermediate_size, use_bias=True, name="fc1")(y))
+        return x + Dense(c.hidden_size, use_bias=True, name="fc2")(y)
 
 
 class VisionTower(nn.Module):
@@ -56,7 +56,10 @@ class VisionTower(nn.Module):
         """Normalised pixels [B, H, W, 3] -> features [B, M, d_v]. fused: as for `DecoderLayer`."""
         c = self.config
         x = rearrange(pixels, "B (h p) (w q) c -> B (h w) p q c", p=c.patch_size, q=c.patch_size)
-        x = jnp.einsum("BMpqc,pqcd->BMd", x, self.patch_embedding)
+        patches = jnp.einsum(
+            "BMpqc,pqcd->BMd", x, self.patch_embedding, preferred_element_type=jnp.float32
+        )
+        x = patches.astype(x.dtype)
         cls = jnp.broadcast_to(self.class_embedding, (x.shape[0], 1, c.hidden_size))
         x = jnp.concatenate([cls, x], axis=1) + self.position_embedding
         x = self.pre_layernorm(x)
@@ -77,5 +80,6 @@ class Projector(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, M, d_v] -> [B, M, d]."""
-        x = nn.Dense(self.hidden_size, name="linear_1")(x)
-        return nn.Dense(self.hidden_size, name="linear_2")(jax.nn.gelu(x, approximate=False))
+        x = Dense(self.hidden_size, use_bias=True, name="linear_1")(x)
+        x = jax.nn.gelu(x, approximate=False)
+        return Dense(self.hidden_size, use_bias=True, name="linear_2")(x)

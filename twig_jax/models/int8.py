@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from twig_jax.models.cpu import Transposed, restored
 from twig_jax.sharding.rules import path_string
 
 Params = Any
@@ -56,5 +57,7 @@ def is_kernel(path: str) -> bool:
 def quantised(params: Params) -> Params:
     """A base's or twig's parameters with the kernels of its decoder in int8."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, x: quantise(x) if is_kernel(path_string(path)) else x, params
+        lambda path, x: quantise(restored(x)) if is_kernel(path_string(path)) else x,
+        params,
+        is_leaf=lambda x: isinstance(x, Transposed),
     )

@@ -4,18 +4,36 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from twig_jax.models.cpu import Transposed, floats
 from twig_jax.models.int8 import Int8
 
 
 class Dense(nn.Dense):
-    """A linear layer without bias, whose kernel may be `Int8`."""
+    """A linear layer, without bias unless told, whose kernel may be `Int8` or `Transposed`."""
 
     use_bias: bool = False
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., in] -> [..., out]."""
         kernel = self.get_variable("params", "kernel")
-        return kernel.after(x) if isinstance(kernel, Int8) else super().__call__(x)
+        if not isinstance(kernel, Int8 | Transposed):
+            return super().__call__(x)
+        y = kernel.after(x)
+        return y + self.get_variable("params", "bias") if self.use_bias else y
+
+
+class Embed(nn.Embed):
+    """A table of words, which may be its bits; see cpu.py."""
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """int32 [...] -> [..., d]."""
+        return floats(super().__call__(tokens))
+
+    def attend(self, x: jax.Array) -> jax.Array:
+        """As a head: [..., d] -> [..., V]."""
+        if self.embedding.dtype != jnp.uint16:
+            return super().attend(x)
+        return Transposed(floats(self.embedding)).after(x)
 
 
 class RMSNorm(nn.Module):

@@ -10,7 +10,7 @@ from flax import linen as nn
 from twig_jax.config import TextConfig
 from twig_jax.models.attention import KV, Context, apply_rope, attend, attention_rows, rope_angles
 from twig_jax.models.fused_attention import fused_attend
-from twig_jax.models.layers import Dense, RMSNorm
+from twig_jax.models.layers import Dense, Embed, RMSNorm
 
 Rope = tuple[jax.Array, jax.Array]
 
@@ -94,7 +94,7 @@ class Decoder(nn.Module):
     def setup(self) -> None:
         c = self.config
         if self.embeds:
-            self.embed_tokens = nn.Embed(
+            self.embed_tokens = Embed(
                 c.vocab_size, c.hidden_size, embedding_init=nn.initializers.normal(0.1)
             )
         self.layers = [DecoderLayer(c) for _ in range(self.num_layers)]

@@ -17,6 +17,7 @@ from flax import linen as nn
 
 from twig_jax.config import TextConfig, TwigConfig
 from twig_jax.models.attention import attention_rows
+from twig_jax.models.layers import Dense
 from twig_jax.models.llama import Decoder
 from twig_jax.models.llava import Params
 
@@ -28,8 +29,8 @@ class PHead(nn.Module):
 
     def setup(self) -> None:
         c, zeros = self.config, nn.initializers.zeros
-        self.q_gate = nn.Dense(c.num_heads * c.head_dim, kernel_init=zeros)
-        self.k_gate = nn.Dense(c.num_kv_heads * c.head_dim, kernel_init=zeros)
+        self.q_gate = Dense(c.num_heads * c.head_dim, use_bias=True, kernel_init=zeros)
+        self.k_gate = Dense(c.num_kv_heads * c.head_dim, use_bias=True, kernel_init=zeros)
 
     def query(self, y: jax.Array) -> jax.Array:
         """[B, Q, d] -> what queries are multiplied by, [B, Q, H, D]."""
@@ -71,7 +72,7 @@ class Twig(Decoder):
         which slots are visual tokens of a query. A row sums to 1, or is zero where there is none.
         """
         layer = self.layers[-1]
-        keys = k * rearrange(gates, "B S K D -> B K S D")
+        keys = k * rearrange(gates, "B S K D -> B K S D").astype(k.dtype)
         q = layer.queries(x, self.rope(positions)) * self.p_head.query(layer.input_layernorm(x))
         return attention_rows(q, keys, mask).mean(1)
 

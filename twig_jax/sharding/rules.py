@@ -13,11 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 RULES: tuple[tuple[str, P], ...] = (
     (r"((q|k|v|gate|up)_proj|lm_head)/kernel", P("fsdp", "tensor")),
-    (r"((q|k|v|gate|up)_proj|lm_head)/kernel/values", P("tensor", "fsdp")),  # of int8: [out, in]
-    (r"((q|k|v|gate|up)_proj|lm_head)/kernel/scale", P("tensor")),
     (r"(o|down|out)_proj/kernel", P("tensor", "fsdp")),
-    (r"(o|down)_proj/kernel/values", P("fsdp", "tensor")),
-    (r"(o|down)_proj/kernel/scale", P("fsdp")),
     (r"(q|k|v)_proj/bias", P("tensor")),
     (r"(q|k)_gate/kernel", P("fsdp", "tensor")),
     (r"(q|k)_gate/bias", P("tensor")),
@@ -38,6 +34,10 @@ RULES: tuple[tuple[str, P], ...] = (
 
 def spec(path: str) -> P:
     """The partition of the parameter at 'a/b/c'; ValueError unless exactly one rule matches."""
+    # Transposed kernels, of which those in int8 have a scale for every output.
+    if transposed := re.fullmatch(r"(.+/kernel)/(values|scale)", path):
+        inputs, outputs = spec(transposed[1])
+        return P(outputs, inputs) if transposed[2] == "values" else P(outputs)
     found = [p for pattern, p in RULES if re.search(rf"(^|/)({pattern})$", path)]
     if len(found) != 1:
         raise ValueError(f"{len(found)} sharding rules match the parameter {path}; need one")
