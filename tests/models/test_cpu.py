@@ -1,6 +1,7 @@
 """Parameters arranged for CPUs: the same values, and products of bfloat16 summed in float32."""
 
 import dataclasses
+import mmap
 
 import jax
 import jax.numpy as jnp
@@ -8,12 +9,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import NamedSharding, PartitionSpec
 
 from tests.decoding.models import CONFIG, TWIG
-from twig_jax.models.cpu import Transposed, arrange, restored
+from twig_jax.models.cpu import Transposed, arrange, arranged, restored
 from twig_jax.models.int8 import quantised
 from twig_jax.models.llava import Llava, init_base
 from twig_jax.models.twig import fresh_p_head, init_twig
+from twig_jax.sharding.mesh import make_mesh
 from twig_jax.sharding.rules import path_string
 
 
@@ -58,6 +61,19 @@ def test_what_is_arranged(base):
     for dtype in (jnp.float32, jnp.float16):
         other = jax.tree.map(lambda x, dtype=dtype: x.astype(dtype), base)
         equal(arrange(other), other)
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="Linux has huge pages")
+def test_large_ones_lie_in_huge_pages():
+    """Of every type, as arrays of both kinds; small and spread ones stay, and what lies there."""
+    small, large = np.ones((3, 5), np.float32), np.arange(1 << 20, dtype=np.float32)
+    spread = jax.device_put(large, NamedSharding(make_mesh(8, 1, 1), PartitionSpec("data")))
+    assert arranged("a", small) is small and arranged("a", spread) is spread
+    for x in (large, jnp.asarray(large), half(large)):
+        found = arranged("a", x)
+        assert found.unsafe_buffer_pointer() % (2 << 20) == 0 and found.dtype == x.dtype
+        np.testing.assert_array_equal(found, x)
+        assert arranged("a", found) is found
 
 
 def test_a_twig_becomes_int8_from_either(base):

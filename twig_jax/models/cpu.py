@@ -1,6 +1,9 @@
-"""bfloat16 on CPUs: parameters as XLA's programs for CPUs read them as they are.
+"""Parameters on CPUs: where they lie, and bfloat16 as XLA's programs read it as it is.
 
-For CPUs XLA knows one fast operation on bfloat16, products of matrices that are summed in float32;
+Large ones lie in huge pages, where the kernel has them: a step reads all weights, and with pages of
+4 KiB a twentieth of its time is spent on looking up where they are.
+
+Of bfloat16 XLA knows one fast operation for CPUs, products of matrices that are summed in float32;
 with AMX or AVX512-BF16 they are far faster than float32's. All else is widened to float32 first,
 and whole: the kernel that one vector is multiplied by, the table that one row is taken from, the
 cache that one slot is written to. So here
@@ -14,16 +17,20 @@ cache that one slot is written to. So here
 Values and results are those of bfloat16 elsewhere. docs/performance.md has what it brings.
 """
 
+import contextlib
+import mmap
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from twig_jax.sharding.rules import path_string
 
 Params = Any
 
 _FEWEST = 4  # vectors of a product
+_PAGE = 1 << 21  # a huge one of x86 and ARM
 
 
 class Transposed(NamedTuple):
@@ -43,13 +50,15 @@ class Transposed(NamedTuple):
 def arranged(path: str, x: Any) -> Any:
     """The parameter at 'a/b/c' of a base or twig as it is read here.
 
-    On other devices, of other types, and where it is arranged already it stays.
+    On other devices, and where it is arranged already, it stays.
     """
-    if jax.default_backend() != "cpu" or getattr(x, "dtype", None) != jnp.bfloat16:
+    if jax.default_backend() != "cpu" or not hasattr(x, "dtype"):
         return x
-    if path.endswith("/kernel"):
-        return Transposed(jnp.asarray(x).T)
-    return _bits(jnp.asarray(x)) if path.endswith("embed_tokens/embedding") else x
+    if x.dtype == jnp.bfloat16 and path.endswith("/kernel"):
+        return Transposed(_in_huge_pages(jnp.asarray(x).T))
+    if x.dtype == jnp.bfloat16 and path.endswith("embed_tokens/embedding"):
+        x = jax.lax.bitcast_convert_type(jnp.asarray(x), jnp.uint16)
+    return _in_huge_pages(x)
 
 
 def arrange(params: Params) -> Params:
@@ -71,5 +80,18 @@ def floats(x: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x
 
 
-def _bits(x: jax.Array) -> jax.Array:
-    return jax.lax.bitcast_convert_type(x, jnp.uint16)
+def _in_huge_pages(x: Any) -> Any:
+    """The array, copied to pages of its own if it fills one and lies on a single device."""
+    if x.nbytes < _PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return x
+    if isinstance(x, jax.Array):
+        there = len(x.sharding.device_set) == 1 and x.is_fully_addressable
+        if not there or x.unsafe_buffer_pointer() % _PAGE == 0:
+            return x
+    pages = mmap.mmap(-1, x.nbytes + _PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # of a kernel without them
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    room = np.frombuffer(pages, np.uint8)
+    room = room[-room.ctypes.data % _PAGE :][: x.nbytes].view(x.dtype).reshape(x.shape)
+    room[...] = x
+    return jax.device_put(room, may_alias=True)
