@@ -14,6 +14,7 @@ conversation ends before it, and before an empty one. Those without any answer a
 own.unanswered.jsonl; remove it to have them asked again.
 """
 
+import contextlib
 import json
 import os
 import sys
@@ -58,8 +59,9 @@ def answer(out: Path) -> None:
     use_compilation_cache()
     source = open_source(_DATA.value, _IMAGES.value)
     unanswered = out.with_suffix(".unanswered.jsonl")
-    there, empty = known(out), known(unanswered)
-    there |= empty
+    answers, empty = known(out), set(known(unanswered))
+    check(source, answers, out)
+    there = answers.keys() | empty
     todo = [i for i in range(min(len(source), _LIMIT.value or len(source))) if i not in there]
     if not todo:
         but = f" but {len(empty)} without an answer, listed in {unanswered}" if empty else ""
@@ -101,19 +103,37 @@ def answer(out: Path) -> None:
         print(f"{len(empty)} without an answer, listed in {unanswered}; remove it to ask again")
 
 
-def known(out: Path) -> set[int]:
-    """The conversations that the file has, by number; a line that was cut off is taken away.
+def known(out: Path) -> dict[int, str]:
+    """The ids of conversations that the file has, by number; a line that was cut off is taken away.
 
     Raises ValueError for a file of other rows, which stays as it is.
     """
     if not out.is_file():
-        return set()
+        return {}
     text = out.read_bytes()
     if not text.startswith(_BEGINNING[: len(text)]):
         raise ValueError(f"{out} has not been written by this program: give another --out")
     whole = text[: text.rfind(b"\n") + 1]
     os.truncate(out, len(whole))
-    return {json.loads(line)["index"] for line in whole.splitlines()}
+    rows = map(json.loads, whole.splitlines())
+    return {row["index"]: row["id"] for row in rows}
+
+
+def check(source: Any, there: dict[int, str], out: Path) -> None:
+    """Raises ValueError where the first or last conversation that the file has is not the data's.
+
+    The others are not read for it, as there may be very many.
+    """
+    from twig_jax.data.sources import BadSample
+
+    for index in {min(there), max(there)} if there else ():
+        with contextlib.suppress(BadSample):  # which may have been whole then
+            own = source[index].id if index < len(source) else None
+            if own != there[index]:
+                raise ValueError(
+                    f"{out} has the answers to other data: its conversation {index} is "
+                    f"{there[index]!r}, of {_DATA.value} {own!r}; give another --out"
+                )
 
 
 Turns = list[tuple[str, str]]

@@ -64,6 +64,14 @@ def test_the_base_s_own_words_in_every_turn(asked, tmp_path):
     done = own_answers("--out", out, "--limit", 3)
     assert done.returncode == 0 and "has all 3 conversations" in done.stdout
 
+    # Not of others: its last conversation is another there, or there is none.
+    kept, entries = out.read_bytes(), json.loads(asked.read_text())
+    for other in (entries[:2], entries[1:]):
+        asked.write_text(json.dumps(other))
+        done = own_answers(*data, "--out", out)
+        assert done.returncode == 1 and "has the answers to other data" in done.stderr
+    assert out.read_bytes() == kept
+
 
 def test_what_cannot_be_read_is_left_out(asked, tmp_path):
     """A truncated image, which ends neither this run nor the next, and what is no answer."""

@@ -81,12 +81,12 @@ def floats(x: jax.Array) -> jax.Array:
 
 
 def _in_huge_pages(x: Any) -> Any:
-    """The array, copied to pages of its own if it fills one and lies on a single device."""
+    """The array, copied to pages of its own if it fills one and lies on the first device alone."""
     if x.nbytes < _PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return x
     if isinstance(x, jax.Array):
-        there = len(x.sharding.device_set) == 1 and x.is_fully_addressable
-        if not there or x.unsafe_buffer_pointer() % _PAGE == 0:
+        here = x.sharding.device_set == {jax.local_devices()[0]}
+        if not here or x.unsafe_buffer_pointer() % _PAGE == 0:
             return x
     pages = mmap.mmap(-1, x.nbytes + _PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(OSError):  # of a kernel without them
