@@ -42,6 +42,7 @@ _PATIENCE = 10
 
 # What a checkpoint's run and the one that goes on from it must have in common.
 _SHAPE = ("stage", "preset", "layers", "K", "T", "K_f", "p_head")
+_SIZES = ("layers", "K", "T", "K_f")  # of which None is the preset's
 
 _LOG = logging.getLogger(__name__)
 
@@ -309,10 +310,12 @@ def _restored(manager: CheckpointManager, state: TrainState, step: int) -> Train
 def _check_notes(notes: dict[str, Any], config: TrainConfig, grown_on: str | None) -> None:
     """Refuses checkpoints that are not this run's, and tells of settings that have changed."""
     was, now = notes["config"], json.loads(json.dumps(dataclasses.asdict(config)))
+    before = dataclasses.replace(config, **{name: was.get(name) for name in _SIZES})
+    sized_alike = before.model() == config.model()
     other = [
         f"{name} {was.get(name)}, now {now[name]}"
         for name in _SHAPE
-        if was.get(name, False) != now[name]
+        if was.get(name, False) != now[name] and not (sized_alike and name in _SIZES)
     ]
     # An average is kept with the one, moments of the P-Head alone with the other.
     actions = was.get("reinforce", {}).get("actions", 0), now["reinforce"]["actions"]
