@@ -73,7 +73,7 @@ class Generator:
     remembered_images: how many images' embeddings are kept, by content. draft_cost: how many plain
     steps each level of drafts adds to an iteration, for adaptive drafting; None to measure it.
     int8_drafts: the twig drafts in int8, which changes no answer; see models/int8.py, also for a
-    base in int8.
+    base in int8. On CPUs `weights` are arranged; see models/cpu.py, which restores them too.
     """
 
     def __init__(
