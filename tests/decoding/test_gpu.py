@@ -14,7 +14,7 @@ import pytest
 
 from tests.decoding.models import CONFIG, generator, mixed, run, tokens
 from twig_jax.decoding import batch, images, network
-from twig_jax.models import clip, fused_attention, llama
+from twig_jax.models import fused_attention
 from twig_jax.sharding.mesh import make_mesh
 
 # Heads as wide as the kernel needs.
@@ -45,8 +45,8 @@ def used(known, monkeypatch):
 
         return call
 
-    monkeypatch.setattr(llama, "fused_attend", counted("kernels", interpreted))
-    monkeypatch.setattr(clip, "fused_attend", counted("images", interpreted))
+    monkeypatch.setattr(network, "fused_attend", counted("kernels", interpreted))
+    monkeypatch.setattr(images, "fused_attend", counted("images", interpreted))
     monkeypatch.setattr(network, "_run_twofold", counted("twofold", network._run_twofold))
     for module in (batch, images):
         monkeypatch.setattr(module, "runs_triton", lambda device: True)

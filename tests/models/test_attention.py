@@ -61,6 +61,25 @@ def test_blocks_share_one_softmax(case, cut):
     np.testing.assert_allclose(attend(q, blocks), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("earlier", [0, 20])
+def test_causal_queries_leave_out_what_none_sees(earlier):
+    """After a cache or without; the parts hold other numbers of queries."""
+    long = 600
+    q, k, v = normal(0, B, long, H, D), normal(1, B, K, long, D), normal(2, B, K, long, D)
+    context = [
+        Context(KV(k, v), jnp.tril(jax.random.bernoulli(jax.random.key(3), 0.5, (B, long, long))))
+    ]
+    if earlier:
+        kv = KV(normal(4, B, K, earlier, D), normal(5, B, K, earlier, D))
+        context.insert(
+            0, Context(kv, jax.random.bernoulli(jax.random.key(6), 0.5, (B, long, earlier)))
+        )
+    whole, parts = (jax.jit(partial(attend, causal=causal)) for causal in (False, True))
+    np.testing.assert_allclose(parts(q, context), whole(q, context), atol=1e-5)
+    flops = [f.lower(q, context).compile().cost_analysis()["flops"] for f in (parts, whole)]
+    assert flops[0] < 0.8 * flops[1]
+
+
 def test_long_sequences_go_in_chunks():
     """Values and gradients are those of parts that are computed as a whole."""
     long, earlier = 1300, 20  # not a multiple of a chunk

@@ -1,4 +1,4 @@
-"""Parameters arranged for CPUs: the same values, and products of bfloat16 summed in float32."""
+"""Parameters arranged for CPUs: the same values, and products that are summed in float32."""
 
 import dataclasses
 import mmap
@@ -34,21 +34,26 @@ def base(draw):
     return half(draw(jax.eval_shape(lambda key: init_base(CONFIG, key), jax.random.key(0))))
 
 
-@settings(max_examples=20, deadline=None)
-@given(st.integers(0, 1000), st.sampled_from([(), (1,), (3,), (1, 1), (2, 3), (1, 7)]))
-def test_a_product_is_rounded_once(seed, rows):
-    """However few vectors: half a unit of bfloat16, 2^-8, beyond the error of float32's sums."""
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(0, 1000),
+    st.sampled_from([(), (1,), (3,), (1, 1), (2, 3), (1, 7), (64,), (5, 13)]),
+    st.sampled_from([(jnp.bfloat16, 8), (jnp.float32, 24)]),
+)
+def test_a_product_is_rounded_once(seed, rows, kind):
+    """Of few and of many vectors: half a unit of its type beyond the error of float32's sums."""
+    dtype, bits = kind
     rng = np.random.default_rng(seed)
-    x, w = (half(rng.normal(size=shape)) for shape in ((*rows, 48), (48, 40)))
+    x, w = (jnp.asarray(rng.normal(size=shape), dtype) for shape in ((*rows, 48), (48, 40)))
     y = Transposed(w.T).after(x)
-    assert y.dtype == jnp.bfloat16 and y.shape == (*rows, 40)
+    assert y.dtype == dtype and y.shape == (*rows, 40)
     x, w = (np.asarray(a, np.float64) for a in (x, w))
     error = np.abs(np.asarray(y, np.float64) - x @ w)
-    assert (error <= 2.0**-8 * np.abs(x @ w) + 48 * 2.0**-23 * (np.abs(x) @ np.abs(w))).all()
+    assert (error <= 2.0**-bits * np.abs(x @ w) + 48 * 2.0**-23 * (np.abs(x) @ np.abs(w))).all()
 
 
 def test_what_is_arranged(base):
-    """Every kernel and the words, to be had back; twice is once; other types never."""
+    """Every kernel and the words, to be had back; twice is once; nothing small of other types."""
     found = arrange(base)
     leaves = jax.tree_util.tree_leaves_with_path(found, is_leaf=lambda x: isinstance(x, Transposed))
     kernels = {path_string(path) for path, x in leaves if isinstance(x, Transposed)}
@@ -74,6 +79,15 @@ def test_large_ones_lie_in_huge_pages():
         assert found.unsafe_buffer_pointer() % (2 << 20) == 0 and found.dtype == x.dtype
         np.testing.assert_array_equal(found, x)
         assert arranged("a", found) is found
+
+
+def test_large_kernels_of_float32_are_transposed():
+    made = {"large": jnp.ones((512, 1024)), "small": jnp.ones((512, 1023))}
+    made = {name: {"kernel": x, "embedding": x} for name, x in made.items()}
+    found = arrange(made)
+    assert isinstance(found["large"]["kernel"], Transposed)
+    equal({**found, "large": restored(found["large"])}, made)
+    equal(arrange(found), found)
 
 
 def test_a_twig_becomes_int8_from_either(base):

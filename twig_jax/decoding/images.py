@@ -11,6 +11,8 @@ import numpy as np
 
 from twig_jax.config import LlavaConfig
 from twig_jax.hardware import runs_triton
+from twig_jax.models.attention import attend
+from twig_jax.models.fused_attention import fused_attend
 from twig_jax.models.llava import Llava, Params
 from twig_jax.sharding.placement import spread
 
@@ -72,7 +74,8 @@ def encode(
     """Pixels [n, H, W, 3] -> one [M, d] an image, computed in `dtype`. gpu: see `Program`."""
     # Rounded on the device, as hosts take a third of a millisecond an image for it.
     pixels = spread(jnp.asarray(pixels, dtype), "rows")
-    visual = Llava(config).apply({"params": base}, pixels[:, None], gpu, method="encode")
+    attention = fused_attend if gpu else attend
+    visual = Llava(config).apply({"params": base}, pixels[:, None], attention, method="encode")
     return [spread(x) for x in visual]
 
 

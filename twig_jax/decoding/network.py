@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from twig_jax.config import LlavaConfig, TwigConfig
 from twig_jax.decoding.cache import Cache
 from twig_jax.decoding.tree import Tree
+from twig_jax.models.attention import attend
+from twig_jax.models.fused_attention import fused_attend
 from twig_jax.models.int8 import quantised
 from twig_jax.models.llava import Llava, Params
 from twig_jax.models.twig import twig_decoder
@@ -140,6 +142,11 @@ class Program:
 
     def _applied(self, apply: Callable, method: str, *args: Any, **kwargs: Any) -> Any:
         """A method of base or twig, called as suits the devices."""
+        if method == "run":
+            # No token sees what is behind it; but a scratch block has slots of its own.
+            causal = kwargs.get("scratch") is None
+            attention = fused_attend if self.gpu else partial(attend, causal=causal)
+            apply = partial(apply, attention=attention)
         if not self.gpu or method not in ("run", "logits"):
             return apply(*args, **kwargs)
         rows, tokens = args[0].shape[:2]
@@ -148,7 +155,6 @@ class Program:
         alone = tokens == 1 and rows <= spread  # on its device
         if method == "logits":
             return apply(_twofold(*args))[:, :1] if alone else apply(*args)
-        apply = partial(apply, fused=True)
         return _run_twofold(apply, *args, **kwargs) if alone else apply(*args, **kwargs)
 
 

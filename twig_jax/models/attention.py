@@ -5,7 +5,7 @@ Letters: B batch, Q query and S key positions, H heads, K key/value heads, G = H
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -31,6 +31,10 @@ class Context(NamedTuple):
     mask: jax.Array  # bool [B, Q, S]
 
 
+# Of queries [B, Q, H, D] over a context -> [B, Q, H, D]: `attend`, or what suits a device better.
+Attention = Callable[[jax.Array, Sequence[Context]], jax.Array]
+
+
 def rope_angles(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
     """cos and sin of the rotary angles, float32 [..., S, D], for int32 positions [..., S].
 
@@ -52,37 +56,43 @@ def apply_rope(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
 
 
 def _logits(q: jax.Array, k: jax.Array, mask: jax.Array) -> jax.Array:
-    """Scaled, masked float32 attention logits [B, K, G, Q, S]."""
-    q = rearrange(q * q.shape[-1] ** -0.5, "B Q (K G) D -> B K G Q D", K=k.shape[1])
+    """Scaled, masked float32 attention logits [B, K, R, S], R = G·Q queries of a key head."""
+    q = rearrange(q * q.shape[-1] ** -0.5, "B Q (K G) D -> B K (G Q) D", K=k.shape[1])
     q = q.astype(k.dtype)
-    if q.shape[3] < k.shape[2]:
+    if 4 * mask.shape[1] < k.shape[2]:
         # Few queries over a cache: with the keys on the left, CPUs need no transposed copy of them.
-        logits = jnp.einsum("BKSD,BKGQD->BKSGQ", k, q, preferred_element_type=jnp.float32)
-        logits = rearrange(logits, "B K S G Q -> B K G Q S")
+        logits = jnp.einsum("BKSD,BKRD->BKSR", k, q, preferred_element_type=jnp.float32)
+        logits = logits.swapaxes(2, 3)
     else:
-        logits = jnp.einsum("BKGQD,BKSD->BKGQS", q, k, preferred_element_type=jnp.float32)
-    return jnp.where(mask[:, None, None], logits, -jnp.inf)
+        logits = jnp.einsum("BKRD,BKSD->BKRS", q, k, preferred_element_type=jnp.float32)
+    return jnp.where(jnp.tile(mask, (1, q.shape[2] // mask.shape[1], 1))[:, None], logits, -jnp.inf)
 
 
-# Long sequences take so many queries at a time.
-_QUERIES = 512
+_QUERIES = 512  # of long sequences that are attended at a time
+_CAUSAL = 256  # of shorter ones, where that leaves out keys
 
 
 def queries_at_once(count: int) -> int:
-    """How many of so many queries `attend` has scores of at the same time."""
-    return count if count <= 2 * _QUERIES else _QUERIES
+    """How many of so many causal queries `attend` has scores of at the same time."""
+    return min(count, _CAUSAL if count <= 2 * _QUERIES else _QUERIES)
 
 
-def attend(q: jax.Array, context: Sequence[Context]) -> jax.Array:
+def attend(q: jax.Array, context: Sequence[Context], causal: bool = False) -> jax.Array:
     """Softmax attention of q [B, Q, H, D] over the union of several blocks; returns [B, Q, H, D].
 
     The blocks share one softmax but are never concatenated, so a cache is read in place; one may
     be of a wider type than q. A query that sees nothing (padding) returns zeros. In long sequences
-    the scores [Q, S] are never there as a whole, in the backward pass neither.
+    the scores [Q, S] are never there as a whole, in the backward pass neither. causal: the last
+    block is the queries' own, of which none sees what is behind itself; what no query of a part
+    sees is left out then.
     """
     Q = q.shape[1]
-    if queries_at_once(Q) == Q:
-        return _attend(q, context)
+    if Q <= 2 * _QUERIES:
+        size = _CAUSAL if causal else Q
+        parts = [slice(at, at + size) for at in range(0, Q, size)]
+        return jnp.concatenate(
+            [_attend(q[:, part], _seen_by(part, context, causal)) for part in parts], axis=1
+        )
 
     def chunks(x: jax.Array) -> jax.Array:
         x = jnp.pad(x, [(0, 0), (0, -Q % _QUERIES)] + [(0, 0)] * (x.ndim - 2))
@@ -96,13 +106,23 @@ def attend(q: jax.Array, context: Sequence[Context]) -> jax.Array:
     return rearrange(out, "n B c H D -> B (n c) H D")[:, :Q]
 
 
+def _seen_by(queries: slice, context: Sequence[Context], causal: bool) -> list[Context]:
+    """What some queries see of it."""
+    found = [Context(c.kv, c.mask[:, queries]) for c in context]
+    if causal:
+        kv, mask = found[-1]
+        kv = KV(*(x[:, :, : queries.stop] for x in kv))
+        found[-1] = Context(kv, mask[:, :, : queries.stop])
+    return found
+
+
 def _attend(q: jax.Array, context: Sequence[Context]) -> jax.Array:
     logits = jnp.concatenate([_logits(q, c.kv.k, c.mask) for c in context], axis=-1)
     weights, total = _softmax(logits)
     ends = itertools.accumulate(c.kv.k.shape[2] for c in context[:-1])
     parts = [
         jnp.einsum(
-            "BKGQS,BKSD->BKGQD",
+            "BKRS,BKSD->BKRD",
             w.astype(c.kv.v.dtype),
             c.kv.v,
             preferred_element_type=jnp.float32,
@@ -112,7 +132,7 @@ def _attend(q: jax.Array, context: Sequence[Context]) -> jax.Array:
         )
     ]
     out = functools.reduce(jnp.add, parts) / total
-    return rearrange(out, "B K G Q D -> B Q (K G) D").astype(q.dtype)
+    return rearrange(out, "B K (G Q) D -> B Q (K G) D", Q=q.shape[1]).astype(q.dtype)
 
 
 def _softmax(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -131,4 +151,4 @@ def attention_rows(q: jax.Array, k: jax.Array, mask: jax.Array) -> jax.Array:
     computes the layer itself.
     """
     weights, total = _softmax(_logits(q, k, mask))
-    return rearrange(weights / total, "B K G Q S -> B (K G) Q S")
+    return rearrange(weights / total, "B K (G Q) S -> B (K G) Q S", Q=q.shape[1])

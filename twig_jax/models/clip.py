@@ -6,8 +6,7 @@ from einops import rearrange
 from flax import linen as nn
 
 from twig_jax.config import VisionConfig
-from twig_jax.models.attention import KV, Context, attend
-from twig_jax.models.fused_attention import fused_attend
+from twig_jax.models.attention import KV, Attention, Context, attend
 from twig_jax.models.layers import Dense, LayerNorm, quick_gelu
 
 
@@ -17,15 +16,14 @@ class EncoderLayer(nn.Module):
     config: VisionConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, fused: bool = False) -> jax.Array:
-        """x [B, S, d] -> [B, S, d]. fused: as for `DecoderLayer`."""
+    def __call__(self, x: jax.Array, attention: Attention = attend) -> jax.Array:
+        """x [B, S, d] -> [B, S, d]."""
         c = self.config
         y = LayerNorm(c.layer_norm_eps, name="layer_norm1")(x)
         q, k, v = (Dense(c.hidden_size, use_bias=True, name=f"{n}_proj")(y) for n in "qkv")
         q = rearrange(q, "B S (H D) -> B S H D", H=c.num_heads)
         k, v = (rearrange(x, "B S (H D) -> B H S D", H=c.num_heads) for x in (k, v))
         everything = jnp.ones((x.shape[0], x.shape[1], x.shape[1]), bool)
-        attention = fused_attend if fused else attend
         y = rearrange(attention(q, [Context(KV(k, v), everything)]), "B S H D -> B S (H D)")
         x = x + Dense(c.hidden_size, use_bias=True, name="out_proj")(y)
         y = LayerNorm(c.layer_norm_eps, name="layer_norm2")(x)
@@ -52,8 +50,8 @@ class VisionTower(nn.Module):
         self.layers = [EncoderLayer(c) for _ in range(c.num_layers)]
         self.post_layernorm = LayerNorm(c.layer_norm_eps)
 
-    def __call__(self, pixels: jax.Array, fused: bool = False) -> jax.Array:
-        """Normalised pixels [B, H, W, 3] -> features [B, M, d_v]. fused: as for `DecoderLayer`."""
+    def __call__(self, pixels: jax.Array, attention: Attention = attend) -> jax.Array:
+        """Normalised pixels [B, H, W, 3] -> features [B, M, d_v]."""
         c = self.config
         x = rearrange(pixels, "B (h p) (w q) c -> B (h w) p q c", p=c.patch_size, q=c.patch_size)
         patches = jnp.einsum(
@@ -66,7 +64,7 @@ class VisionTower(nn.Module):
         for i, layer in enumerate(self.layers):
             # Layers above the feature layer exist in published checkpoints but never run.
             if i < c.layers_used or self.is_initializing():
-                x = layer(x, fused)
+                x = layer(x, attention)
         if self.is_initializing():
             self.post_layernorm(x)
         return x if c.class_token else x[:, 1:]

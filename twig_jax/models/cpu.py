@@ -1,4 +1,4 @@
-"""Parameters on CPUs: where they lie, and bfloat16 as XLA's programs read it as it is.
+"""Parameters on CPUs: where they lie and how, so that XLA's programs read them as they are.
 
 Large ones lie in huge pages, where the system has them: a step reads all weights, and with pages of
 4 KiB 5 to 7 % of its time is spent on looking up where they are.
@@ -6,35 +6,42 @@ Large ones lie in huge pages, where the system has them: a step reads all weight
 Of bfloat16 XLA knows one fast operation for CPUs, products of matrices that are summed in float32;
 with AMX or AVX512-BF16 they are far faster than float32's. All else is widened to float32 first,
 and whole: the kernel that one vector is multiplied by, the table that one row is taken from, the
-cache that one slot is written to. So here
+cache that one slot is written to. So of bfloat16 here
 
-    kernels      are [out, in], which is read at twice the rate of [in, out],
-    few vectors  are multiplied as four: one vector is no matrix, and four are as fast as two,
+    kernels      are `Transposed`, and a single vector is multiplied as several,
     embeddings   are their bits, of which rows are taken and become bfloat16,
     caches       are float32 (`Weights.cache_dtype`): written in place, and one query's attention
                  to them is a product of float32.
 
-Values and results are those of bfloat16 elsewhere. docs/performance.md has what it brings.
+Of float32 large kernels are `Transposed`. Values and results are those of other devices.
+docs/performance.md has what it brings.
 """
 
 import contextlib
 import mmap
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from twig_jax.sharding.rules import path_string
 
 Params = Any
 
-_FEWEST = 4  # vectors of a product
+_FEW = 64  # vectors at most that a kernel is multiplied by on its right
+_AT_A_TIME = 4  # of these
 _PAGE = 1 << 21  # a huge one of x86 and ARM
 
 
 class Transposed(NamedTuple):
-    """A kernel [in, out], transposed."""
+    """A kernel [in, out], transposed.
+
+    For few vectors it is the left operand, which XLA's library reads as it lies; the right one is
+    copied into another order first. So up to 16 vectors take hardly longer than two.
+    """
 
     values: jax.Array  # [out, in]
 
@@ -42,9 +49,21 @@ class Transposed(NamedTuple):
         """x @ kernel: [..., in] -> [..., out] of the same type, summed in float32."""
         # Of more than two axes XLA would transpose the kernel.
         rows = x.reshape(-1, x.shape[-1])
-        padded = jnp.pad(rows, ((0, max(_FEWEST - len(rows), 0)), (0, 0)))
-        y = jnp.einsum("ni,oi->no", padded, self.values, preferred_element_type=jnp.float32)
-        return y[: len(rows)].astype(x.dtype).reshape(*x.shape[:-1], -1)
+        product = partial(jnp.einsum, preferred_element_type=jnp.float32)
+        if len(rows) > _FEW:
+            y = product("ni,oi->no", rows, self.values)
+        elif len(rows) == 1 and rows.dtype == jnp.float32:
+            y = product("oi,ni->on", self.values, rows).T
+        else:
+            padded = _row_major(jnp.pad(rows, ((0, -len(rows) % _AT_A_TIME), (0, 0))))
+            # Not a plain transpose, which XLA would take as leave to exchange the two operands.
+            y = _row_major(_row_major(product("oi,ni->on", self.values, padded))[:, : len(rows)].T)
+        return y.astype(x.dtype).reshape(*x.shape[:-1], -1)
+
+
+def _row_major(x: jax.Array) -> jax.Array:
+    """x [a, b] in this order in memory."""
+    return with_layout_constraint(x, Layout((0, 1)))
 
 
 def arranged(path: str, x: Any) -> Any:
@@ -55,7 +74,8 @@ def arranged(path: str, x: Any) -> Any:
     """
     if jax.default_backend() != "cpu" or not hasattr(x, "dtype"):
         return x
-    if x.dtype == jnp.bfloat16 and path.endswith("/kernel"):
+    large = x.dtype == jnp.float32 and x.nbytes >= _PAGE
+    if path.endswith("/kernel") and (large or x.dtype == jnp.bfloat16):
         return Transposed(_in_huge_pages(jnp.asarray(x).T))
     if x.dtype == jnp.bfloat16 and path.endswith("embed_tokens/embedding"):
         x = jax.lax.bitcast_convert_type(jnp.asarray(x), jnp.uint16)

@@ -8,8 +8,15 @@ from einops import rearrange
 from flax import linen as nn
 
 from twig_jax.config import TextConfig
-from twig_jax.models.attention import KV, Context, apply_rope, attend, attention_rows, rope_angles
-from twig_jax.models.fused_attention import fused_attend
+from twig_jax.models.attention import (
+    KV,
+    Attention,
+    Context,
+    apply_rope,
+    attend,
+    attention_rows,
+    rope_angles,
+)
 from twig_jax.models.layers import Dense, Embed, RMSNorm
 
 Rope = tuple[jax.Array, jax.Array]
@@ -46,15 +53,14 @@ class DecoderLayer(nn.Module):
         mask: jax.Array,
         cached: Context | None = None,
         scratch: tuple[KV, jax.Array] | None = None,
-        fused: bool = False,
+        attention: Attention = attend,
     ) -> tuple[jax.Array, KV]:
         """x [B, Q, d] -> ([B, Q, d], keys and values).
 
         Without `scratch` the queries see each other under `mask` [B, Q, Q], and the new keys and
         values [B, K, Q, D] are returned. With `scratch` = (block [B, K, W, D], index) they are
         written to the block at that slot first, `mask` is [B, Q, W] and the block is returned.
-        `cached` is an earlier block that is read but never written. `fused`: attention is one
-        kernel where it can be, on NVIDIA GPUs; see fused_attention.py.
+        `cached` is an earlier block that is read but never written.
         """
         y = self.input_layernorm(x)
         q = apply_rope(self._heads(self.q_proj(y)), rope)
@@ -70,7 +76,6 @@ class DecoderLayer(nn.Module):
                 block = jax.tree.map(partial(jnp.where, slot == index + i), kv_i, block)
             kv = block
         context = [Context(kv, mask)] if cached is None else [cached, Context(kv, mask)]
-        attention = fused_attend if fused else attend
         x = x + self.o_proj(rearrange(attention(q, context), "B S H D -> B S (H D)"))
         y = self.post_attention_layernorm(x)
         return x + self.down_proj(jax.nn.silu(self.gate_proj(y)) * self.up_proj(y)), kv
@@ -125,12 +130,11 @@ class Decoder(nn.Module):
         cached_mask: jax.Array | None = None,
         scratch: tuple[KV, ...] | None = None,
         index: jax.Array | int = 0,
-        fused: bool = False,
+        attention: Attention = attend,
     ) -> tuple[jax.Array, tuple[KV, ...]]:
         """Layers first .. last-1 on x [B, Q, d] at positions [B, Q]: (states, one KV a layer).
 
-        `cached` and `scratch` hold one block a layer of the range, as in `DecoderLayer`; `fused`
-        too is as there.
+        `cached` and `scratch` hold one block a layer of the range, as in `DecoderLayer`.
         """
         rope = self.rope(positions)
         layers = self.layers[first:last]
@@ -142,7 +146,7 @@ class Decoder(nn.Module):
                 mask,
                 None if cached is None or cached_mask is None else Context(cached[i], cached_mask),
                 None if scratch is None else (scratch[i], jnp.asarray(index)),
-                fused,
+                attention,
             )
             out.append(kv)
         return x, tuple(out)

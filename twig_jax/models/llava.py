@@ -8,7 +8,7 @@ from einops import rearrange
 from flax import linen as nn
 
 from twig_jax.config import LlavaConfig
-from twig_jax.models.attention import KV
+from twig_jax.models.attention import KV, Attention, attend
 from twig_jax.models.clip import Projector, VisionTower
 from twig_jax.models.llama import Decoder
 
@@ -26,12 +26,9 @@ class Llava(nn.Module):
         self.projector = Projector(c.text.hidden_size)
         self.text = Decoder(c.text, c.text.num_layers)
 
-    def encode(self, pixels: jax.Array, fused: bool = False) -> jax.Array:
-        """Normalised pixels [B, I, H, W, 3] -> visual embeddings [B, I·M, d].
-
-        fused: as for `DecoderLayer`.
-        """
-        features = self.vision(rearrange(pixels, "B I h w c -> (B I) h w c"), fused)
+    def encode(self, pixels: jax.Array, attention: Attention = attend) -> jax.Array:
+        """Normalised pixels [B, I, H, W, 3] -> visual embeddings [B, I·M, d]."""
+        features = self.vision(rearrange(pixels, "B I h w c -> (B I) h w c"), attention)
         return rearrange(self.projector(features), "(B I) M d -> B (I M) d", B=pixels.shape[0])
 
     def embed(self, tokens: jax.Array) -> jax.Array:
