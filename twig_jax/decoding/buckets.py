@@ -13,7 +13,6 @@ from twig_jax.decoding.network import Program, Segment
 from twig_jax.decoding.settings import Settings
 from twig_jax.decoding.tree import Tree
 from twig_jax.models.attention import queries_at_once
-from twig_jax.models.fused_attention import fuses
 from twig_jax.pruning.schedule import Schedule, by_twig
 from twig_jax.sharding.placement import ROWS
 
@@ -122,8 +121,7 @@ def state_bytes(program: Program, rows: int, itemsize: int, split: int = 1) -> f
     states, inner = (
         width * size * itemsize for size in (4 * text.hidden_size, 2 * text.intermediate_size)
     )
-    fused = p.gpu and fuses(text.head_dim)
-    attention = 0 if fused else text.num_heads * queries_at_once(width) * width * 2 * 4
+    attention = 0 if p.fused else text.num_heads * queries_at_once(width) * width * 2 * 4
     logits = max(p.width, p.tree.expanded) * text.vocab_size * 4 * 3
     split = split if text.num_kv_heads % split == 0 else 1
     return rows * (states + (caches + inner + attention + logits) / split)

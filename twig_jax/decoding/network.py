@@ -13,7 +13,7 @@ from twig_jax.config import LlavaConfig, TwigConfig
 from twig_jax.decoding.cache import Cache
 from twig_jax.decoding.tree import Tree
 from twig_jax.models.attention import attend
-from twig_jax.models.fused_attention import fused_attend
+from twig_jax.models.fused_attention import fused_attend, fuses
 from twig_jax.models.int8 import quantised
 from twig_jax.models.llava import Llava, Params
 from twig_jax.models.twig import twig_decoder
@@ -110,6 +110,11 @@ class Program:
         return self.max_new + 1
 
     @property
+    def fused(self) -> bool:
+        """Whether layers attend by one kernel."""
+        return self.gpu and fuses(self.base.text.head_dim)
+
+    @property
     def runs_twig(self) -> bool:
         """Whether there is a twig that the mode needs."""
         return self.twig.T > 0 and (self.prune or self.draft)
@@ -145,7 +150,7 @@ class Program:
         if method == "run":
             # No token sees what is behind it; but a scratch block has slots of its own.
             causal = kwargs.get("scratch") is None
-            attention = fused_attend if self.gpu else partial(attend, causal=causal)
+            attention = fused_attend if self.fused else partial(attend, causal=causal)
             apply = partial(apply, attention=attention)
         if not self.gpu or method not in ("run", "logits"):
             return apply(*args, **kwargs)
