@@ -11,7 +11,7 @@ import pytest
 import twig_jax
 from twig_jax.decoding.settings import Settings
 from twig_jax.evaluation.answers import answer_share, failed
-from twig_jax.evaluation.benchmarks.files import Question, answer_line
+from twig_jax.evaluation.benchmarks.files import Question, Score, answer_line
 from twig_jax.evaluation.benchmarks.pages import Digits
 from twig_jax.evaluation.judge import Judge, Way
 
@@ -198,6 +198,25 @@ def test_what_answers_tell_is_counted_one_by_one(tmp_path):
     assert (row["retained"], row["unanswered"]) == (576, ["0", "0"])  # an id may have two questions
     assert (row["tokar"], row["mean_drafted"]) == (0.5, 1)
     assert peak < sum(map(len, lines.values())) / 4
+
+
+def test_intervals_are_over_images(tmp_path):
+    """Of two pictures, one read right by plain decoding alone."""
+    questions = [Question(i, "x", (f"{i % 2}.png",), f"x {i}") for i in range(8)]
+    told = {"drafted": [0], "matched": [0], "kept": []}
+    lines = {q.key: answer_line(q, "", "m", told) for q in questions}
+    right = {q.key: float(q.id % 2) for q in questions}
+    (tmp_path / "ttp").mkdir()
+    model = SimpleNamespace(config=SimpleNamespace(vision=SimpleNamespace(num_tokens=576)))
+    benchmark = SimpleNamespace(score=lambda answers: Score({"accuracy": 50.0}, right, []))
+    judge = Judge(
+        model, "t", benchmark, questions, tmp_path, Settings(), batch=1, model_id="m", notes={}
+    )
+    base = Score({"accuracy": 100.0}, dict.fromkeys(right, 1.0), [])
+    row, _ = judge.row(Way("ttp"), lines, base)
+    assert (row["relacc"], row["relacc_low"], row["relacc_high"]) == (0.5, 0, 1)
+    points = json.loads((tmp_path / "ttp" / "points.json").read_text())
+    assert [image for _, image in points] == [q.pictured for q in questions]
 
 
 def test_answers_by_other_settings_are_not_mixed(tmp_path):

@@ -49,6 +49,15 @@ def test_folders_are_pooled(two):
     assert (plain.relacc, plain.relacc_low, plain.tokar, plain.tokens) == (1, 1, None, None)
 
 
+def test_questions_about_one_image_are_drawn_together(two):
+    """All of one page: no draw has others."""
+    for path in two[0].glob("digits/*/points.json"):
+        points = [[value, "page"] for value, _ in json.loads(path.read_text())]
+        path.write_text(json.dumps(points))
+    twig = rows(two[:1])["digits", TWIG]
+    assert twig.relacc_low == twig.relacc_high == twig.relacc == pytest.approx(2 / 3)
+
+
 def test_one_folder_has_no_spread(two):
     assert rows(two[:1])["digits", TWIG].relacc_sd is None
 
@@ -228,6 +237,7 @@ def strip(path):
         (lambda f: shutil.rmtree(f / "digits"), "TASK/results.json is not there"),
         (lambda f: (f / "digits/plain/answers.jsonl").unlink(), "plain/answers.jsonl is not there"),
         (lambda f: (f / "digits/plain/points.json").write_text("[1]"), "of 1 questions, .* of 2"),
+        (lambda f: (f / "digits/plain/points.json").write_text("[1, 0]"), "the same image"),
         (lambda f: strip(f / "digits/plain/answers.jsonl"), "no pieces of question test-1-0"),
         (lambda f: (f / "digits/results.json").write_text("{"), "results.json is no JSON"),
         (lambda f: (f / "digits/results.json").write_text("{}"), "has no device, versions"),

@@ -75,6 +75,19 @@ def test_relacc_is_a_ratio_with_an_interval_around_it():
     assert relacc(base, base) == (1.0, 1.0, 1.0)
 
 
+def test_samples_of_one_group_are_drawn_together():
+    """Asked four times each, twenty questions tell as much as asked once."""
+    base, ours = [1] * 16 + [0] * 4, [1] * 12 + [0] * 8
+    once = relacc(ours, base)
+    assert relacc(ours, base, range(20)) == once
+    several = relacc(ours * 4, base * 4, [*range(20)] * 4)
+    assert several == pytest.approx(once)
+    apart = relacc(ours * 4, base * 4)
+    assert apart[2] - apart[1] < 0.6 * (once[2] - once[1])
+    uneven = relacc([1, 1, 0], [1, 1, 1], "aab")
+    assert uneven == (pytest.approx(2 / 3), 0, 1)
+
+
 def test_relacc_of_few_right_answers() -> None:
     """Draws in which the base has no right answer have no ratio; without any there is none."""
     ratio, low, high = relacc([1, 1, 0, 0], [1, 0, 0, 0])

@@ -122,9 +122,9 @@ class Judge:
     ) -> tuple[dict[str, Any], Score | None]:
         """A way's figures for a result file, and its score; base: plain decoding's score.
 
-        Shares are fractions, `figures` in the benchmark's own unit. What each question adds is
-        written to points.json beside the answers, in the questions' order. Raises ValueError where
-        none of the questions could be asked.
+        Shares are fractions, `figures` in the benchmark's own unit. What each question adds, and
+        what its images are known by, is written to points.json beside the answers, in the
+        questions' order. Raises ValueError where none of the questions could be asked.
         """
         drafted = matched = rounds = kept = 0
         errors: list[tuple[str, str]] = []
@@ -156,16 +156,18 @@ class Judge:
         score = self.benchmark.score(said(lines))
         if score is None:
             return row, None
-        keys = [q.key for q in self.questions if q.key in score.points]
-        points = [score.points[k] for k in keys]
-        (self.folder / way.name / "points.json").write_text(json.dumps(points) + "\n")
+        images = {q.key: q.pictured for q in self.questions if q.key in score.points}
+        points = [score.points[k] for k in images]
+        content = [[value, image] for value, image in zip(points, images.values(), strict=True)]
+        (self.folder / way.name / "points.json").write_text(json.dumps(content) + "\n")
         if self.limited:
             score = replace(score, figures={"accuracy": mean(points)})
         row |= {"exact": float(np.mean(points)), "figures": score.figures}
         if base is not None or way.mode == "plain":
             of = base or score
             main = next(iter(score.figures))
-            _, low, high = relacc(points, [of.points[k] for k in keys])
+            together = [image or key for key, image in images.items()]
+            _, low, high = relacc(points, [of.points[k] for k in images], together)
             ratio = score.figures[main] / of.figures[main] if of.figures[main] else None
             figures = {"relacc": ratio, "relacc_low": low, "relacc_high": high}
             # A base without a right answer has no ratio.

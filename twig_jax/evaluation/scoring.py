@@ -1,6 +1,6 @@
 """Accuracy, speed and acceptance of a set of answers."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,25 +58,36 @@ def tokens_per_s(result: Result) -> float:
 
 
 def relacc(
-    accelerated: Sequence[float], base: Sequence[float], seed: int = 0, draws: int = 2000
+    accelerated: Sequence[float],
+    base: Sequence[float],
+    groups: Sequence[Hashable] | None = None,
+    seed: int = 0,
+    draws: int = 2000,
 ) -> tuple[float, float, float]:
     """Accelerated accuracy over the base's on the same samples, with a 95 % interval.
 
-    The interval is a paired bootstrap over samples, without draws in which the base has nothing
-    right. All three are nan where it never has.
+    groups: what each sample shares with others, as its image; each stands for itself without. The
+    interval is a paired bootstrap over groups: samples of one are right or wrong together, and are
+    drawn together. Draws in which the base has nothing right do not count; all three are nan where
+    it never has.
     """
     pairs = np.stack([accelerated, base], axis=1).astype(float)  # [n, 2]
-    rng = np.random.default_rng(seed)
-    mean, of = pairs.mean(0)
+    ours, of = pairs.sum(0)
     if not of:
         return float("nan"), float("nan"), float("nan")
+    if groups is not None:
+        number = {group: i for i, group in enumerate(dict.fromkeys(groups))}
+        sums = np.zeros((len(number), 2))
+        np.add.at(sums, [number[group] for group in groups], pairs)
+        pairs = sums
+    rng = np.random.default_rng(seed)
     # One draw at a time: all of a large benchmark's would not fit into memory.
-    means = np.array(
-        [pairs[rng.integers(len(pairs), size=len(pairs))].mean(0) for _ in range(draws)]
+    drawn = np.array(
+        [pairs[rng.integers(len(pairs), size=len(pairs))].sum(0) for _ in range(draws)]
     )
-    means = means[means[:, 1] > 0]
-    low, high = np.percentile(means[:, 0] / means[:, 1], [2.5, 97.5])
-    return float(mean / of), float(low), float(high)
+    drawn = drawn[drawn[:, 1] > 0]
+    low, high = np.percentile(drawn[:, 0] / drawn[:, 1], [2.5, 97.5])
+    return float(ours / of), float(low), float(high)
 
 
 def ceiling(twig: TwigConfig, layers: int, levels: float, accepted: float) -> float:

@@ -40,6 +40,17 @@ class Question:
         """Its key in the answers."""
         return Key(str(self.id), self.stated)
 
+    @property
+    def pictured(self) -> str | None:
+        """What its images are known by, their paths or contents; None without."""
+        if not self.images:
+            return None
+        known = hashlib.sha256()
+        for image in self.images:
+            name = isinstance(image, str | Path)
+            known.update(hashlib.sha256(str(image).encode() if name else bytes(image)).digest())
+        return known.hexdigest()[:16]
+
 
 @dataclass(frozen=True)
 class Score:

@@ -13,7 +13,7 @@ from twig_jax.evaluation.report.tables import Table, long_form, tables
 
 _DRAWINGS = {
     "accuracy": "RelAcc by budget; upright lines are 95 % intervals of a paired bootstrap over "
-    "questions.",
+    "images, with all questions about each.",
     "speed": "Samples timed one at a time, at each mode's smallest budget; a line joins the means "
     "of samples of similar length.",
     "positions": "Of the drafts at each place in a draft, those that the base accepted. Later "

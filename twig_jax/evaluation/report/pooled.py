@@ -20,8 +20,9 @@ class Pooled:
     """One way on one benchmark. Shares are fractions, None is not measured.
 
     figures: in the benchmark's own unit, means over folders. relacc and its interval: over the
-    questions of all folders; relacc_sd: of the folders' own values. The speeds are means over the
-    timed samples of all folders, tokar to mean_accepted over all iterations.
+    questions of all folders, and over their images; relacc_sd: of the folders' own values. The
+    speeds are means over the timed samples of all folders, tokar to mean_accepted over all
+    iterations.
     """
 
     task: str
@@ -131,7 +132,9 @@ def _accuracy(found: Sequence[Answered], plain: Sequence[Answered]) -> dict[str,
     low: float | None = None
     high: float | None = None
     if points and any(base.values()) and points.keys() == base.keys():
-        ratio, low, high = relacc([points[k] for k in base], list(base.values()))
+        known = {key: image for f in found for key, image in f.pictured.items()}
+        together = [known.get(key, key) for key in base]
+        ratio, low, high = relacc([points[k] for k in base], list(base.values()), together)
         if not all(map(_is_mean, (*found, *plain))):
             own = [f.row["relacc"] for f in found if f.row.get("relacc") is not None]
             ratio = float(np.mean(own)) if own else None

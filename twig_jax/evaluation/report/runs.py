@@ -78,11 +78,13 @@ class Answered:
     """One way's answers in one folder.
 
     row: its figures in results.json. points: what each question adds, None where only a judge can
-    tell. file: the answers.
+    tell. pictured: what its images are known by, of those that have points and images. file: the
+    answers.
     """
 
     row: Mapping[str, Any]
     points: Mapping[Key, float] | None
+    pictured: Mapping[Key, str]
     tally: Tally
     file: Path
 
@@ -151,19 +153,25 @@ def _answered(folder: Path, row: Mapping[str, Any]) -> Answered:
             if missing:
                 raise ValueError(f"{file}: no {', '.join(sorted(missing))} of question {key.id}")
             tally.add(line["metadata"])
-    points = None
+    points, pictured = None, {}
     if "exact" in row:
         path = folder / "points.json"
-        values = read_json(path, "what each question adds to the score")
-        if len(values) != len(keys):
-            raise ValueError(f"{path} is of {len(values)} questions, {file} of {len(keys)}")
-        points = dict(zip(keys, values, strict=True))
+        found = read_json(path, "what each question adds to the score")
+        if len(found) != len(keys):
+            raise ValueError(f"{path} is of {len(found)} questions, {file} of {len(keys)}")
+        if not all(isinstance(one, list) for one in found):
+            raise ValueError(
+                f"{path} does not say which questions have the same image; launch.evaluate with "
+                "the same flags keeps the answers and writes it anew"
+            )
+        points = {key: value for key, (value, _) in zip(keys, found, strict=True)}
+        pictured = {key: image for key, (_, image) in zip(keys, found, strict=True) if image}
     if len(keys) != row["samples"]:
         raise ValueError(
             f"{file} is of {len(keys)} questions, results.json of {row['samples']}; "
             "launch.evaluate with the same flags brings them together"
         )
-    return Answered(row, points, tally, file)
+    return Answered(row, points, pictured, tally, file)
 
 
 def _lines(file: Path) -> Iterator[tuple[Key, dict[str, Any]]]:
