@@ -145,6 +145,23 @@ def test_told_to_stop_while_it_saves_the_end_it_does_so(tmp_path, monkeypatch):
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["1"]
 
 
+def test_what_goes_on_has_one_state_at_a_time(tmp_path, monkeypatch):
+    """What a step fits into, going on fits into too."""
+    fit(config(tmp_path, "steps=1"), *start(), progress=False)
+    restore, params, frozen = CheckpointManager.restore, *start()
+    before, held = sum(x.nbytes for x in jax.live_arrays()), []
+
+    def watched(manager, like, step):
+        held.append(sum(x.nbytes for x in jax.live_arrays()) - before)
+        return restore(manager, like, step)
+
+    monkeypatch.setattr(CheckpointManager, "restore", watched)
+    fit(config(tmp_path, "steps=2"), params, frozen, progress=False)
+    # The base, as it lies on the mesh; a state is three times the parameters.
+    size = sum(x.nbytes for x in jax.tree.leaves(params))
+    assert len(held) == 1 and held[0] < size + sum(x.nbytes for x in jax.tree.leaves(frozen))
+
+
 def test_it_goes_on_over_another_mesh(tmp_path):
     whole = fit(config(tmp_path / "whole"), *start(), progress=False)
     with pytest.raises(Preempted):
@@ -213,7 +230,7 @@ def scalars(folder):
 
 
 def test_what_is_held_out_is_read_once(tmp_path, monkeypatch):
-    """The rows of four batches that a step takes at a time, the same at every validation."""
+    """All rows of four batches, the same at every validation, however many are taken at a time."""
     opened = []
 
     def counted(*arguments, **settings):
@@ -229,7 +246,7 @@ def test_what_is_held_out_is_read_once(tmp_path, monkeypatch):
     batches, loss = open_batches(run, TINY[0], validation=True), jax.jit(twig_loss(*TINY, 512))
     total = weight = 0.0
     for _ in range(4):
-        value, metrics = loss(*start(), {name: x[::2] for name, x in next(batches).items()})
+        value, metrics = loss(*start(), next(batches))
         total, weight = total + value * metrics["weight"], weight + metrics["weight"]
     batches.close()
     noted = [line["validation/loss"] for line in lines(tmp_path) if "validation/loss" in line]

@@ -20,17 +20,18 @@ def validation_loss(
 ) -> Callable[[Params, Params], float]:
     """A function of trained and frozen parameters: the mean of `loss` over a few held-out batches.
 
-    loss: jitted, of trained and frozen parameters and a batch on the mesh -> (loss, metrics). Of
-    each batch it gets as many rows as a step takes at a time; they are read here, and kept in the
-    host's memory. Raises what the data raise.
+    loss: jitted, of trained and frozen parameters and a batch on the mesh -> (loss, metrics). It
+    gets as many rows as a step takes at a time, one part of a batch after the other. They are read
+    here, and kept in the host's memory. Raises what the data raise.
     """
     base, _ = config.model()
     shard = row_shard(mesh, config.data.batch_size)
     parts = config.accumulate(mesh.shape)
     with contextlib.closing(open_batches(config, base, shard, validation=True)) as batches:
         held_out = [
-            {name: x[::parts].copy() for name, x in batch.items()}
+            {name: x[i::parts].copy() for name, x in batch.items()}
             for batch in itertools.islice(batches, _BATCHES)
+            for i in range(parts)
         ]
 
     def measure(params: Params, frozen: Params) -> float:
