@@ -21,7 +21,7 @@ fewer tokens there, in_twig[b], and catches up from the saved states before it d
 Everything in a State has the row as its first axis, so that a row can be replaced as a whole.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +40,9 @@ class Caches(NamedTuple):
     trunk: Cache
     twig: Cache
     deep: tuple[Cache, ...]
+
+
+_Caches = TypeVar("_Caches", Cache, Caches)
 
 
 class Prompt(NamedTuple):
@@ -96,9 +99,9 @@ def idle(state: State, rows: int) -> State:
     return spread_rows(state._replace(done=jnp.ones((rows,), bool)))
 
 
-def grow(cache: Cache, slots: int) -> Cache:
-    """A cache with `slots` empty slots after those it has."""
-    return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, slots), (0, 0))), cache)
+def grow(caches: _Caches, slots: int) -> _Caches:
+    """A cache, or all of them, with `slots` empty slots after those they have."""
+    return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, slots), (0, 0))), caches)
 
 
 def commit(cache: Cache, block: Cache, slots: jax.Array) -> Cache:

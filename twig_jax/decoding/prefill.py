@@ -259,11 +259,7 @@ def prefill(
     caches = Caches(trunk, twig if p.keeps_twig else (), tuple(deep))
     caches = jax.tree.map(lambda x: x.astype(weights.cache_dtype), caches)
     state = State(
-        caches=Caches(
-            grow(caches.trunk, G),
-            grow(caches.twig, G),
-            tuple(grow(cache, G) for cache in caches.deep),
-        ),
+        caches=grow(caches, G),
         prompt=Prompt(trunk=real, deep=tuple(in_deep), lengths=lengths),
         controls=controls,
         context=context,
