@@ -45,6 +45,7 @@ def main(argv: list[str]) -> None:
 
 def convert() -> None:
     """Plans, writes and verifies as the flags say."""
+    import jax
     from tqdm import tqdm
 
     from twig_jax.checkpoints import convert as c
@@ -62,6 +63,8 @@ def convert() -> None:
     if _MESH.value is not None and (to != "orbax" or len(_MESH.value) > 3):
         raise ValueError("--mesh takes data,fsdp,tensor, and goes with --to orbax alone")
     source = local_folder(_SOURCE.value or "")
+    if _MESH.value is None:  # accelerators have no part in it, and may be busy
+        jax.config.update("jax_platforms", "cpu")
     mesh = None if _MESH.value is None else make_mesh(*(int(size) for size in _MESH.value))
     with c.plan(
         source,

@@ -359,22 +359,25 @@ def test_verification_finds_a_changed_value(tmp_path, hf):
         assert verify(p, tmp_path / "out") == ["vision_tower.pre_layrnorm.bias"]
 
 
-def launcher(*arguments, **limits):
+def launcher(*arguments, most=None, **variables):
+    """most: bytes that a file may have."""
     code = "import sys; from launch.convert import main; from launch import run; run(main)"
-    if limits:
-        limit = (limits["bytes"], limits["bytes"])
+    if most is not None:
+        limit = (most, most)
         code = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, {limit}); {code}"
     return subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)],
         cwd=ROOT,
         capture_output=True,
         text=True,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"},
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore", **variables},
     )
 
 
 def test_the_launcher(tmp_path, hf):
-    done = launcher("--source", hf, "--to", "orbax", "--out", tmp_path / "out", "--verify")
+    arguments = "--source", hf, "--to", "orbax", "--out", tmp_path / "out", "--verify"
+    # Accelerators are not asked for: this one is busy, or not there.
+    done = launcher(*arguments, JAX_PLATFORMS="tpu")
     assert done.returncode == 0, done.stderr
     assert "every checksum equal" in done.stdout
     done = launcher("--source", hf, "--to", "hf", "--dry_run")
@@ -400,7 +403,7 @@ def test_flags_that_mean_nothing_here(hf, flags, message):
 @pytest.mark.parametrize("to", ["orbax", "hf"])
 def test_a_full_disk(tmp_path, hf, to):
     """A limit on the size of files stands in for the disk."""
-    done = launcher("--source", hf, "--to", to, "--out", tmp_path / "out", bytes=30000)
+    done = launcher("--source", hf, "--to", to, "--out", tmp_path / "out", most=30000)
     assert done.returncode == 1 and "convert: cannot write" in done.stderr, done.stderr
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.glob("out*"))

@@ -1,5 +1,7 @@
 """Training checkpoints keep every bit, the newest two, and their shardings."""
 
+import shutil
+import time
 from pathlib import Path
 
 import jax
@@ -9,7 +11,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from twig_jax.checkpoints.manager import CheckpointManager
+from twig_jax.checkpoints.manager import CheckpointManager, write_tree
 from twig_jax.sharding.mesh import make_mesh
 
 
@@ -100,3 +102,18 @@ def test_restores_into_other_shardings(tmp_path, state):
     assert found["params"]["w"].addressable_shards[3].data.shape == (1, 6)
     np.testing.assert_array_equal(found["params"]["w"], state["params"]["w"])
     manager.close()
+
+
+def test_nothing_is_written_after_an_error(tmp_path):
+    """What reads the parts may fail while one is written: its folder can be removed right away."""
+
+    def parts():
+        for name in "abcdefgh":
+            yield {name: jnp.ones((1 << 20,))}
+        raise ValueError("no more")
+
+    with pytest.raises(ValueError, match="no more"):
+        write_tree(tmp_path / "tree", parts())
+    shutil.rmtree(tmp_path)
+    time.sleep(0.5)
+    assert not tmp_path.exists()

@@ -250,12 +250,13 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _remove(folder: Path) -> None:
-    """Removes a folder that threads may still be writing to for a moment."""
-    for _ in range(50):
-        shutil.rmtree(folder, ignore_errors=True)
+    """Removes a folder, again where threads that an error has left behind still write to it."""
+    began = gone = time.monotonic()
+    while time.monotonic() < min(gone + 1, began + 60):
+        if folder.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            gone = time.monotonic()
         time.sleep(0.02)
-        if not folder.exists():
-            return
 
 
 def _save_tokenizer(folder: Path, tokenizer: Any, config: LlavaConfig) -> None:

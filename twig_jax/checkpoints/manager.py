@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -114,10 +114,16 @@ def write_tree(folder: str | Path, parts: Iterable[Any]) -> None:
     context.array.saving.use_compression = False
     with context:
         pending = None
-        for part in parts:
+        try:
+            for part in parts:
+                if pending is not None:
+                    _written(path, pending.result)
+                pending = _written(path, partial(ocp.partial.save_async, path, part))
+        except BaseException:
             if pending is not None:
-                _written(path, pending.result)
-            pending = _written(path, partial(ocp.partial.save_async, path, part))
+                with suppress(OSError):
+                    _written(path, pending.result)
+            raise
         if pending is not None:
             _written(path, pending.result)
         _written(path, partial(ocp.partial.finalize, path))
