@@ -30,8 +30,11 @@ _BATCH = flags.DEFINE_list("batch", ["8"], "rows, one or several sizes")
 _TEXT = flags.DEFINE_integer("text_tokens", 64, "text tokens of a prompt", lower_bound=1)
 _NEW = flags.DEFINE_integer("max_new_tokens", 128, "tokens of each answer", lower_bound=1)
 _GAMMA = flags.DEFINE_integer("gamma", 5, "tokens ahead that are drafted", lower_bound=1)
+_CHILDREN = flags.DEFINE_integer("children", 1, "drafts tried after each; 1 is a chain")
+_EXPANDED = flags.DEFINE_integer("expanded", 1, "drafts of a level that have children")
+_NODES = flags.DEFINE_integer("nodes", 0, "most drafts an iteration; 0 for all of the tree")
 _TOKAR = flags.DEFINE_float(
-    "tokar", 0.574, "share of drafts that are accepted; TwigVLM publishes 57.4 %", 0, 1
+    "tokar", 0.574, "share of levels that have an accepted draft; TwigVLM publishes 57.4 %", 0, 1
 )
 _DTYPE = flags.DEFINE_string("dtype", "bfloat16", "of weights and computation")
 _INT8 = flags.DEFINE_enum("int8", None, INT8, "what is in int8, as in launch.generate")
@@ -62,7 +65,14 @@ def planned(batches: list[int]) -> list[Any]:
     retained = M / 9 if retained is None else retained
     plans = []
     for topology, rows, mode in itertools.product(_TOPOLOGY.value, batches, _MODES.value):
-        settings = Settings(mode=mode, avg_retained=retained, gamma=_GAMMA.value)
+        settings = Settings(
+            mode=mode,
+            avg_retained=retained,
+            gamma=_GAMMA.value,
+            children=_CHILDREN.value,
+            expanded=_EXPANDED.value,
+            nodes=_NODES.value,
+        )
         settings.check()
         plans.append(
             plan(
@@ -120,7 +130,7 @@ def report(plans: list[Any]) -> None:
     print(aligned([*first, *parts, "prompt ms", *last], prompts))
     print(
         f"Of one device, and of one iteration, in which ssd drafts {_GAMMA.value} tokens ahead and "
-        f"{_TOKAR.value:.1%} of\ndrafts are taken to be accepted. Times are PREDICTED, not "
+        f"{_TOKAR.value:.1%} of\nthem are taken to be accepted. Times are PREDICTED, not "
         "measured: bytes and FLOPs at the\npeaks of data sheets, collectives over a ring at "
         f"{1e6 * HOP:g} µs a hop, {1e6 * LAUNCH:g} µs for the start\nand end of each kernel of a "
         "GPU."

@@ -37,6 +37,22 @@ def test_the_documentation_s_command(tmp_path):
     assert "PREDICTED, not measured" in result.stdout
 
 
+def test_a_tree(tmp_path):
+    """Sixty drafts are arithmetic for sixty, and no more weights to read."""
+    shape = ["--gamma", 4, "--children", 10, "--expanded", 10, "--nodes", 60]
+    found = []
+    for which in (shape, shape[:2]):
+        path = tmp_path / f"{len(which)}.json"
+        result = plan_decoding(
+            "--topology", "h100:1", "--batch", 1, "--modes", "ttp_ssd", *which, "--json", path
+        )
+        assert result.returncode == 0, result.stderr[-2000:]
+        found.append(json.loads(path.read_text())[0]["iteration"])
+    tree, chain = found
+    assert 10 < tree["flops"] / chain["flops"] < 13
+    assert tree["floor"] == pytest.approx(chain["floor"], rel=0.01)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
