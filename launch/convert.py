@@ -63,9 +63,11 @@ def convert() -> None:
     if _MESH.value is not None and (to != "orbax" or len(_MESH.value) > 3):
         raise ValueError("--mesh takes data,fsdp,tensor, and goes with --to orbax alone")
     source = local_folder(_SOURCE.value or "")
-    if _MESH.value is None:  # accelerators have no part in it, and may be busy
+    mesh = None
+    if _MESH.value is not None:
+        mesh = make_mesh(*(int(size) for size in _MESH.value))
+    else:  # accelerators have no part in it, and may be busy
         jax.config.update("jax_platforms", "cpu")
-    mesh = None if _MESH.value is None else make_mesh(*(int(size) for size in _MESH.value))
     with c.plan(
         source,
         to,

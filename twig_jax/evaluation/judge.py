@@ -158,7 +158,7 @@ class Judge:
             return row, None
         images = {q.key: q.pictured for q in self.questions if q.key in score.points}
         points = [score.points[k] for k in images]
-        content = [[value, image] for value, image in zip(points, images.values(), strict=True)]
+        content = list(zip(points, images.values(), strict=True))
         (self.folder / way.name / "points.json").write_text(json.dumps(content) + "\n")
         if self.limited:
             score = replace(score, figures={"accuracy": mean(points)})
