@@ -60,7 +60,7 @@ def evaluation(
             for q, v in zip(asked, values, strict=True)
         ]
         (path / "answers.jsonl").write_text("".join(line + "\n" for line in lines))
-        worth = [[v, q.pictured] for q, v in zip(asked, values, strict=True)]
+        worth = [[v, q.group] for q, v in zip(asked, values, strict=True)]
         (path / "points.json").write_text(json.dumps(worth))
     content = {
         "schema": 1,

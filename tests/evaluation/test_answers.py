@@ -216,7 +216,7 @@ def test_intervals_are_over_images(tmp_path):
     row, _ = judge.row(Way("ttp"), lines, base)
     assert (row["relacc"], row["relacc_low"], row["relacc_high"]) == (0.5, 0, 1)
     points = json.loads((tmp_path / "ttp" / "points.json").read_text())
-    assert [image for _, image in points] == [q.pictured for q in questions]
+    assert [group for _, group in points] == [q.group for q in questions]
 
 
 def test_answers_by_other_settings_are_not_mixed(tmp_path):

@@ -319,8 +319,8 @@ def test_mmbench_counts_what_is_right_however_it_is_turned(tmp_path):
     benchmark = mmbench(tmp_path, turned=True)
     asked = benchmark.questions()
     assert [q.id for q in asked] == [7, 8, 1_000_007, 1_000_008]
-    pictured = [q.pictured for q in asked]
-    assert pictured[:2] == pictured[2:] and None not in pictured
+    groups = [q.group for q in asked]
+    assert groups[:2] == groups[2:]
     answers = answered(benchmark, "B", "A", "A", "A")
     score = benchmark.score(answers)
     assert list(score.points.values()) == [1, 1, 1, 0]
@@ -343,7 +343,8 @@ def test_scienceqa(tmp_path):
     science = BENCHMARKS["scienceqa"](tmp_path)
     questions = science.questions()
     assert not questions[0].images and "<image>" not in questions[0].stated
-    assert questions[0].pictured is None and len({q.pictured for q in questions[1:]}) == 1
+    groups = [q.group for q in questions]
+    assert len({*groups[1:]}) == 1 and groups[0] not in groups[1:]
     assert questions[1].stated == "<image>\n" + questions[1].prompt
     # The official pattern wants a character behind the letter.
     score = science.score(answered(science, "B", "B. two", "The answer is B.", "The answer is B"))

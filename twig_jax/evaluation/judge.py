@@ -123,8 +123,8 @@ class Judge:
         """A way's figures for a result file, and its score; base: plain decoding's score.
 
         Shares are fractions, `figures` in the benchmark's own unit. What each question adds, and
-        what its images are known by, is written to points.json beside the answers, in the
-        questions' order. Raises ValueError where none of the questions could be asked.
+        its group, is written to points.json beside the answers, in the questions' order. Raises
+        ValueError where none of the questions could be asked.
         """
         drafted = matched = rounds = kept = 0
         errors: list[tuple[str, str]] = []
@@ -156,9 +156,9 @@ class Judge:
         score = self.benchmark.score(said(lines))
         if score is None:
             return row, None
-        images = {q.key: q.pictured for q in self.questions if q.key in score.points}
-        points = [score.points[k] for k in images]
-        content = list(zip(points, images.values(), strict=True))
+        groups = {q.key: q.group for q in self.questions if q.key in score.points}
+        points = [score.points[k] for k in groups]
+        content = list(zip(points, groups.values(), strict=True))
         (self.folder / way.name / "points.json").write_text(json.dumps(content) + "\n")
         if self.limited:
             score = replace(score, figures={"accuracy": mean(points)})
@@ -166,8 +166,7 @@ class Judge:
         if base is not None or way.mode == "plain":
             of = base or score
             main = next(iter(score.figures))
-            together = [image or key for key, image in images.items()]
-            _, low, high = relacc(points, [of.points[k] for k in images], together)
+            _, low, high = relacc(points, [of.points[k] for k in groups], list(groups.values()))
             ratio = score.figures[main] / of.figures[main] if of.figures[main] else None
             figures = {"relacc": ratio, "relacc_low": low, "relacc_high": high}
             # A base without a right answer has no ratio.

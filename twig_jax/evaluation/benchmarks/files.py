@@ -41,14 +41,12 @@ class Question:
         return Key(str(self.id), self.stated)
 
     @property
-    def pictured(self) -> str | None:
-        """What its images are known by, their paths or contents; None without."""
-        if not self.images:
-            return None
+    def group(self) -> str:
+        """The same for all questions about its images, by path or content; its own without any."""
         known = hashlib.sha256()
-        for image in self.images:
-            name = isinstance(image, str | Path)
-            known.update(hashlib.sha256(str(image).encode() if name else bytes(image)).digest())
+        for part in self.images or self.key:
+            name = isinstance(part, str | Path)
+            known.update(hashlib.sha256(str(part).encode() if name else bytes(part)).digest())
         return known.hexdigest()[:16]
 
 

@@ -132,8 +132,8 @@ def _accuracy(found: Sequence[Answered], plain: Sequence[Answered]) -> dict[str,
     low: float | None = None
     high: float | None = None
     if points and any(base.values()) and points.keys() == base.keys():
-        known = {key: image for f in found for key, image in f.pictured.items()}
-        together = [known.get(key, key) for key in base]
+        groups = {key: group for f in found for key, group in f.groups.items()}
+        together = [groups[k] for k in base]
         ratio, low, high = relacc([points[k] for k in base], list(base.values()), together)
         if not all(map(_is_mean, (*found, *plain))):
             own = [f.row["relacc"] for f in found if f.row.get("relacc") is not None]

@@ -78,13 +78,12 @@ class Answered:
     """One way's answers in one folder.
 
     row: its figures in results.json. points: what each question adds, None where only a judge can
-    tell. pictured: what its images are known by, of those that have points and images. file: the
-    answers.
+    tell. groups: of the questions with points, see `Question`. file: the answers.
     """
 
     row: Mapping[str, Any]
     points: Mapping[Key, float] | None
-    pictured: Mapping[Key, str]
+    groups: Mapping[Key, str]
     tally: Tally
     file: Path
 
@@ -153,7 +152,7 @@ def _answered(folder: Path, row: Mapping[str, Any]) -> Answered:
             if missing:
                 raise ValueError(f"{file}: no {', '.join(sorted(missing))} of question {key.id}")
             tally.add(line["metadata"])
-    points, pictured = None, {}
+    points, groups = None, {}
     if "exact" in row:
         path = folder / "points.json"
         found = read_json(path, "what each question adds to the score")
@@ -165,13 +164,13 @@ def _answered(folder: Path, row: Mapping[str, Any]) -> Answered:
                 "the same flags keeps the answers and writes it anew"
             )
         points = {key: value for key, (value, _) in zip(keys, found, strict=True)}
-        pictured = {key: image for key, (_, image) in zip(keys, found, strict=True) if image}
+        groups = {key: group for key, (_, group) in zip(keys, found, strict=True)}
     if len(keys) != row["samples"]:
         raise ValueError(
             f"{file} is of {len(keys)} questions, results.json of {row['samples']}; "
             "launch.evaluate with the same flags brings them together"
         )
-    return Answered(row, points, pictured, tally, file)
+    return Answered(row, points, groups, tally, file)
 
 
 def _lines(file: Path) -> Iterator[tuple[Key, dict[str, Any]]]:
