@@ -152,7 +152,7 @@ def evaluate() -> None:
     content = {
         "schema": 1,
         **environment(),
-        "settings": settings | {"limit": _LIMIT.value},
+        "settings": settings | {"limit": _LIMIT.value, "weights": judge.weights},
         "results": list(found.values()),
     }
     write_json(str(judge.folder / "results.json"), content)
@@ -166,7 +166,7 @@ def check_files(benchmark: Any) -> None:
 
     from twig_jax.evaluation.benchmarks.files import write_upload
 
-    benchmark.score({})
+    benchmark.score({q.key: "" for q in benchmark.questions()})
     upload = benchmark.upload({})
     if upload is not None:
         with tempfile.TemporaryDirectory() as folder:

@@ -52,7 +52,9 @@ def evaluation(
         rows.append(row)
         path = folder / task / way.name
         path.mkdir(parents=True)
-        told = METADATA | {"kept": list(range(TOKENS)) if way.selector is None else list(kept)}
+        told = METADATA | {"retained": rows[-1]["retained"]}
+        if way.selector is not None:
+            told |= {"kept": list(kept)}
         if way.mode in ("plain", "ttp"):
             told |= DRAFTLESS
         lines = [

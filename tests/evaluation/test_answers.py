@@ -3,17 +3,22 @@
 import dataclasses
 import json
 import tracemalloc
+from dataclasses import replace
 from types import SimpleNamespace
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import twig_jax
+from twig_jax.decoding.generate import Generator
 from twig_jax.decoding.settings import Settings
-from twig_jax.evaluation.answers import answer_share, failed
+from twig_jax.evaluation.answers import answer_share, digest, failed
 from twig_jax.evaluation.benchmarks.files import Question, Score, answer_line
 from twig_jax.evaluation.benchmarks.pages import Digits
 from twig_jax.evaluation.judge import Judge, Way
+from twig_jax.models.cpu import arrange
 
 QUESTIONS = [Question(i, f"Q{i}", stated=f"Q{i}") for i in range(23)]
 
@@ -78,7 +83,8 @@ def test_all_answers_are_in_the_questions_order(whole):
     assert lines[7]["text"] == "text 7"
     found = lines[7]["metadata"]
     assert found["matched"] == [1] and found["mode"] == "plain"
-    assert found["kept"] == [1] and found["pieces"] == ["0 ", "1 ", "2 "]
+    assert (found["retained"], found["kept"]) == (1, [1])
+    assert found["pieces"] == ["0 ", "1 ", "2 "]
 
 
 def test_a_character_of_several_tokens_is_the_last_one_s(tmp_path):
@@ -182,7 +188,7 @@ def test_a_question_that_cannot_be_asked_is_not_timed(tmp_path):
 def test_what_answers_tell_is_counted_one_by_one(tmp_path):
     """All of a large benchmark's, each with the visual tokens it kept, would not fit in memory."""
     questions = [Question(i // 2, "Q", stated=f"Q{i}") for i in range(400)]
-    told = {"drafted": [2, 0], "matched": [1, 0], "kept": list(range(1000, 1576))}
+    told = {"drafted": [2, 0], "matched": [1, 0], "retained": 576, "kept": list(range(1000, 1576))}
     lines = {q.key: answer_line(q, "", "m", told) for q in questions}
     for q in questions[:2]:
         lines[q.key] = answer_line(q, "", "m", {"error": "no image"})
@@ -203,12 +209,13 @@ def test_what_answers_tell_is_counted_one_by_one(tmp_path):
 def test_intervals_are_over_images(tmp_path):
     """Of two pictures, one read right by plain decoding alone."""
     questions = [Question(i, "x", (f"{i % 2}.png",), f"x {i}") for i in range(8)]
-    told = {"drafted": [0], "matched": [0], "kept": []}
+    told = {"drafted": [0], "matched": [0], "retained": 0}
     lines = {q.key: answer_line(q, "", "m", told) for q in questions}
     right = {q.key: float(q.id % 2) for q in questions}
     (tmp_path / "ttp").mkdir()
     model = SimpleNamespace(config=SimpleNamespace(vision=SimpleNamespace(num_tokens=576)))
-    benchmark = SimpleNamespace(score=lambda answers: Score({"accuracy": 50.0}, right, []))
+    own = SimpleNamespace(score=Score({"accuracy": 50.0}, right, []))
+    benchmark = SimpleNamespace(score=lambda answers: own.score)
     judge = Judge(
         model, "t", benchmark, questions, tmp_path, Settings(), batch=1, model_id="m", notes={}
     )
@@ -216,7 +223,44 @@ def test_intervals_are_over_images(tmp_path):
     row, _ = judge.row(Way("ttp"), lines, base)
     assert (row["relacc"], row["relacc_low"], row["relacc_high"]) == (0.5, 0, 1)
     points = json.loads((tmp_path / "ttp" / "points.json").read_text())
-    assert [group for _, group in points] == [q.group for q in questions]
+    assert points == [[right[q.key], q.group] for q in questions]
+    # A figure that is not the mean over questions has none, nor has one beside it.
+    for ours, plain in ((60.0, 100.0), (50.0, 90.0)):
+        own.score = Score({"accuracy": ours}, right, [])
+        row, _ = judge.row(Way("ttp"), lines, replace(base, figures={"accuracy": plain}))
+        assert (row["relacc"], row["relacc_low"]) == (ours / plain, None)
+    # Of questions that do not count there is nothing.
+    del right[questions[0].key]
+    judge.row(Way("ttp"), lines, base)
+    points = json.loads((tmp_path / "ttp" / "points.json").read_text())
+    assert [value for value, _ in points] == [None, *map(float, (q.id % 2 for q in questions[1:]))]
+
+
+def test_weights_are_told_apart():
+    """By what they are, however they lie."""
+    rng = np.random.default_rng(0)
+    weights = {"a": {"kernel": rng.normal(size=(3, 130))}, "embed_tokens": {"embedding": np.eye(4)}}
+    weights = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), weights)
+    other = {**weights, "a": {"kernel": weights["a"]["kernel"].at[0, 3].add(1)}}
+    assert digest(arrange(weights)) == digest(weights) != digest(other)
+    assert digest({"b": weights["a"]}) != digest({"a": weights["a"]})
+
+
+def test_answers_by_other_weights_are_not_mixed(tmp_path):
+    """Of the same names, as of a twig that was trained again."""
+    digits = twig_jax.load("digits")
+    asked = Digits(2)
+    judge = Judge(
+        digits, "digits", asked, asked.questions(), tmp_path, Settings(), 2, model_id="m", notes={}
+    )
+    judge.answers(Way("plain"))
+    base = digits.generator.weights.base
+    head = {"kernel": 2 * base["text"]["lm_head"]["kernel"]}
+    base = {**base, "text": {**base["text"], "lm_head": head}}
+    generator = Generator(digits.config, base)
+    other = replace(judge, model=replace(digits, generator=generator))
+    with pytest.raises(ValueError, match=r"plain was made with weights '.*', not '.*'; remove it"):
+        other.answers(Way("plain"))
 
 
 def test_answers_by_other_settings_are_not_mixed(tmp_path):

@@ -295,6 +295,9 @@ def test_mmbench(tmp_path):
     for said, right in [("B", 1), ("B. dog", 1), ("(B)", 1), ("dog", 1), ("A", 0), ("Both", 0)]:
         assert benchmark.score(answered(benchmark, said)).points[first.key] == right
     assert benchmark.score(answered(benchmark, "B", "C")).figures == {"accuracy": 50}
+    # An article is no letter, and an option's own words come first.
+    for said, right in [("A x", 1), ("A", 1), ("A dog that is asleep", 0), ("A. It is x", 1)]:
+        assert benchmark.score(answered(benchmark, "B", said)).points[second.key] == right, said
     # What a spreadsheet cannot hold is left out.
     path = write_upload(tmp_path, *benchmark.upload(answered(benchmark, "B\x0b")))
     # The official judge compares indices with numbers, and options end at an empty cell.
@@ -348,8 +351,9 @@ def test_scienceqa(tmp_path):
     assert questions[1].stated == "<image>\n" + questions[1].prompt
     # The official pattern wants a character behind the letter.
     score = science.score(answered(science, "B", "B. two", "The answer is B.", "The answer is B"))
-    assert list(score.points.values()) == [1, 1, 1, 0, 0]
     assert score.figures == {"IMG-accuracy": 50, "accuracy": 60}
+    assert list(score.points) == [q.key for q in questions[1:]] and score.is_mean
+    assert list(score.points.values()) == [1, 1, 0, 0]
 
 
 def test_mmmu(tmp_path):

@@ -65,7 +65,11 @@ def test_one_folder_has_no_spread(two):
 def test_a_question_of_two_folders_counts_once(tmp_path):
     again = {PLAIN: [1, 1, 1, 0], TWIG: [0, 1, 0, 0]}
     folders = [evaluation(tmp_path / "0", FIRST), evaluation(tmp_path / "1", again)]
-    assert rows(folders)["digits", TWIG].relacc == pytest.approx((0.5 + 1) / 3)
+    twig = rows(folders)["digits", TWIG]
+    assert twig.relacc == pytest.approx((0.5 + 1) / 3)
+    assert (twig.folders, twig.samples) == (2, 4)
+    with pytest.raises(ValueError, match="0 is given 2 times"):
+        read([folders[0], folders[1], tmp_path / "1" / ".." / "0"])
 
 
 def test_a_sum_keeps_its_own_ratio(tmp_path):
@@ -76,6 +80,7 @@ def test_a_sum_keeps_its_own_ratio(tmp_path):
     twig = rows([tmp_path / "0", tmp_path / "1"])["mme", TWIG]
     assert (twig.relacc, twig.figures) == (pytest.approx(0.95), {"total": 950.0})
     assert twig.relacc_sd == pytest.approx(0.1 / 2**0.5)
+    assert twig.relacc_low is None and twig.relacc_high is None
 
 
 def test_kinds_of_pieces():
@@ -88,16 +93,16 @@ def test_kinds_of_pieces():
 
 def test_acceptance_by_position_and_kind():
     tally = Tally()
-    tally.add(METADATA | {"kept": [0, 5]})
+    tally.add(METADATA | {"retained": 2, "kept": [0, 5]})
     # Drafts of 3 and 2 tokens, of which 2 and 1 were accepted, and an iteration without any.
     assert by_position(tally) == {1: 1, 2: 1 / 2, 3: 0}
     assert by_kind(tally) == {"word": 1 / 3, "rest of a word": 1, "number": 1, "punctuation": 0}
     # The same as trees, twice as wide.
     wide = Tally()
-    wide.add(METADATA | {"kept": [], "drafted": [6, 4, 0], "levels": METADATA["drafted"]})
+    wide.add(METADATA | {"retained": 0, "drafted": [6, 4, 0], "levels": METADATA["drafted"]})
     assert by_position(wide) == by_position(tally)
     none = Tally()
-    none.add(METADATA | DRAFTLESS | {"kept": []})
+    none.add(METADATA | DRAFTLESS | {"retained": 0})
     assert by_position(none) == {} and none.pictured == 0
     assert (tally + none).kept == {0: 1, 5: 1}
 

@@ -98,6 +98,11 @@ def test_files_of_the_score_are_looked_for_first(tmp_path):
     (tmp_path / "llava_gqa_testdev_balanced.jsonl").write_text(json.dumps(line) + "\n")
     done = evaluate("--task", "gqa", "--data", str(tmp_path), "--checkpoint", "nowhere")
     assert done.returncode == 1 and "testdev_balanced_questions.json is not there" in done.stderr
+    # Of another split, too.
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "testdev_balanced_questions.json").write_text("{}")
+    done = evaluate("--task", "gqa", "--data", str(tmp_path), "--checkpoint", "nowhere")
+    assert done.returncode == 1 and "has no question" in done.stderr
 
 
 def test_standard_output_is_json_alone(tmp_path):

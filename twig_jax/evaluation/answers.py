@@ -1,5 +1,6 @@
 """Answering a benchmark: resumable, in shares, with every question accounted for."""
 
+import hashlib
 import json
 import os
 from collections import Counter
@@ -9,6 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from twig_jax.decoding.settings import Request, Result
@@ -20,6 +22,9 @@ from twig_jax.evaluation.benchmarks.files import (
     read_answers,
     write_answers,
 )
+from twig_jax.models.cpu import restored
+from twig_jax.sharding.placement import gather
+from twig_jax.sharding.rules import path_string
 
 # Questions whose images are read, and sorted by length, together: so many batches.
 _WINDOW = 16
@@ -131,6 +136,17 @@ def keep_settings(path: Path, settings: dict[str, Any]) -> None:
         raise ValueError(f"{path.parent} was made with {said}; remove it or choose another folder")
 
 
+def digest(weights: Any) -> str:
+    """A name for parameters, alike on all devices: hexadecimal, of samples at fixed places."""
+    samples = jax.tree.map(
+        lambda x: x[tuple(slice(None, None, 1 + n // 64) for n in x.shape)], weights
+    )
+    found = hashlib.sha256()
+    for path, x in jax.tree_util.tree_leaves_with_path(restored(samples)):
+        found.update(path_string(path).encode() + gather(x).tobytes())
+    return found.hexdigest()[:16]
+
+
 def failed(line: str) -> bool:
     """Whether a line stands for a question that could not be asked."""
     return "error" in json.loads(line)["metadata"]
@@ -149,8 +165,9 @@ def answered(folder: Path, questions: Sequence[Question]) -> dict[Key, str]:
 def _described(request: Request, result: Result, detokenize: Detokenize | None) -> dict[str, Any]:
     """How the answer came about: nothing that would differ in another run.
 
-    `kept` counts the prompt's visual tokens from 0, image after image.
+    `kept`, where not all of them are, counts the prompt's visual tokens from 0, image after image.
     """
+    pruned = len(result.kept) < request.is_visual.sum()
     order = np.cumsum(request.is_visual) - 1
     tokens = result.tokens.tolist()
     # A character's bytes add nothing until it is complete.
@@ -165,5 +182,6 @@ def _described(request: Request, result: Result, detokenize: Detokenize | None) 
         "levels": result.levels,
         "matched": result.matched.tolist(),
         "accepted": [int(a) for a in result.accepted],
-        "kept": order[result.kept].tolist(),
+        "retained": len(result.kept),
+        **({"kept": order[result.kept].tolist()} if pruned else {}),
     }

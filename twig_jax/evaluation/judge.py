@@ -14,7 +14,7 @@ from twig_jax.config import MODES
 from twig_jax.decoding.buckets import nbytes, state_bytes
 from twig_jax.decoding.generate import Generator
 from twig_jax.decoding.settings import Request, Result, Settings
-from twig_jax.evaluation.answers import answer_share, answered, failed
+from twig_jax.evaluation.answers import answer_share, answered, digest, failed
 from twig_jax.evaluation.benchmarks.files import Benchmark, Key, Question, Score, mean, texts
 from twig_jax.evaluation.pruners.answering import Rival
 from twig_jax.evaluation.scoring import relacc
@@ -107,6 +107,7 @@ class Judge:
                 "mode": way.mode,
                 "selector": way.selector,
                 "avg_retained": way.avg_retained,
+                "weights": self.weights,
                 **self.notes,
             },
             detokenize=self.model.generator.detokenize,
@@ -122,9 +123,10 @@ class Judge:
     ) -> tuple[dict[str, Any], Score | None]:
         """A way's figures for a result file, and its score; base: plain decoding's score.
 
-        Shares are fractions, `figures` in the benchmark's own unit. What each question adds, and
-        its group, is written to points.json beside the answers, in the questions' order. Raises
-        ValueError where none of the questions could be asked.
+        Shares are fractions, `figures` in the benchmark's own unit. There is an interval where the
+        main one is the mean over questions. What each question adds, if it counts, and its group
+        are written to points.json beside the answers, in the questions' order. Raises ValueError
+        where none of the questions could be asked.
         """
         drafted = matched = rounds = kept = 0
         errors: list[tuple[str, str]] = []
@@ -136,7 +138,7 @@ class Judge:
             drafted += sum(told["drafted"])
             matched += sum(told["matched"])
             rounds += len(told["matched"])
-            kept = max(kept, len(told["kept"]))
+            kept = max(kept, told["retained"])
         if errors and len(errors) == len(self.questions):
             raise ValueError(f"none of the questions can be asked, as {errors[0][1]}")
         tokens = self.model.config.vision.num_tokens
@@ -158,7 +160,7 @@ class Judge:
             return row, None
         groups = {q.key: q.group for q in self.questions if q.key in score.points}
         points = [score.points[k] for k in groups]
-        content = list(zip(points, groups.values(), strict=True))
+        content = [[score.points.get(q.key), q.group] for q in self.questions]
         (self.folder / way.name / "points.json").write_text(json.dumps(content) + "\n")
         if self.limited:
             score = replace(score, figures={"accuracy": mean(points)})
@@ -166,7 +168,10 @@ class Judge:
         if base is not None or way.mode == "plain":
             of = base or score
             main = next(iter(score.figures))
-            _, low, high = relacc(points, [of.points[k] for k in groups], list(groups.values()))
+            low = high = None
+            if score.is_mean and of.is_mean:
+                base_points = [of.points[k] for k in groups]
+                _, low, high = relacc(points, base_points, list(groups.values()))
             ratio = score.figures[main] / of.figures[main] if of.figures[main] else None
             figures = {"relacc": ratio, "relacc_low": low, "relacc_high": high}
             # A base without a right answer has no ratio.
@@ -183,8 +188,9 @@ class Judge:
         """Speed and memory of every way, at batch 1 on the first `samples` questions.
 
         Each call has a plain one right before it, `repeats` times over. What a rival takes for its
-        ranking is left out where the engine does not rank itself: there, its speed is the most it
-        could reach. memory_bytes: parameters, and one row's caches and largest intermediates.
+        ranking is left out where the engine does not rank itself, and the vision tower too where
+        the rival makes embeddings of its own: there, its speed is the most it could reach.
+        memory_bytes: parameters, and one row's caches and largest intermediates.
         """
         requests = []
         for question in self.questions:
@@ -229,6 +235,11 @@ class Judge:
         if selector not in self._rivals:
             self._rivals[selector] = Rival(self.model.generator, selector)
         return self._rivals[selector]
+
+    @cached_property
+    def weights(self) -> str:
+        """What answers are told apart by if paths and settings are the same; see `digest`."""
+        return digest(self.model.generator.weights)
 
     @cached_property
     def _rivals(self) -> dict[str, Rival]:

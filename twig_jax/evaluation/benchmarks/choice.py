@@ -72,8 +72,8 @@ class MMBench:
     def score(self, answers: Answers) -> Score | None:
         """Share of questions that have the right letter however turned; None without answers.
 
-        A letter is read off an answer's beginning, or the answer is an option's very words; the
-        official judge asks a language model where it finds neither.
+        The answer is an option's very words, or a letter is read off its beginning; the official
+        judge asks a language model where it finds neither.
         """
         right = {int(row["index"]): row.get("answer", "") for row in self._rows()}
         if not any(right.values()):
@@ -124,11 +124,15 @@ class MMBench:
 def _chosen(text: str, options: Sequence[str]) -> int | None:
     """Which option an answer names."""
     text = text.strip()
+    same = [i for i, o in enumerate(options) if o.strip().lower() == text.rstrip(".").lower()]
+    if len(same) == 1:
+        return same[0]
+    if re.match("A [a-z]", text) and len(text.split()) > 3:  # an article, as officially too
+        return None
     found = re.match(r"\(?([A-D])(?![A-Za-z0-9'])", text)
     if found and (at := "ABCD".index(found.group(1))) < len(options):
         return at
-    same = [i for i, o in enumerate(options) if o.strip().lower() == text.rstrip(".").lower()]
-    return same[0] if len(same) == 1 else None
+    return None
 
 
 @dataclass(frozen=True)
@@ -165,9 +169,11 @@ class ScienceQA:
                 right = "ABCDE"[problem["answer"]]
                 points[q.key] = float(letter == right)
         score = collect(asked, points)
-        seen = [score.points[q.key] for q in asked if q.images]
-        figures = {"IMG-accuracy": mean(seen)} if seen else {}
-        return Score({**figures, **score.figures}, score.points, score.unanswered)
+        seen = {q.key: score.points[q.key] for q in asked if q.images}
+        if not seen:
+            return score
+        figures = {"IMG-accuracy": mean(seen.values()), **score.figures}
+        return Score(figures, seen, score.unanswered)
 
     def upload(self, answers: Answers) -> None:
         """Scored here."""
@@ -187,8 +193,9 @@ def _science(text: str) -> str | None:
 class MMMU:
     """mmmu_SPLIT.jsonl: MMMU's rows, a line each, with image_1 .. image_7 as files beside it.
 
-    Prompts are those of MMMU's own configuration for LLaVA-1.5. (The data set is published as
-    Parquet: a row's images are saved, and their names written in their place.)
+    Prompts are those of MMMU's own configuration for LLaVA-1.5, but for the images: it puts the
+    first alone before the text, here all stand where the text names them. (The data set is
+    published as Parquet: a row's images are saved, and their names written in their place.)
     """
 
     folder: Path

@@ -6,6 +6,7 @@ question_id, prompt, text, answer_id, model_id, metadata, and for some benchmark
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -54,12 +55,17 @@ class Question:
 class Score:
     """Figures in the benchmark's own unit, the one that RelAcc compares first.
 
-    points: what each question adds, from 0 to 1. unanswered: counted as wrong.
+    points: what each question that counts adds, from 0 to 1. unanswered: counted as wrong.
     """
 
     figures: dict[str, float]
     points: dict[Key, float]
     unanswered: list[Key]
+
+    @property
+    def is_mean(self) -> bool:
+        """Whether the first figure is the mean of the points, unlike MME's sum or POPE's F1."""
+        return math.isclose(next(iter(self.figures.values())), mean(self.points.values()))
 
 
 Answers = Mapping[Key, str]

@@ -98,8 +98,8 @@ def _pooled(task: str, way: Way, evaluations: Sequence[Evaluation]) -> Pooled:
         task=task,
         way=way,
         folders=len(found),
-        samples=sum(row["samples"] for row in rows),
-        unanswered=sum(len(row["unanswered"]) for row in rows),
+        samples=len({key for f in found for key in f.asked}),
+        unanswered=len({key for f in found for key, answered in f.asked.items() if not answered}),
         pruned=rows[0]["pruned"],
         retained=max(row["retained"] for row in rows),
         figures=_means([row["figures"] for row in rows if "figures" in row]),
@@ -124,7 +124,7 @@ def _accuracy(found: Sequence[Answered], plain: Sequence[Answered]) -> dict[str,
     """exact, relacc and its interval, of folders with their plain answers.
 
     A benchmark's own figure that is not the mean of what its questions add, as MME's sum, cannot be
-    pooled: its relacc is the mean of the folders' ratios. The interval is of the pooled mean.
+    pooled: its relacc is the mean of the folders' ratios, and has no interval.
     """
     points, base = _by_question(found), _by_question(plain)
     exact = float(np.mean(list(points.values()))) if points else None
@@ -132,10 +132,11 @@ def _accuracy(found: Sequence[Answered], plain: Sequence[Answered]) -> dict[str,
     low: float | None = None
     high: float | None = None
     if points and any(base.values()) and points.keys() == base.keys():
-        groups = {key: group for f in found for key, group in f.groups.items()}
-        together = [groups[k] for k in base]
-        ratio, low, high = relacc([points[k] for k in base], list(base.values()), together)
-        if not all(map(_is_mean, (*found, *plain))):
+        if all(map(_is_mean, (*found, *plain))):
+            groups = {key: group for f in found for key, group in f.groups.items()}
+            together = [groups[k] for k in base]
+            ratio, low, high = relacc([points[k] for k in base], list(base.values()), together)
+        else:
             own = [f.row["relacc"] for f in found if f.row.get("relacc") is not None]
             ratio = float(np.mean(own)) if own else None
     return {"exact": exact, "relacc": ratio, "relacc_low": low, "relacc_high": high}

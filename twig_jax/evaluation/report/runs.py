@@ -15,7 +15,7 @@ _FREE = {"seed", "limit", "max_new_tokens"}
 # What a row of results.json tells at least.
 _ROW = set("mode selector avg_retained pruned retained samples unanswered".split())
 # What an answer's metadata tells of how it came about.
-_TOLD = {"pieces", "accepted", "drafted", "matched", "kept"}
+_TOLD = {"pieces", "accepted", "drafted", "matched", "retained"}
 
 
 @dataclass
@@ -23,8 +23,8 @@ class Tally:
     """Counts over answers.
 
     iterations: by (drafts, their levels, accepted drafts). kinds: emitted tokens by (kind of piece,
-    whether it was an accepted draft). kept: questions by the visual tokens they kept. pictured:
-    questions with images.
+    whether it was an accepted draft). kept: questions by the visual tokens they kept, where some
+    were pruned. pictured: questions with images.
     """
 
     iterations: Counter[tuple[int, int, int]] = field(default_factory=Counter)
@@ -34,8 +34,8 @@ class Tally:
 
     def add(self, metadata: Mapping[str, Any]) -> None:
         """Counts one more answer by the metadata of its line."""
-        self.pictured += bool(metadata["kept"])
-        self.kept.update(metadata["kept"])
+        self.pictured += metadata["retained"] > 0
+        self.kept.update(metadata.get("kept", ()))
         # Answers that do not tell were drafted as chains, in which each draft is a level.
         levels = metadata.get("levels", metadata["drafted"])
         counts = metadata["drafted"], levels, metadata["matched"]
@@ -77,11 +77,13 @@ def kinds(pieces: Sequence[str]) -> list[str]:
 class Answered:
     """One way's answers in one folder.
 
-    row: its figures in results.json. points: what each question adds, None where only a judge can
-    tell. groups: of the questions with points, see `Question`. file: the answers.
+    row: its figures in results.json. asked: whether each question was answered. points: what each
+    question that counts adds, None where only a judge can tell. groups: of the questions with
+    points, see `Question`. file: the answers.
     """
 
     row: Mapping[str, Any]
+    asked: Mapping[Key, bool]
     points: Mapping[Key, float] | None
     groups: Mapping[Key, str]
     tally: Tally
@@ -108,10 +110,14 @@ def read(folders: Sequence[Path]) -> list[Evaluation]:
     """All benchmarks in folders that launch.evaluate was given as --out.
 
     Raises FileNotFoundError for a folder without results and for missing answers; ValueError for
-    files that are broken or do not fit each other, and for runs whose answers or speeds do not
-    belong in one table: of other checkpoints or settings, timed on other devices.
+    files that are broken or do not fit each other, for a folder given twice, and for runs whose
+    answers or speeds do not belong in one table: of other checkpoints or settings, timed on other
+    devices.
     """
     found = []
+    for folder, times in Counter(folder.resolve() for folder in folders).items():
+        if times > 1:
+            raise ValueError(f"{folder} is given {times} times")
     for folder in folders:
         results = sorted(folder.glob("*/results.json"))
         if not results:
@@ -144,10 +150,10 @@ def _evaluation(path: Path) -> Evaluation:
 
 def _answered(folder: Path, row: Mapping[str, Any]) -> Answered:
     file = need(folder / "answers.jsonl", f"the answers that {folder.parent}/results.json is of")
-    tally, keys = Tally(), []
+    tally, asked = Tally(), {}
     for key, line in _lines(file):
-        keys.append(key)
-        if "error" not in line["metadata"]:
+        asked[key] = "error" not in line["metadata"]
+        if asked[key]:
             missing = _TOLD - line["metadata"].keys()
             if missing:
                 raise ValueError(f"{file}: no {', '.join(sorted(missing))} of question {key.id}")
@@ -156,21 +162,22 @@ def _answered(folder: Path, row: Mapping[str, Any]) -> Answered:
     if "exact" in row:
         path = folder / "points.json"
         found = read_json(path, "what each question adds to the score")
-        if len(found) != len(keys):
-            raise ValueError(f"{path} is of {len(found)} questions, {file} of {len(keys)}")
+        if len(found) != len(asked):
+            raise ValueError(f"{path} is of {len(found)} questions, {file} of {len(asked)}")
         if not all(isinstance(one, list) for one in found):
             raise ValueError(
                 f"{path} does not say which questions have the same image; launch.evaluate with "
                 "the same flags keeps the answers and writes it anew"
             )
-        points = {key: value for key, (value, _) in zip(keys, found, strict=True)}
-        groups = {key: group for key, (_, group) in zip(keys, found, strict=True)}
-    if len(keys) != row["samples"]:
+        told = zip(asked, found, strict=True)
+        points = {key: value for key, (value, _) in told if value is not None}
+        groups = {key: group for key, (_, group) in zip(asked, found, strict=True)}
+    if len(asked) != row["samples"]:
         raise ValueError(
-            f"{file} is of {len(keys)} questions, results.json of {row['samples']}; "
+            f"{file} is of {len(asked)} questions, results.json of {row['samples']}; "
             "launch.evaluate with the same flags brings them together"
         )
-    return Answered(row, points, groups, tally, file)
+    return Answered(row, asked, points, groups, tally, file)
 
 
 def _lines(file: Path) -> Iterator[tuple[Key, dict[str, Any]]]:

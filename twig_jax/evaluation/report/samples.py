@@ -130,7 +130,7 @@ def _card(
     score = {None: "", 0.0: ", wrong", 1.0: ", right"}
     points = shown.points.get(way)
     parts = [
-        "".join(_pictures(images, told["kept"] if way.selector else None, side)),
+        "".join(_pictures(images, told.get("kept"), side)),
         f"<p><b>{html.escape(way.name)}</b>{score.get(points, f', scores {points}')}</p>",
         f"<p>{page.coloured(told['pieces'], told['accepted'])}</p>",
     ]

@@ -128,7 +128,7 @@ def _scores(task: str, rows: Sequence[Pooled]) -> Table:
         )
     says = (
         "The interval is a paired bootstrap over the images of all folders, whose questions are "
-        "drawn together: of the mean of what they add, also where the score is another figure. "
+        "drawn together; there is none where the score is not the mean of what they add. "
         "Kept is the most visual tokens that went on through the deep layers."
     )
     return Table(f"Scores: {task}", says, headers, lines)
