@@ -51,7 +51,9 @@ _TREE = flags.DEFINE_list(
     ["4", "10", "10", "60"],
     "of mode tree: levels, children of a node, nodes of a level that have them, drafts kept",
 )
-_DTYPE = flags.DEFINE_string("dtype", "float32", "of weights and computation")
+_DTYPE = flags.DEFINE_enum(
+    "dtype", "float32", ["float32", "bfloat16", "float16"], "of weights and computation"
+)
 _INT8 = flags.DEFINE_bool("int8_drafts", False, "the twig drafts in int8; answers stay")
 _PLOT = flags.DEFINE_string("plot", None, "draw speeds relative to plain here, as PNG")
 _PROFILE = flags.DEFINE_string(
@@ -175,7 +177,7 @@ def measure(batches: list[int], lengths: list[int], told: Callable[[dict], Any])
     M = generator.config.vision.num_tokens
     asked = _AVG_RETAINED.value
     budgets = numbers(_AVG_RETAINED.name, asked) if asked else [M / 9]
-    speed.check_room(generator.config, requests, max(lengths))
+    speed.check_room(generator.config, max(len(r.ids) for r in requests), max(lengths))
     for one in ways(budgets, M, max(lengths)).values():
         generator.batches.need(0, requests[0], one)  # what it refuses is told before anything runs
     machine = Machine(bandwidth(), product_rate(_DTYPE.value))

@@ -114,7 +114,7 @@ def measure() -> dict[str, Any]:
     config = dataclasses.replace(config, eos_token_id=-1)
     M = config.vision.num_tokens
     requests = speed.random_requests(config, _CALIBRATING, _TEXT.value)
-    speed.check_room(config, requests, _NEW.value)
+    speed.check_room(config, max(len(r.ids) for r in requests), _NEW.value)
     retained = M / 9 if _AVG_RETAINED.value is None else _AVG_RETAINED.value
     settings = Settings(avg_retained=retained, max_new_tokens=_NEW.value)
     generator, reached = calibration.draw(

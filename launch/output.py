@@ -80,8 +80,8 @@ def speeds(results: Mapping[str, Any]) -> str:
             f"Vision tower alone, and of its floor: {towers_of}.",
             f"Programs compiled while timing: {sum(recompiled.values())}.",
             "Medians of interleaved calls. prefill: images, prompt, first drafts; text: without\n"
-            "the vision tower; first: until a first token can be read; token: what each further\n"
-            "one adds; step: accepted + 1 tokens. Floors: weights and caches of each pass read\n"
+            "the vision tower; first: until first tokens can be read; token: what each after\n"
+            "those adds; step: accepted + 1 tokens. Floors: weights and caches of each pass read\n"
             "once at the bandwidth of reading, or its arithmetic at the rate of products,\n"
             "whichever takes longer, both measured.\n"
             "predicted: RelSpd of the floors; agree: tokens equal to those without drafts; GB:\n"

@@ -36,7 +36,9 @@ _NODES = flags.DEFINE_integer("nodes", 0, "most drafts an iteration; 0 for all o
 _TOKAR = flags.DEFINE_float(
     "tokar", 0.574, "share of levels that have an accepted draft; TwigVLM publishes 57.4 %", 0, 1
 )
-_DTYPE = flags.DEFINE_string("dtype", "bfloat16", "of weights and computation")
+_DTYPE = flags.DEFINE_enum(
+    "dtype", "bfloat16", ["float32", "bfloat16", "float16"], "of weights and computation"
+)
 _INT8 = flags.DEFINE_enum("int8", None, INT8, "what is in int8, as in launch.generate")
 _JSON = flags.DEFINE_string("json", None, "write all figures here; - is standard output")
 
@@ -58,11 +60,13 @@ def planned(batches: list[int]) -> list[Any]:
     from twig_jax.decoding.buckets import Bucket
     from twig_jax.decoding.plan import plan
     from twig_jax.decoding.settings import Settings
+    from twig_jax.evaluation.speed import check_room
     from twig_jax.presets import preset
 
     config, twig = preset(_PRESET.value)
     M, retained = config.vision.num_tokens, _AVG_RETAINED.value
     retained = M / 9 if retained is None else retained
+    check_room(config, _TEXT.value + M, _NEW.value)
     plans = []
     for topology, rows, mode in itertools.product(_TOPOLOGY.value, batches, _MODES.value):
         settings = Settings(

@@ -193,22 +193,6 @@ def answer(given: Shapes, machine: Machine, new: int, drafting: Drafting) -> flo
     return seconds(first, machine) + steps * seconds(step(given, drafting.levels), machine)
 
 
-def deepest(levels: float, gamma: int, rows: int) -> float:
-    """Levels that a batch's iteration drafts, where a row drafts `levels` of at most γ on average.
-
-    A batch drafts until its last row stops. Rows are taken to go on below every level with the same
-    probability q, so that levels = 1 + q + .. + q^(γ-1), independently of each other.
-    """
-    if not 1 < levels < gamma:
-        return levels
-    low, high = 0.0, 1.0
-    below = np.arange(gamma)
-    for _ in range(40):
-        q = (low + high) / 2
-        low, high = (q, high) if (q**below).sum() < levels else (low, q)
-    return float((1 - (1 - q**below) ** rows).sum())
-
-
 def _drafts(given: Shapes, levels: float) -> list[Pass]:
     """Trunk, twig and its head on the nodes of every level."""
     p, drafter, caches = given.program, given.weights.drafter, given.state.caches

@@ -34,7 +34,7 @@ class Speed:
     prefill_ms: float  # images, prompt and the first step, on the device
     prefill_share: float
     first_token_ms: float  # from the call until first tokens can be read
-    token_ms: float  # what each further token of a row adds
+    token_ms: float | None  # what each token adds after those of the first step; None without any
     tokens_per_s: float  # of all rows, over the whole call
     relspd: float | None  # plain's time over this way's, call by call
     predicted_relspd: float  # the same of the floors, with the drafts that were accepted
@@ -119,6 +119,7 @@ def _speed(
     results = mine[0].results  # greedy: all calls have the same
     told, levels = acceptance(results, [()] * rows), _deepest(results)
     emitted = [r.emitted for r in results]
+    further = max(r.emitted - int(r.matched[0]) - 1 for r in results)
     steps = max(len(r.matched) for r in results) - 1  # the first one belongs to prefill
     first = statistics.median(c.first_s for c in mine)
     total = statistics.median(c.total_s for c in mine)
@@ -134,7 +135,7 @@ def _speed(
     prompt_floor = 1e3 * cost.seconds(cost.prompt(given, levels), machine)
     step_floor = 1e3 * cost.seconds(cost.step(given, levels), machine)
     new = settings.max_new_tokens
-    drafting = Drafting(cost.deepest(told.levels, settings.gamma, rows), told.accepted)
+    drafting = Drafting(levels, told.accepted)
     slow = cost.answer(plain, machine, new, Drafting())
     fast = cost.answer(given, machine, new, drafting)
 
@@ -149,7 +150,7 @@ def _speed(
         prefill_ms=prefill_ms,
         prefill_share=(vision_floor + prompt_floor) / prefill_ms,
         first_token_ms=1e3 * first,
-        token_ms=1e3 * (total - first) / max(max(emitted) - 1, 1),
+        token_ms=1e3 * (total - first) / further if further else None,
         tokens_per_s=sum(emitted) / total,
         relspd=None
         if "plain" not in calls
@@ -204,12 +205,12 @@ def random_requests(config: LlavaConfig, rows: int, text_tokens: int) -> list[Re
     return requests
 
 
-def check_room(config: LlavaConfig, requests: Sequence[Request], new: int) -> None:
+def check_room(config: LlavaConfig, prompt: int, new: int) -> None:
     """Raises ValueError where answers of so many tokens would end before, for want of positions."""
-    longest, positions = max(len(r.ids) for r in requests), config.text.max_positions
-    if longest + new > positions:
+    positions = config.text.max_positions
+    if prompt + new > positions:
         raise ValueError(
-            f"prompts of {longest} tokens and answers of {new} are more than the {positions} "
+            f"prompts of {prompt} tokens and answers of {new} are more than the {positions} "
             "positions that the model knows"
         )
 
