@@ -81,11 +81,20 @@ def ablate() -> None:
     if reinforced is not None and not reinforced.reinforce.actions:
         raise ValueError(f"--reinforced {_REINFORCED.value} reinforces nothing: it has no actions")
     budgets = () if reinforced is None else reinforced.reinforce.budgets
-    known = ablations(twig_config, base_config.text.num_layers, config.p_head, budgets)
+    known = ablations(
+        twig_config, base_config.text.num_layers, config.twig_init, config.p_head, budgets
+    )
     for name in _ABLATIONS.value:
         if name not in known:
             raise ValueError(f"no --ablations {name}; there are: {', '.join(known)}")
-    variants = [v for name in _ABLATIONS.value or known for v in known[name]]
+    chosen = _ABLATIONS.value or list(known)
+    shapes = [name for name in ("T", "K") if name in chosen]
+    if shapes and Path(config.twig_init).is_dir():
+        raise ValueError(
+            f"--ablations {','.join(shapes)} grows twigs of other shapes than the one in "
+            f"{config.twig_init}: --set twig_init=next starts all of them from the base"
+        )
+    variants = [v for name in chosen for v in known[name]]
     bench = _Bench(config, reinforced)
     lines = []
     with tqdm(variants, unit="variant", disable=None) as bar:
@@ -136,7 +145,7 @@ class _Bench:
             model_id=Path(config.base).name,
             notes={
                 "dtype": self.model.generator.weights.dtype.name,
-                **{flag.name: flag.value for flag in (_LIMIT, _GAMMA, _THETA)},
+                **{flag.name: flag.value for flag in (_GAMMA, _THETA)},
             },
             limited=_LIMIT.value is not None,
         )

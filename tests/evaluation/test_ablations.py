@@ -29,11 +29,20 @@ def test_a_twig_is_trained_once():
     }  # fmt: skip
 
 
+def test_another_start_is_the_configured_one():
+    variants = ablations(TwigConfig(K=2, T=3, K_f=24), 32, "last")["initialisation"]
+    assert [(v.name, v.twig) for v in variants] == [
+        ("layers K .. K+T-1", "twig_init=next"),
+        ("the last T layers", "configured"),
+        ("random", "twig_init=random"),
+    ]
+
+
 def test_the_stages_of_a_p_head():
     """The paper's Table 5; both signals of a twig are read off the same one."""
     assert "stages" not in KNOWN
-    taught = ablations(TwigConfig(K=2, T=3, K_f=24), 32, True)["stages"]
-    stages = ablations(TwigConfig(K=2, T=3, K_f=24), 32, True, (64.0, 128.0))["stages"]
+    taught = ablations(TwigConfig(K=2, T=3, K_f=24), 32, p_head=True)["stages"]
+    stages = ablations(TwigConfig(K=2, T=3, K_f=24), 32, "next", True, (64.0, 128.0))["stages"]
     assert stages[: len(taught)] == taught
     assert [v.twig for v in stages] == [
         "p_head=False,distill.prediction=0.0,distill.attention=0.0",

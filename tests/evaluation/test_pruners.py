@@ -149,8 +149,8 @@ def test_stages_add_up_to_the_budget(name):
 
 def test_stages_of_the_papers_models():
     """SparseVLM's own numbers; and a budget at which PyramidDrop's λ is a half, as the paper's."""
-    assert sparse(32, TWIG).layers == (2, 6, 15)
-    assert sparse(32, TWIG).budget(6022 / 32, 32, 576, 1) == (300, 200, 110)
+    assert sparse(32, TWIG).layers == (3, 7, 16)
+    assert sparse(32, TWIG).budget(6488 / 32, 32, 576, 1) == (300, 200, 110)
     assert pyramid(32, TWIG).layers == (2, 12, 22)
     assert pyramid(32, TWIG).budget(192, 32, 576, 1) == (286, 143, 71)
 

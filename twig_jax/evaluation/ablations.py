@@ -46,18 +46,22 @@ class Variant:
 
 
 def ablations(
-    twig: TwigConfig, num_layers: int, p_head: bool = False, budgets: Sequence[float] = ()
+    twig: TwigConfig,
+    num_layers: int,
+    twig_init: str = "next",
+    p_head: bool = False,
+    budgets: Sequence[float] = (),
 ) -> dict[str, list[Variant]]:
     """Every ablation, for a base of L layers and the twig as it is configured.
 
-    p_head: whether it has one; then there are the stages of TwigVLM++ (the paper's Table 5).
-    budgets: those the P-Head is reinforced for; none leaves reinforcement out. The layers of
-    FinalWipe are those of the paper's 32, in proportion.
+    twig_init: what it starts from. p_head: whether it has one; then there are the stages of
+    TwigVLM++ (the paper's Table 5). budgets: those the P-Head is reinforced for; none leaves
+    reinforcement out. The layers of FinalWipe are those of the paper's 32, in proportion.
     """
 
     def other(**trained: Any) -> tuple[str, ...]:
         """Without what is configured anyway, so that its twig is trained once."""
-        own = {"twig_init": "next", "T": twig.T, "K": twig.K}
+        own = {"twig_init": twig_init, "T": twig.T, "K": twig.K}
         return tuple(f"{k}={v}" for k, v in trained.items() if v != own[k])
 
     starts = {"next": "layers K .. K+T-1", "last": "the last T layers", "random": "random"}

@@ -109,13 +109,17 @@ def accuracy_rows(
     ]
 
 
-def blank_exact(model: Model, blank: Sequence[Sample], common: Settings, *, batch: int) -> float:
+def blank_exact(
+    model: Model, blank: Sequence[Sample], common: Settings, *, batch: int
+) -> float | None:
     """Plain decoding's exact match on pages that were blanked, yes-or-no questions left out.
 
     Near the one in ten of a guessed digit, or else the base knows answers without looking, and
-    which tokens are kept could not matter.
+    which tokens are kept could not matter. None where there are no other questions.
     """
     asked = [sample for sample in blank if sample.question.kind != "compare"]
+    if not asked:
+        return None
     plain = replace(common, mode="plain")
     results = answer(model.generator, asked, plain, batch=batch)
     return float(

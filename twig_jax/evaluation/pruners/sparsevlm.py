@@ -8,16 +8,16 @@ from twig_jax.evaluation.pruners.stages import staged
 from twig_jax.pruning.schedule import Ranked, Schedule, View
 from twig_jax.pruning.select import take
 
-_LAYERS = (2, 6, 15)  # of 32
-_TOKENS = (300, 200, 110)  # of 576, at an average of 192
+_LAYERS = (3, 7, 16)  # of 32
+_TOKENS = (300, 200, 110)  # of 576
 _RECYCLED = 30  # of a hundred tokens that go
 _CLUSTER = 10  # recycled tokens for each that they are merged into
 
 
 def sparse(num_layers: int, twig: TwigConfig) -> Schedule:
-    """Before layers 2, 6 and 15 of 32, or as deep in others.
+    """After layers 2, 6 and 15 of 32, counted from 0, or as deep in others.
 
-    The released settings keep 300, 200 and 110 of 576 tokens for an average of 192; here, these
+    The released settings keep 300, 200 and 110 of 576 tokens and call it 192; here, these
     proportions at every average, up to all tokens. Merged tokens count as others do, and keep a
     slot and position; the paper's code adds them, behind the others, and counts positions anew.
     """
