@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "models": SHAPES | {"sharding"},
     "pruning": SHAPES | {"sharding", "models"},
     "decoding": SHAPES | {"sharding", "models", "pruning", "programs", "hardware"},
-    "data": SHAPES | {"sharding"},
+    "data": SHAPES | {"sharding", "checkpoints"},
     "checkpoints": SHAPES | {"sharding"},
     "training": SHAPES
     | {"sharding", "models", "pruning", "data", "checkpoints", "runtime"}

@@ -14,6 +14,7 @@ from tokenizers import AddedToken
 
 from tests.llama import PIECES
 from twig_jax.assets.digits import make_assets
+from twig_jax.checkpoints.config_files import is_original
 from twig_jax.data import conversation, wordings
 from twig_jax.data.digits import ASSETS
 from twig_jax.data.tokens import (
@@ -404,10 +405,6 @@ def test_the_embedded_base_has_hugging_face_s_conventions():
             r"config\.json: unknown conversation template 'vicuna_v2'.*nearest: vicuna_v1",
         ),
         (HF | {"conversation_template": None}, "unknown conversation template 'None'"),
-        (
-            {"model_type": "llama", "architectures": ["LlamaForCausalLM"]},
-            r"config\.json is of no LLaVA model: model_type 'llama'",
-        ),
         (ORIGINAL | {"image_aspect_ratio": "anyres"}, r"config\.json: .*'anyres' cuts an image"),
         (ORIGINAL | {"mm_use_im_start_end": True}, r"config\.json: mm_use_im_start_end"),
     ],
@@ -430,12 +427,26 @@ def test_all_unsupported_settings_of_an_image_processor_are_listed(tmp_path):
         assert f"\n  {key} is " in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("config", "original"),
+    [
+        ({"architectures": ["LlavaForConditionalGeneration"], "mm_vision_tower": "clip"}, False),
+        ({"architectures": ["LlavaLlamaForCausalLM"]}, True),
+        ({"architectures": None, "mm_projector_type": "mlp2x_gelu"}, True),
+        ({"model_type": "llava"}, False),
+    ],
+)
+def test_whose_layout_it_is(config, original):
+    """The class decides, and LLaVA's own keys where there is none."""
+    assert is_original(config) == original
+
+
 def test_a_folder_without_a_readable_config_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
         conventions(tmp_path)
     for content in ("{", "[]"):
         (tmp_path / "config.json").write_text(content)
-        with pytest.raises(ValueError, match=r"config\.json (is not JSON|holds no JSON object)"):
+        with pytest.raises(ValueError, match=r"config\.json is not (a JSON object|JSON)"):
             conventions(tmp_path)
 
 

@@ -78,6 +78,7 @@ _ORIGINAL_MUST = {
     "attention_bias": False,
     "mlp_bias": False,
 }
+_ORIGINALS = {"LlavaLlamaForCausalLM", "LlavaMistralForCausalLM"}
 # Whether the class token's feature is kept, by what either layout calls it.
 _CLASS_TOKEN = {"default": False, "full": True, "patch": False, "cls_patch": True}
 # Fields of the original layout that say how to prompt; they are kept beside Hugging Face's.
@@ -124,14 +125,17 @@ def read_config(folder: Path, vision_source: Path | None = None) -> LlavaConfig:
         tied=text.get("tie_word_embeddings") or model.get("tie_word_embeddings"),
         pixels=_pixel_statistics(folder),
         prefixes=("vision_config.", "text_config."),
-        problems=_differences(model, _MODEL_MUST, ""),
+        problems=differences(model, _MODEL_MUST, ""),
         text_must=_TEXT_MUST,
     )
 
 
 def is_original(model: Json) -> bool:
-    """Whether a config.json is of the original LLaVA layout."""
-    return "mm_vision_tower" in model or "mm_projector_type" in model
+    """Whether a config.json is of the original LLaVA layout; otherwise it is Hugging Face's."""
+    classes = {*(model.get("architectures") or [])}
+    if "LlavaForConditionalGeneration" in classes:
+        return False
+    return bool(classes & _ORIGINALS or {"mm_vision_tower", "mm_projector_type"} & {*model})
 
 
 def has_original_layout(folder: Path) -> bool:
@@ -175,7 +179,7 @@ def _original(path: Path, model: Json, vision_source: Path | None) -> LlavaConfi
         tied=text.get("tie_word_embeddings"),
         pixels=statistics,
         prefixes=("vision tower: ", ""),
-        problems=_differences(model, _ORIGINAL_MUST, ""),
+        problems=differences(model, _ORIGINAL_MUST, ""),
         text_must={},
     )
 
@@ -202,9 +206,9 @@ def _config(
     bos, end = _single(text["bos_token_id"]), _single(eos[1])
     problems = [
         *problems,
-        *_differences(vision, _VISION_MUST, of_vision),
-        *_differences(text, text_must, of_text),
-        *_differences(rope, {"rope_type": "default"}, f"{of_text}rope_parameters."),
+        *differences(vision, _VISION_MUST, of_vision),
+        *differences(text, text_must, of_text),
+        *differences(rope, {"rope_type": "default"}, f"{of_text}rope_parameters."),
     ]
     if strategy[1] not in _CLASS_TOKEN:
         problems.append(f"{strategy[0]} is {strategy[1]!r}, supported: {', '.join(_CLASS_TOKEN)}")
@@ -260,7 +264,7 @@ def _config(
     )
 
 
-def _differences(found: Json, must: Json, prefix: str) -> list[str]:
+def differences(found: Json, must: Json, prefix: str) -> list[str]:
     return [
         f"{prefix}{key} is {found[key]!r}, supported is {value!r}"
         for key, value in must.items()
@@ -291,13 +295,21 @@ def _rope(text: Json) -> dict[str, Any]:
     }
 
 
+def image_processor(folder: Path) -> tuple[Path, Json]:
+    """(file, settings) of a folder's image processor; the folder and none where no file has any."""
+    path, settings = folder, dict[str, Any]()
+    for name in (_PREPROCESSOR, _PROCESSOR):  # newer, so it wins
+        if (folder / name).is_file():
+            content = read_json(folder / name)
+            found = content.get("image_processor") if name == _PROCESSOR else content
+            if found:
+                path, settings = folder / name, found
+    return path, settings
+
+
 def _pixel_statistics(folder: Path) -> tuple[Any, Any]:
     """Mean and deviation of the image processor, CLIP's where no file has them."""
-    settings: Json = {}
-    if (folder / _PREPROCESSOR).is_file():
-        settings = read_json(folder / _PREPROCESSOR)
-    if (folder / _PROCESSOR).is_file():  # newer, so it wins
-        settings = read_json(folder / _PROCESSOR).get("image_processor") or settings
+    _, settings = image_processor(folder)
     return tuple(settings.get("image_mean", CLIP_MEAN)), tuple(settings.get("image_std", CLIP_STD))
 
 

@@ -36,7 +36,7 @@ def float_dtype(name: Any) -> np.dtype:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object; ValueError names the file where it is none."""
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(content, dict):

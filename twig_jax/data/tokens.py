@@ -1,6 +1,5 @@
 """From a conversation's text to token ids with image slots, as a checkpoint needs them."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -9,17 +8,18 @@ from typing import Any, Literal
 
 import numpy as np
 
+from twig_jax.checkpoints.config_files import (
+    differences,
+    has_tokenizer,
+    image_processor,
+    is_original,
+)
+from twig_jax.checkpoints.storage import read_json
 from twig_jax.data import conversation
 from twig_jax.data.conversation import IMAGE
 
-# A folder with one of these has a tokenizer that transformers can load.
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
-# The newer form, which wins, comes last.
-_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 # What transformers resizes to and cuts out where a processor's file does not say.
 _CLIP_SIZE = 224
-# Keys of LLaVA's own config.json.
-_ORIGINAL = ("mm_vision_tower", "mm_projector_type")
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,8 @@ def conventions(folder: str | Path) -> Conventions:
     path = folder / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder} has no config.json")
-    config = _read_json(path)
-    original = _is_original(folder, config)
+    config = read_json(path)
+    original = is_original(config)
     processor = _Processor() if original else _read_processor(folder)
     if original or "image_aspect_ratio" in config:
         name = _inferred_template(folder, config) if original else "vicuna_v1"
@@ -85,9 +85,9 @@ def load_tokenizer(path: str | Path) -> Any:
     folder = Path(path)
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder} to load a tokenizer from")
-    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+    if not has_tokenizer(folder):
         raise FileNotFoundError(
-            f"folder {folder} has no tokenizer: neither {' nor '.join(_TOKENIZER_FILES)}"
+            f"folder {folder} has no tokenizer: neither tokenizer.json nor tokenizer.model"
         )
     if not (folder / "tokenizer.json").is_file():
         return _load_sentencepiece(folder)
@@ -230,7 +230,7 @@ def _load_sentencepiece(folder: Path) -> Any:
     settings: dict[str, Any] = {"add_bos_token": True, "legacy": True}  # version 4's defaults
     path = folder / "tokenizer_config.json"
     if path.is_file():
-        given = _read_json(path)
+        given = read_json(path)
         settings |= {key: given[key] for key in settings if given.get(key) is not None}
     tokenizer = LlamaTokenizer.from_pretrained(folder, **settings)
     # Sentencepiece puts a space before every text, this tokenizer only before one without.
@@ -244,34 +244,6 @@ class _Processor:
 
     pad: bool = False
     shortest_edge: int | None = None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no JSON object")
-    return content
-
-
-def _is_original(folder: Path, config: Mapping[str, Any]) -> bool:
-    """Whether a folder has LLaVA's own layout; otherwise it has that of Hugging Face."""
-    architectures = config.get("architectures") or []
-    kind = config.get("model_type", "llava")
-    if "LlavaForConditionalGeneration" in architectures:
-        return False
-    if {"LlavaLlamaForCausalLM", "LlavaMistralForCausalLM"} & {*architectures}:
-        return True
-    if kind in ("llava", "llava_llama", "llava_mistral") and {*_ORIGINAL} & {*config}:
-        return True
-    if kind == "llava" or any((folder / name).is_file() for name in _PROCESSOR_FILES):
-        return False
-    raise ValueError(
-        f"{folder / 'config.json'} is of no LLaVA model: model_type {kind!r}, "
-        f"architectures {architectures}"
-    )
 
 
 def _inferred_template(folder: Path, config: Mapping[str, Any]) -> str:
@@ -313,13 +285,7 @@ def _read_processor(folder: Path) -> _Processor:
 
     Raises ValueError that lists all settings which `images.preprocess` does not implement.
     """
-    path, settings = folder, dict[str, Any]()
-    for name in _PROCESSOR_FILES:
-        if (folder / name).is_file():
-            content = _read_json(folder / name)
-            found = content.get("image_processor") if name == _PROCESSOR_FILES[-1] else content
-            if found:
-                path, settings = folder / name, found
+    path, settings = image_processor(folder)
     must = {
         "do_resize": True,
         "do_center_crop": True,
@@ -328,11 +294,7 @@ def _read_processor(folder: Path) -> _Processor:
         "resample": 3,
         "rescale_factor": 1 / 255,
     }
-    problems = [
-        f"{key} is {settings[key]!r}, supported is {value!r}"
-        for key, value in must.items()
-        if settings.get(key, value) != value
-    ]
+    problems = differences(settings, must, "")
     edge = settings.get("size", _CLIP_SIZE)
     if isinstance(edge, Mapping):
         edge = edge.get("shortest_edge")
