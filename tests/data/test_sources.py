@@ -148,12 +148,18 @@ def test_bad_rows_are_named_when_they_are_read(tmp_path, images):
 
 def test_lines_that_are_no_rows_are_numbered(tmp_path):
     path = tmp_path / "data.jsonl"
-    path.write_text('{"id": \n[1]\n' + json.dumps(GOOD[2]))
+    path.write_text('{"id": \n[1]\n' + "[" * 200_000 + "\n" + json.dumps(GOOD[2]))
     source = InstructionFile(path)
-    for index, cause in enumerate(["is not JSON", "is no JSON object"]):
+    for index, cause in enumerate(["is not JSON", "is no JSON object", "is not JSON"]):
         with pytest.raises(BadSample, match=f"in row {index}: {cause}"):
             source[index]
-    assert source[2].id == "text"
+    assert source[3].id == "text"
+
+
+def test_any_id_can_be_written_down(tmp_path):
+    rows = [{**GOOD[2], "id": name} for name in (7, None, "half \ud83d")]
+    source = InstructionFile(write(tmp_path / "data.json", rows))
+    assert [source[n].id for n in range(3)] == ["7", "in row 1", "half \\ud83d"]
 
 
 @pytest.mark.parametrize(
@@ -168,6 +174,9 @@ def test_lines_that_are_no_rows_are_numbered(tmp_path):
         ('[{"a": 1} {"a": 1}]', "something else than a row at byte 9"),
         ('[{"a": 1}, [1]]', "something else than a row"),
         ('["a"]', "something else than a row"),
+        ('[{"a": 1}, null, 5]', "something else than a row at byte 9"),
+        ("[1, 2]", "something else than a row at byte 1"),
+        ('[{"a": 1},]', "something else than a row"),
     ],
 )
 def test_a_file_that_is_no_list_of_rows_is_refused(tmp_path, text, message):

@@ -109,11 +109,12 @@ class DigitsBatches:
             raise ValueError(f"shard {shard} is not (index, count) with 0 <= index < count")
         if batch_size < 1:
             raise ValueError(f"batch_size {batch_size} must be positive")
-        self._step = 0
+        self._next = 0  # row of all shards that the next batch begins with
         self._ahead: Generator[Batch] | None = None
         self._tokenizer, self._encoder = tokenizer, WordEncoder(tokenizer)
         self._split, self._seed, self._mix = split, seed, mix
         self._batch_size, self._row_tokens, self._shard = batch_size, row_tokens, shard
+        self._all = batch_size * shard[1]
         self._prefix, self._is_visual = prompt_ids(
             tokenizer, conversation.head(TEMPLATE, images=1), image_token_id, digits.VISUAL_TOKENS
         )
@@ -124,19 +125,19 @@ class DigitsBatches:
 
     def __next__(self) -> Batch:
         if self._ahead is None:
-            self._ahead = prefetch(map(self._batch, itertools.count(self._step)))
+            self._ahead = prefetch(map(self._batch, itertools.count(self._next, self._all)))
         batch = next(self._ahead)
-        self._step += 1
+        self._next += self._all
         return batch
 
     def get_state(self) -> dict[str, Any]:
         """The position behind the last batch that was given, to be saved as JSON."""
-        return {"step": self._step}
+        return {"row": self._next}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Goes on from a saved position."""
         self.close()
-        self._step = state["step"]
+        self._next = state["row"]
 
     @staticmethod
     def reshard(states: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
@@ -154,8 +155,9 @@ class DigitsBatches:
             self._ahead.close()
             self._ahead = None
 
-    def _batch(self, step: int) -> Batch:
-        first = (step * self._shard[1] + self._shard[0]) * self._batch_size
+    def _batch(self, first: int) -> Batch:
+        """Of all shards' rows from `first` on."""
+        first += self._shard[0] * self._batch_size
         rows = [self._row(first + row) for row in range(self._batch_size)]
         batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
         batch["pixels"] = batch["pixels"][:, None]
@@ -256,22 +258,15 @@ class _PatchNames:
         return names
 
 
-def prefetch(iterator: Iterator[Any], n: int = 2) -> Generator[Any]:
-    """The same items in the same order, up to n of them drawn ahead by a background thread.
+def prefetch(iterator: Iterator[Any]) -> Generator[Any]:
+    """The same items in the same order, up to two of them drawn ahead by a background thread.
 
     The thread starts with the first item asked for. An error in the iterator is raised where its
     item would have come. Closing the generator ends the thread. What is drawn ahead counts in the
     iterator's own position, so a reader that resumes keeps its own count.
-    Raises ValueError for n < 1.
     """
-    if n < 1:
-        raise ValueError(f"prefetch needs room for at least one item, got {n}")
-    return _prefetched(iterator, n)
-
-
-def _prefetched(iterator: Iterator[Any], n: int) -> Generator[Any]:
     done = object()
-    items: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(n)
+    items: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(2)
     closed = threading.Event()
 
     def put(item: Any, error: BaseException | None = None) -> None:

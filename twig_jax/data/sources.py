@@ -123,11 +123,12 @@ class InstructionFile:
         name = f"in row {index}"
         try:
             row = json.loads(text)
-        except ValueError as error:
+        except (RecursionError, ValueError) as error:
             raise BadSample(name, f"is not JSON: {error}") from None
         if not isinstance(row, dict):
             raise BadSample(name, "is no JSON object")
-        name = str(row.get("id", name))
+        if row.get("id") is not None:
+            name = str(row["id"]).encode(errors="backslashreplace").decode()  # half a character
         paths = row.get("image") or []
         paths = paths if isinstance(paths, list) else [paths]
         if not all(isinstance(path, str) for path in paths):
@@ -301,9 +302,9 @@ def _rows(path: Path) -> list[tuple[int, int]]:
                 opens, closes = mark in b"[{", mark in b"]}"
                 if depth == 0 and (mark != ord("[") or text[end : part.start()].strip()):
                     raise ValueError(f"{path} is no JSON list of rows, at byte {end}")
-                if depth == 1 and not closes:
+                if depth == 1:
                     between = text[end : part.start()].strip()
-                    if mark != ord("{") or between != (b"," if spans else b""):
+                    if between != (b"," if spans and not closes else b"") or mark not in b"{]":
                         raise ValueError(f"{path} has something else than a row at byte {end}")
                     begin = part.start()
                 depth += opens - closes
