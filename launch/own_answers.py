@@ -59,6 +59,8 @@ def answer(out: Path) -> None:
     from twig_jax.runtime import use_compilation_cache
 
     use_compilation_cache()
+    if "://" in str(_OUT.value):
+        raise ValueError(f"--out {_OUT.value} is no local file; write one and copy it there")
     source = open_source(_DATA.value, _IMAGES.value)
     unanswered = out.with_suffix(".unanswered.jsonl")
     answers, empty = known(out), set(known(unanswered))

@@ -1,5 +1,6 @@
 """Training checkpoints keep every bit, the newest two, and their shardings."""
 
+import math
 import shutil
 import time
 from pathlib import Path
@@ -49,7 +50,7 @@ def test_restores_every_bit_and_keeps_the_newest(tmp_path, state):
 
 def test_notes_and_the_best(tmp_path, state):
     manager = CheckpointManager(tmp_path, keep=1)
-    for step, loss in ((1, 3.0), (2, 1.0), (3, None), (4, 2.0)):
+    for step, loss in ((1, 3.0), (2, 1.0), (3, None), (4, math.nan)):
         manager.save(step, state, {"step": step, "pool": [[1, 2], []]}, loss)
     assert manager.best() == 2
     assert {path.name for path in tmp_path.iterdir()} == {"2", "4"}

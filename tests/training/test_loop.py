@@ -17,9 +17,11 @@ from tests.training.conftest import TINY
 from tests.training.worker import PREEMPTED, config, finish, start, two_workers, worker
 from twig_jax.checkpoints.manager import CheckpointManager
 from twig_jax.data.pipeline import DigitsBatches
+from twig_jax.training import loop
 from twig_jax.training.data import open_batches
 from twig_jax.training.loop import fit
 from twig_jax.training.losses import twig_loss
+from twig_jax.training.optim import schedule
 from twig_jax.training.preemption import Preempted
 from twig_jax.training.step import make_step
 
@@ -382,6 +384,8 @@ def test_other_runs_are_refused(tmp_path, caplog):
     other = jax.tree.map(lambda x: -x, base)
     with pytest.raises(ValueError, match="a twig on another base"):
         fit(config(tmp_path, "steps=2"), twig, other, progress=False)
+    with pytest.raises(ValueError, match=r"read other data, .*: data\.source was None; give"):
+        fit(config(tmp_path, "steps=2", *CONVERSATIONS), twig, base, progress=False)
     # What the preset has says nothing new.
     own = f"K={config(tmp_path).model()[1].K}"
     fit(config(tmp_path, "steps=2", "seed=1", own), twig, base, progress=False)
@@ -414,6 +418,7 @@ def test_reinforcing_takes_a_folder_of_its_own(tmp_path, base, ours):
         (["mesh=(3, 1, 1)"], "does not use the 8 devices"),
         (["data.source=/nowhere.json"], "no data at /nowhere.json"),
         (["data.source=digits", "stage=base"], "conversations train a twig"),
+        (["p_head=True", "reinforce.actions=8"], "needs whole_base=True, and average budgets"),
     ],
 )
 def test_settings_that_do_not_fit(tmp_path, settings, message):
@@ -440,6 +445,27 @@ def test_bad_samples_are_counted_and_too_many_stop_the_run(tmp_path):
     with pytest.raises(ValueError, match=r"more than max_bad_fraction 0\.001"):
         few = config(tmp_path / "few", *data, "data.max_bad_fraction=0.001")
         fit(few, *start(), progress=False)
+
+
+def test_skipped_steps_are_none_to_the_schedule_and_spoil_no_figure(tmp_path, monkeypatch):
+    run = config(tmp_path, "steps=8", "save_every=8", "log_every=1")
+    real, rate = loop.stage_loss(run), schedule(run.optim, run.steps)
+
+    def sometimes(params, frozen, batch):
+        loss, metrics = real(params, frozen, batch)
+        return jnp.where(batch["tokens"].sum() % 2 == 0, jnp.nan, loss), metrics
+
+    monkeypatch.setattr(loop, "stage_loss", lambda *_: sometimes)
+    fit(run, *start(), progress=False)
+    log = [line for line in lines(tmp_path) if "skipped" in line]
+    assert 0 < sum(line["skipped"] for line in log) < len(log) == 8
+    taken = 0
+    for line in log:
+        taken += not line["skipped"]
+        assert line["lr"] == pytest.approx(float(rate(max(taken - 1, 0))))
+        assert ("loss" in line) == (not line["skipped"])
+    steps = [{"loss": loss, "skipped": np.isnan(loss)} for loss in (1.0, np.nan, 2.0)]
+    assert loop.summarise(steps) == {"loss": 1.5, "skipped": pytest.approx(1 / 3)}
 
 
 def test_ten_bad_steps_in_a_row_stop_the_run(tmp_path):

@@ -285,6 +285,13 @@ def test_a_base_of_another_depth_is_refused(base, tmp_path):
 def test_a_base_of_a_model_folder_keeps_its_layers(folder):
     with pytest.raises(ValueError, match=r"4 decoder layers, .* has 2: set layers=4"):
         start_base(digits("base", base=str(folder)), make_mesh())
+    for change in ({"layers": 2}, {"deepen": (0, None)}):
+        with pytest.raises(
+            ValueError, match=r"of 4 decoder layers, .* leave out layers and deepen"
+        ):
+            start_base(
+                digits("twig", **{"layers": None, "base": str(folder), **change}), make_mesh()
+            )
 
 
 @pytest.mark.parametrize(("was", "now"), [("twig", "twig"), ("twig", "base"), ("vision", "twig")])

@@ -145,6 +145,9 @@ def test_a_batch_in_parts_is_the_whole_batch(base, twig, batch, stage):
     (whole, metrics), (state, in_parts) = found[1], found[4]
     assert in_parts["loss"] == pytest.approx(float(metrics["loss"]), rel=1e-6)
     np.testing.assert_array_equal(in_parts["accuracy"], metrics["accuracy"])
+    if stage == "base":
+        for name in ("cross_entropy", "ink/digit"):
+            np.testing.assert_allclose(in_parts[name], metrics[name], rtol=1e-6)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), state.params, whole.params
     )

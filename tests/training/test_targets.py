@@ -88,18 +88,37 @@ def test_a_run_learns_from_what_was_written(tmp_path):
 
     refused("written for another batch", "seed=1")
     # What was written for less would silently teach nothing.
-    less = tmp_path / "less"
+    less, attention = tmp_path / "less", DistillConfig(attention=1.0, layer=1)
     write_targets(
-        dataclasses.replace(run, steps=1, distill=DistillConfig(attention=1.0, layer=1)),
+        dataclasses.replace(run, steps=1, distill=attention),
         base,
         str(less),
     )
     refused("of other settings: words None, not 512", f"distill.targets={less}")
     refused("of other settings: queries answer, not text", "distill.queries=text")
-    refused("there is no 000005-0of1.npz", "steps=6", f"out={tmp_path / 'longer'}")
+    refused("there is no 000006-0of1.npz", "steps=6", f"out={tmp_path / 'longer'}")
     refused("no targets in nowhere: write them", "distill.targets=nowhere")
     with pytest.raises(ValueError, match="has targets of other settings"):
-        write_targets(dataclasses.replace(run, distill=DistillConfig()), base, str(folder))
+        write_targets(dataclasses.replace(run, distill=attention), base, str(folder))
+    # It goes on without them, too.
+    going_on = config(tmp_path / "stored", *SETTINGS, *STEPS, "distill.words=512", "steps=5")
+    fit(going_on, learned, base, progress=False)
+    assert set(losses(tmp_path / "stored")) == {1, 2, 3, 4, 5}
+
+
+@pytest.mark.parametrize(
+    ("changes", "folder", "message"),
+    [
+        ({}, "gs://bucket/targets", "gs://bucket/targets is no folder of this machine"),
+        ({"distill": DistillConfig()}, "targets", "there is nothing to teach"),
+        ({"stage": "base"}, "targets", "there is nothing to teach"),
+        ({"whole_base": False}, "targets", "set whole_base=True"),
+    ],
+)
+def test_what_cannot_be_written_is_told_first(tmp_path, changes, folder, message):
+    run = dataclasses.replace(config(tmp_path, *SETTINGS), **changes)
+    with pytest.raises(ValueError, match=message):
+        write_targets(run, {}, folder)
 
 
 def test_two_processes_write_together_though_one_lacks_a_file(tmp_path):

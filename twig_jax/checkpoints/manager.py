@@ -1,5 +1,6 @@
 """Orbax: training checkpoints and model trees. The only file that imports it."""
 
+import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -55,7 +56,7 @@ class CheckpointManager:
 
     def save(self, step: int, state: Any, notes: dict[str, Any], loss: float | None = None) -> None:
         """Starts saving `state` (a pytree of arrays) and JSON `notes` at `step`."""
-        metrics = None if loss is None else {"loss": loss}
+        metrics = None if loss is None or not math.isfinite(loss) else {"loss": loss}
         self._checkpointer.save_async(step, state, metrics=metrics, custom_metadata=notes)
 
     def restore(self, like: Any, step: int | None = None) -> Any:

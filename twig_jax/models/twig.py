@@ -89,6 +89,9 @@ def twig_decoder(text: TextConfig, twig: TwigConfig) -> Twig:
     return Twig(text, twig.T, ranks=twig.p_head)
 
 
+STARTS = ("next", "last", "random")
+
+
 def init_twig(
     base: Params, text: TextConfig, twig: TwigConfig, how: str = "next", seed: int = 0
 ) -> Params:
@@ -110,9 +113,9 @@ def init_twig(
         x = jnp.zeros((1, 1, text.hidden_size))
         drawn = twig_decoder(text, twig).init(jax.random.key(seed), x)["params"]
         return jax.tree.map(jnp.array, {**drawn, **head, **ranking})
-    if how not in ("next", "last"):
+    if how not in STARTS:
         raise ValueError(
-            f"no twig to start from called {how!r}; there are: next, last, random, or a folder"
+            f"no twig to start from called {how!r}; there are: {', '.join(STARTS)}, or a folder"
         )
     first = twig.K if how == "next" else text.num_layers - twig.T
     if first + twig.T > text.num_layers or first < 0:

@@ -170,7 +170,10 @@ class TrainConfig:
             raise ValueError(f"ema is {self.ema:g}, a decay is between 0 and 1")
 
     def model(self) -> tuple[LlavaConfig, TwigConfig]:
-        """The base and twig configuration of this run; a twig's base has its own in its folder."""
+        """The base and twig configuration of this run; a twig's base has its own in its folder.
+
+        Raises ValueError where the run would change that one's layers.
+        """
         base, twig = preset(self.preset)
         if self.layers is not None:
             text = dataclasses.replace(base.text, num_layers=self.layers)
@@ -178,6 +181,12 @@ class TrainConfig:
         folder = self.model_folder()
         if self.stage == "twig" and folder is not None:
             base = read_config(folder)
+            layers = base.text.num_layers
+            if self.layers not in (None, layers) or self.deepen is not None:
+                raise ValueError(
+                    f"{self.base} is a model of {layers} decoder layers, which a twig grows on as "
+                    "it is: leave out layers and deepen"
+                )
         given: dict[str, Any] = {"K": self.K, "T": self.T, "K_f": self.K_f, "p_head": self.p_head}
         twig = dataclasses.replace(twig, **{k: v for k, v in given.items() if v is not None})
         return base, twig

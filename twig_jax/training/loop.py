@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 from etils import epath
 from jax.experimental import multihost_utils
 from tqdm import tqdm
@@ -32,7 +33,7 @@ from twig_jax.training.optim import optimizer, schedule
 from twig_jax.training.preemption import Preempted, preemption
 from twig_jax.training.reinforce import Reinforcement, budget_at
 from twig_jax.training.step import TrainState, init_state, make_step, of_a_part
-from twig_jax.training.targets import TaughtBatches
+from twig_jax.training.targets import Targets
 from twig_jax.training.validation import validation_loss
 
 Callback = Callable[[int, Params], dict[str, float]]
@@ -111,6 +112,7 @@ def fit(
     or base; FloatingPointError after ten steps in a row whose loss is not finite, where the last
     good checkpoint stays; Preempted, saved, when told to stop; and what the data raise.
     """
+    stage_loss(config)  # raises for settings that do not fit together
     out = epath.Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     base, twig = config.model()
@@ -139,10 +141,9 @@ def fit(
         manager = CheckpointManager(out / "checkpoints", config.keep)
         stack.callback(manager.close)
         batches = open_batches(config, base, shard)
+        targets = None
         if config.distill.targets and grown_on:
-            batches = TaughtBatches(
-                batches, config.distill.targets, config.distill, base, grown_on, shard
-            )
+            targets = Targets(config, base, grown_on, shard)
         stack.callback(batches.close)
         start = manager.latest() or 0
         if start:
@@ -161,6 +162,8 @@ def fit(
         for n in range(start + 1, config.steps + 1):
             with clock.waiting():
                 local = next(batches)
+                if targets is not None:
+                    local = targets.beside(local, n)
             if len(pending) > 1:
                 # The device has one step to do while the next is prepared; more would each hold a
                 # batch, and a notice to stop would wait for all of them.
@@ -194,7 +197,9 @@ def fit(
                             "lower the learning rate and start again"
                             + (f" from step {saved}, saved in {out}" if saved else "")
                         )
-                line = {"lr": float(learning_rate(n - 1)), **summarise(fetched)}
+                # Steps that were skipped are none to the schedule.
+                done = int(optax.tree.get_all_with_path(state.opt_state, "count")[0][1])
+                line = {"lr": float(learning_rate(max(done - 1, 0))), **summarise(fetched)}
                 if budget is not None:
                     line["budget"] = budget
                 tokens = (1 - line["padding"]) * batch["segments"].size
@@ -241,16 +246,22 @@ def _draws(config: TrainConfig, step: int, shard: tuple[int, int]) -> np.ndarray
 
 
 def summarise(metrics: list[dict[str, Any]]) -> dict[str, float]:
-    """Means over steps; (sum, count) pairs become shares, left out where nothing counted."""
+    """Means over the steps that were taken, or over all if none was, and the share of `skipped`.
+
+    (sum, count) pairs become shares. What is no number, as nothing counted, is left out.
+    """
+    taken = [m for m in metrics if not m.get("skipped")] or metrics
     line = {}
     for name in metrics[0]:
-        values = np.stack([m[name] for m in metrics]).astype(np.float64)
+        steps = metrics if name == "skipped" else taken
+        values = np.stack([m[name] for m in steps]).astype(np.float64)
         if values.ndim == 2:
             total, count = values.sum(0)
-            if count:
-                line[name] = float(total / count)
+            value = total / count if count else np.nan
         else:
-            line[name] = float(values.mean())
+            value = values.mean()
+        if np.isfinite(value):
+            line[name] = float(value)
     return line
 
 
@@ -333,6 +344,11 @@ def _check_notes(notes: dict[str, Any], config: TrainConfig, grown_on: str | Non
         raise ValueError(
             f"the checkpoints in {config.out} are of a twig on another base than {config.base}; "
             "give the run another folder (out), or its own base"
+        )
+    if (was["data"]["source"] is None) != (config.data.source is None):
+        raise ValueError(
+            f"the checkpoints in {config.out} have read other data, of which none can go on: "
+            f"data.source was {was['data']['source']}; give the run another folder (out)"
         )
     changed = [f"{k}={now[k]} (was {was.get(k)})" for k in now if was.get(k) != now[k]]
     if changed:

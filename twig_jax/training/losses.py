@@ -175,7 +175,9 @@ def base_loss(config: LlavaConfig, chunk: int, content_weight: float, naming_wei
         )
         words = params["text"]["embed_tokens"]["embedding"]
         naming, named = _naming(visual, words, batch["patch_words"])
-        return ce + naming_weight * naming, metrics | named | {"cross_entropy": ce}
+        w = metrics["weight"]
+        metrics |= named | {"cross_entropy": jnp.stack([ce * w, w])}
+        return ce + naming_weight * naming, metrics
 
     return loss
 

@@ -45,7 +45,7 @@ class _Asked(NamedTuple):
 
 def budget_at(config: ReinforceConfig, seed: int, step: int, steps: int) -> float:
     """R̄ of a step, the same on all hosts: P(i) ∝ exp(−β·(t/T)²·i) over the ascending budgets."""
-    i = np.arange(1, len(config.budgets) + 1)
+    i = np.arange(len(config.budgets))
     p = np.exp(-config.beta * (step / steps) ** 2 * i)
     rng = np.random.default_rng([seed, step])
     return float(rng.choice(config.budgets, p=p / p.sum()))

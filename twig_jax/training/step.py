@@ -58,7 +58,8 @@ def make_step(
     """A jitted step(state, frozen, batch) -> (state, metrics); the state's buffers are reused.
 
     The rows of a batch are taken in `accumulate` equal parts, one after the other, to save memory;
-    parts count by the weight of their targets, so the step is that of the whole batch.
+    parts count by the weight of their targets, so the step is that of the whole batch (but where a
+    loss has a further mean in it, over other things: naming in the base stage, and distillation's).
     decay: of the moving average, in a state that has one.
     Metrics are those of the loss, `loss`, the norms of gradient and update, `padding` (of all
     tokens), and `skipped`: a step whose loss or gradient is not finite changes nothing but the

@@ -9,7 +9,7 @@ import contextlib
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,47 +24,39 @@ from twig_jax.models.llava import Params
 from twig_jax.sharding.mesh import make_mesh
 from twig_jax.sharding.placement import distribute
 from twig_jax.training.config import DistillConfig, TrainConfig
-from twig_jax.training.data import Batches, State, on_mesh, open_batches, row_shard
+from twig_jax.training.data import on_mesh, open_batches, row_shard
 from twig_jax.training.distill import teaching
 from twig_jax.training.step import batch_sharding
 
 
-class TaughtBatches:
-    """Batches with what the base teaches about them, from a folder.
+class Targets:
+    """What the base teaches about the batches of a run, from a folder.
 
-    Beside the arrays of `batches`, each has `taught_words` int32 and `taught_logs` float32
-    [B, S, n], and `taught_attention` float32 [B, Q, S]; see `distill.teaching`.
     Raises FileNotFoundError for a folder without targets, and ValueError for targets of other
-    settings or another base; `next` does so for a step that is not there, or another batch's.
+    settings or another base, or of fewer steps than the run has.
     """
 
     def __init__(
-        self,
-        batches: Batches,
-        folder: str,
-        distill: DistillConfig,
-        base: LlavaConfig,
-        grown_on: str,
-        shard: tuple[int, int],
+        self, config: TrainConfig, base: LlavaConfig, grown_on: str, shard: tuple[int, int]
     ) -> None:
-        self._batches, self._folder, self._shard, self._step = batches, Path(folder), shard, 0
+        folder = config.distill.targets or ""
+        self._folder, self._shard = Path(folder), shard
         path = self._folder / "targets.json"
         if not path.is_file():
             raise FileNotFoundError(f"no targets in {folder}: write them with --write_targets")
-        there, asked = json.loads(path.read_text()), _asked(distill, base, grown_on)
+        there, asked = json.loads(path.read_text()), _asked(config.distill, base, grown_on)
         other = [f"{k} {there.get(k)}, not {asked[k]}" for k in asked if there.get(k) != asked[k]]
         if other:
             raise ValueError(f"the targets in {folder} are of other settings: {'; '.join(other)}")
+        self._file(config.steps)
 
-    def __iter__(self) -> Iterator[Batch]:
-        return self
+    def beside(self, batch: Batch, step: int) -> Batch:
+        """The batch with what is taught about it, as `distill.teaching` gives it.
 
-    def __next__(self) -> Batch:
-        batch = next(self._batches)
-        self._step += 1
-        path = _file(self._folder, self._step, self._shard)
-        if not path.is_file():
-            raise ValueError(f"there is no {path.name} in {self._folder}: write more targets")
+        `taught_words` int32 and `taught_logs` float32 [B, S, n], `taught_attention` float32
+        [B, Q, S]. Raises ValueError for a step that is not there, or another batch's.
+        """
+        path = self._file(step)
         with np.load(path) as stored:
             if int(stored["checksum"]) != _checksum(batch):
                 raise ValueError(
@@ -73,28 +65,11 @@ class TaughtBatches:
                 )
             return {**batch, **_dense(stored, batch)}
 
-    def get_state(self) -> State:
-        """The position behind the last batch that was given, to be saved as JSON."""
-        return {"step": self._step, "batches": self._batches.get_state()}
-
-    def set_state(self, state: State) -> None:
-        """Goes on from a saved position."""
-        self._step = state["step"]
-        self._batches.set_state(state["batches"])
-
-    @staticmethod
-    def reshard(states: Sequence[State], count: int) -> list[State]:
-        """Raises ValueError: the targets are of other batches."""
-        raise ValueError(f"targets of {len(states)} shards cannot be read in {count}")
-
-    @property
-    def counters(self) -> dict[str, float]:
-        """Those of the batches."""
-        return self._batches.counters
-
-    def close(self) -> None:
-        """Closes the batches."""
-        self._batches.close()
+    def _file(self, step: int) -> Path:
+        path = _file(self._folder, step, self._shard)
+        if not path.is_file():
+            raise ValueError(f"there is no {path.name} in {self._folder}: write more targets")
+        return path
 
 
 def write_targets(
@@ -104,8 +79,17 @@ def write_targets(
 
     told: is given each step that is done. On several hosts all call this, with a folder that
     they share. Raises FileNotFoundError where they do not, ValueError for a folder with targets of
-    other settings, and what the data raise.
+    other settings, for a bucket, and for a run that learns nothing from its base or does not hold
+    all of it, and what the data raise.
     """
+    if "://" in folder:
+        raise ValueError(f"{folder} is no folder of this machine: write to one, then copy it")
+    if config.stage != "twig" or not (config.distill.prediction or config.distill.attention):
+        raise ValueError(
+            "there is nothing to teach: set distill.prediction or distill.attention, in stage twig"
+        )
+    if not config.whole_base:
+        raise ValueError("the whole base teaches: set whole_base=True")
     base_config, twig = config.model()
     mesh = make_mesh(*config.mesh)
     shard = row_shard(mesh, config.data.batch_size)
