@@ -107,7 +107,7 @@ def parts(out: Path) -> list[Part]:
             max_new_tokens="10,100,500",
             avg_retained="192,128,64",
         ),
-        _benchmark(out, "int8", 5, modes="plain,ssd,ttp_ssd", batch="1,8", int8_drafts=True),
+        _benchmark(out, "int8", 5, modes="plain,ssd,ttp_ssd", batch="1,8", int8="twig"),
         _speed(out, "transformers", "compare", 5),
     ]
 

@@ -28,7 +28,7 @@ from absl import app, flags
 
 from launch import numbers, run, whole
 from launch.output import parts, speeds, write_json
-from twig_jax.config import MODES
+from twig_jax.config import INT8, MODES
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "folder with a LLaVA model, or digits")
 _TWIG = flags.DEFINE_string("twig", None, "twig folder")
@@ -54,7 +54,9 @@ _TREE = flags.DEFINE_list(
 _DTYPE = flags.DEFINE_enum(
     "dtype", "float32", ["float32", "bfloat16", "float16"], "of weights and computation"
 )
-_INT8 = flags.DEFINE_bool("int8_drafts", False, "the twig drafts in int8; answers stay")
+_INT8 = flags.DEFINE_enum(
+    "int8", None, INT8, "twig: draft in int8, answers stay; all: the base too, which is lossy"
+)
 _PLOT = flags.DEFINE_string("plot", None, "draw speeds relative to plain here, as PNG")
 _PROFILE = flags.DEFINE_string(
     "profile", None, "write here where the time of each way goes, as text"
@@ -101,8 +103,7 @@ def load(batches: list[int], lengths: list[int]) -> tuple[Any, list, str, Any]:
 
     rows = max(batches)
     if _CHECKPOINT.value is not None:
-        int8 = "twig" if _INT8.value else None
-        model = api.load(_CHECKPOINT.value, _TWIG.value, _DTYPE.value, int8=int8)
+        model = api.load(_CHECKPOINT.value, _TWIG.value, _DTYPE.value, int8=_INT8.value)
         if _CHECKPOINT.value != "digits":
             requests = random_requests(model.config, rows, _TEXT.value)
             return model.generator, requests, "trained", None
@@ -120,7 +121,7 @@ def load(batches: list[int], lengths: list[int]) -> tuple[Any, list, str, Any]:
         _DTYPE.value,
         requests,
         settings,
-        int8_drafts=_INT8.value,
+        int8=_INT8.value,
     )
     if found is None:
         return generator, requests, _WEIGHTS.value, None
@@ -188,7 +189,7 @@ def measure(batches: list[int], lengths: list[int], told: Callable[[dict], Any])
             "model": model,
             "weights": weights,
             "dtype": _DTYPE.value,
-            "int8_drafts": _INT8.value,
+            "int8": _INT8.value,
             "avg_retained": budgets,
             "text_tokens": max(int((~r.is_visual).sum()) for r in requests),
             "visual_tokens": M,

@@ -1,4 +1,4 @@
-"""bfloat16 on CPUs: answers are float32's but for near ties, and weights are read as they lie."""
+"""bfloat16 and int8 on CPUs: answers are right but for near ties, and weights are read in place."""
 
 import dataclasses
 import re
@@ -15,6 +15,7 @@ from twig_jax.decoding.cost import shapes
 from twig_jax.decoding.generate import Generator, jitted_decode
 from twig_jax.decoding.session import Session
 from twig_jax.models.cpu import Transposed
+from twig_jax.models.int8 import quantised
 from twig_jax.models.twig import fresh_p_head, init_twig
 from twig_jax.programs import Hlo
 from twig_jax.sharding.mesh import make_mesh
@@ -29,14 +30,16 @@ ROWS = [request(99, 2, 8, 8), request(1, 1, 2, 5), request(2, 0, 3, 4)]
 WHOLE = dataclasses.replace(CALL, avg_retained=M, gamma=3)
 
 
-def model(dtype=jnp.bfloat16, p_head=False, **made):
-    """Of the same values in either type."""
+def model(dtype=jnp.bfloat16, p_head=False, int8=None, **made):
+    """Of the same values in either type; int8 as for `twig_jax.load`."""
     base = weights(config=SMALL)
     twig = init_twig(base, SMALL.text, TWIG)
     if p_head:
         twig["p_head"] = fresh_p_head(SMALL.text)
     base, twig = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(dtype), (base, twig))
-    return Generator(SMALL, base, dataclasses.replace(TWIG, p_head=p_head), twig, **made)
+    base = quantised(base) if int8 == "all" else base
+    config = dataclasses.replace(TWIG, p_head=p_head)
+    return Generator(SMALL, base, config, twig, int8_drafts=int8 is not None, **made)
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +78,7 @@ def test_a_mesh_splits_what_is_arranged(exact):
 
 def test_turns(exact):
     """A second turn reads caches that are float32 by then; with a P-Head, and a twig in int8."""
-    ours = model(p_head=True, int8_drafts=True)
+    ours = model(p_head=True, int8="twig")
     assert ours.weights.cache_dtype == jnp.float32 and ours.weights.dtype == jnp.bfloat16
     session, first, turn = Session(ours, WHOLE), ROWS[1], ROWS[2]
     session.ask(first.ids, first.is_visual, first.pixels)
@@ -87,11 +90,13 @@ def test_turns(exact):
     assert agrees(exact, whole, session.ask(turn.ids, turn.is_visual, turn.pixels).tokens)
 
 
-@pytest.mark.parametrize("mode", ["plain", "ttp_ssd"])
-def test_no_array_as_large_as_weights_or_caches_is_made(mode):
+@pytest.mark.parametrize(
+    ("mode", "int8"), [("plain", None), ("ttp_ssd", None), ("plain", "all"), ("ttp_ssd", "all")]
+)
+def test_no_array_as_large_as_weights_or_caches_is_made(mode, int8):
     """But for caches that slots are written to, in place: these are float32."""
     # Sizes that nothing else in the program has.
-    ours = model(buckets=(Bucket(1, text=101, images=1, new=53),))
+    ours = model(int8=int8, buckets=(Bucket(1, text=101, images=1, new=53),))
     call = dataclasses.replace(CALL, mode=mode)
     program = ours.batches.prepare([request(1, 1, 2, 5)], call).program
     weights, _, _, cost, state = jax.tree.map(

@@ -89,10 +89,14 @@ def test_footprint(coarse):
     [("twig", 7 * TWIG.T + 1), ("all", 7 * (SMALL.text.num_layers + TWIG.T) + 2)],
 )
 def test_kernels_become_floats_only_where_a_product_reads_them(int8, kernels):
-    """In an iteration as it is traced; what compilers make of it, decoding/plan.py reads off."""
+    """In an iteration as it is traced, for CPUs and for others.
+
+    What compilers make of it, decoding/plan.py reads off.
+    """
     program = program_for(Bucket(2, text=64, images=1, new=32), CALL, SMALL, TWIG)
     given = shapes(program, 2, shapes_of_weights(SMALL, TWIG, "float32", int8=int8))
     read = given.weights, given.state, given.cost
+    shapes_of_kernels = {x.shape for x in jax.tree.leaves(given.weights) if x.dtype == np.int8}
     seen = 0
 
     def walk(jaxpr):
@@ -104,8 +108,11 @@ def test_kernels_become_floats_only_where_a_product_reads_them(int8, kernels):
                 walk(part.jaxpr)
             if not inside and any(is_kernel(x) for x in equation.invars):
                 seen += 1
-                assert equation.primitive.name == "convert_element_type"
                 [made] = equation.outvars
+                if equation.primitive.name == "dot_general":  # for CPUs, with vectors of int8
+                    assert made.aval.dtype == np.int32
+                    continue
+                assert equation.primitive.name == "convert_element_type"
                 readers = [e.primitive.name for e in jaxpr.eqns if made in e.invars]
                 assert readers == ["dot_general"]
 
@@ -113,10 +120,10 @@ def test_kernels_become_floats_only_where_a_product_reads_them(int8, kernels):
         return hasattr(part, "jaxpr")
 
     def is_kernel(x):
-        return x.aval.dtype == np.int8 and x.aval.ndim == 2
+        return x.aval.dtype == np.int8 and x.aval.shape in shapes_of_kernels
 
     walk(jax.make_jaxpr(partial(iterate, program))(*read).jaxpr)
-    assert seen >= kernels
+    assert seen >= 2 * kernels
 
 
 def test_there_must_be_a_twig():

@@ -106,7 +106,7 @@ def benchmark(*arguments):
 
 def test_the_benchmark(tmp_path):
     few = "--modes=plain,ttp_ssd --batch=2 --max_new_tokens=3,4 --repeats=1 --gamma=2".split()
-    few.append("--int8_drafts")
+    few.append("--int8=twig")
     picture = tmp_path / "benchmark.png"
     profile = tmp_path / "profile.txt"
     files = ("--plot", str(picture), "--profile", str(profile))

@@ -41,6 +41,33 @@ def test_no_entry_is_off_by_more_than_half_a_step(seed, sizes, dtype):
     assert (np.abs(np.asarray(values)).max(1) == np.where(step > 0, 127, 0)).all()
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(0, 1000),
+    st.sampled_from([(1,), (1, 1), (2, 3), (21,), (5, 13)]),
+    st.sampled_from([0.0, 1e-30, 1.0, 1e30]),
+    st.sampled_from([("float32", 254.0**-3, 24), ("bfloat16", 254.0**-2, 8)]),
+)
+def test_a_product_of_few_or_many_vectors(seed, rows, size, kind):
+    """Of vectors whose entries are of unlike sizes, on CPUs: off by digits, sums and rounding.
+
+    Digits leave out up to `digits` of a vector's largest entry.
+    """
+    dtype, digits, bits = kind
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(*rows, 48)) * size * 10.0 ** rng.integers(-4, 1, 48)
+    x = jax.numpy.asarray(x, dtype)
+    kernel = quantise(rng.normal(size=(48, 40)))
+    y = jax.jit(kernel.after)(x)
+    assert y.dtype == dtype and y.shape == (*rows, 40)
+    x, values, scale = (np.asarray(a, np.float64) for a in (x, *kernel))
+    w = values.T * scale
+    error = np.abs(np.asarray(y, np.float64) - x @ w)
+    left_out = digits * np.abs(x).max(-1, keepdims=True) * np.abs(w).sum(0)
+    sums = 48 * 2.0**-23 * (np.abs(x) @ np.abs(w))
+    assert (error <= left_out + sums + 2.0**-bits * np.abs(x @ w)).all()
+
+
 @pytest.fixture(scope="module")
 def base(draw):
     return draw(jax.eval_shape(lambda key: init_base(CONFIG, key), jax.random.key(0)))

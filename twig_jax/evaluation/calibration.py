@@ -27,6 +27,7 @@ from twig_jax.config import LlavaConfig, TwigConfig
 from twig_jax.decoding.generate import Generator
 from twig_jax.decoding.settings import Request, Settings
 from twig_jax.evaluation.scoring import acceptance
+from twig_jax.models.int8 import quantised
 from twig_jax.models.llava import Params, init_base
 from twig_jax.models.twig import init_twig
 
@@ -62,14 +63,14 @@ def draw(
     requests: Sequence[Request],
     settings: Settings,
     *,
-    int8_drafts: bool = False,
+    int8: str | None = None,
 ) -> tuple[Generator, Calibration | None]:
     """A model with weights "random", "calibrated:TOKAR[:DRAFTS]" or "mistaken:ERROR:LOGIT".
 
     The last is with the ρ and β that an earlier calibration found. requests: that a twig is
     calibrated on. settings: γ and θ there, and how long answers are; they are longer where that
-    would be too little to tell a share from. Raises ValueError for other weights, and as `target`,
-    `draw_base` and `calibrate` do.
+    would be too little to tell a share from. int8: as for `twig_jax.load`. Raises ValueError for
+    other weights, and as `target`, `draw_base` and `calibrate` do.
     """
     kind, _, asked = weights.partition(":")
     reached, mistakes = None, None
@@ -88,10 +89,17 @@ def draw(
         if mistakes is not None:
             head = _mistaken(base["text"]["lm_head"]["kernel"], *mistakes)
             twig = {**twig, "lm_head": {"kernel": head}}
-        return Generator(config, base, twig_config, twig, int8_drafts=int8_drafts), None
+        return _generator(config, base, twig_config, twig, int8), None
     new = max(settings.max_new_tokens, -(-1000 // len(requests)))
     drafted = replace(settings, mode="ssd", max_new_tokens=new, min_new_tokens=new)
-    return calibrate(config, base, twig_config, requests, drafted, reached, int8_drafts=int8_drafts)
+    return calibrate(config, base, twig_config, requests, drafted, reached, int8=int8)
+
+
+def _generator(
+    config: LlavaConfig, base: Params, twig_config: TwigConfig, twig: Params, int8: str | None
+) -> Generator:
+    base = quantised(base) if int8 == "all" else base
+    return Generator(config, base, twig_config, twig, int8_drafts=int8 is not None)
 
 
 def _numbers(text: str) -> list[float]:
@@ -151,12 +159,12 @@ def calibrate(
     settings: Settings,
     asked: tuple[float, float],
     *,
-    int8_drafts: bool = False,
+    int8: str | None = None,
 ) -> tuple[Generator, Calibration]:
     """The base with a twig that reaches `asked`, (TokAR, drafts an iteration), on the requests.
 
-    settings: of a mode that drafts chains; long answers of several rows measure well. Raises
-    ValueError where no twig reaches it within TOLERANCE.
+    settings: of a mode that drafts chains; long answers of several rows measure well. int8: as for
+    `twig_jax.load`. Raises ValueError where no twig reaches it within TOLERANCE.
     """
     if not settings.draft or settings.children > 1:
         raise ValueError("calibration needs settings that draft a chain")
@@ -170,9 +178,7 @@ def calibrate(
     for measurement in range(1, _MOST + 1):
         error, logit = np.exp(x).tolist()
         head = {"kernel": _mistaken(kernel, error, logit)}
-        generator = Generator(
-            config, base, twig_config, {**twig, "lm_head": head}, int8_drafts=int8_drafts
-        )
+        generator = _generator(config, base, twig_config, {**twig, "lm_head": head}, int8)
         results = generator.generate(requests, settings)
         told = acceptance(results, [()] * len(results))
         drafts = sum(len(d) for r in results for d in r.drafts)

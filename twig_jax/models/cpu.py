@@ -13,13 +13,13 @@ cache that one slot is written to. So of bfloat16 here
     caches       are float32 (`Weights.cache_dtype`): written in place, and one query's attention
                  to them is a product of float32.
 
-Of float32 large kernels are `Transposed`. Values and results are those of other devices.
-docs/performance.md has what it brings.
+Of float32 large kernels are `Transposed`. Kernels of int8 are multiplied by vectors that are
+written as int8 too. Values and results are those of other devices; docs/performance.md has what it
+brings.
 """
 
 import contextlib
 import mmap
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -31,7 +31,7 @@ from twig_jax.sharding.rules import path_string
 
 Params = Any
 
-_FEW = 64  # vectors at most that a kernel is multiplied by on its right
+FEW = 64  # vectors at most that a kernel is multiplied by on its right
 _AT_A_TIME = 4  # of these
 _PAGE = 1 << 21  # a huge one of x86 and ARM
 
@@ -49,16 +49,42 @@ class Transposed(NamedTuple):
         """x @ kernel: [..., in] -> [..., out] of the same type, summed in float32."""
         # Of more than two axes XLA would transpose the kernel.
         rows = x.reshape(-1, x.shape[-1])
-        product = partial(jnp.einsum, preferred_element_type=jnp.float32)
-        if len(rows) > _FEW:
-            y = product("ni,oi->no", rows, self.values)
+        if len(rows) > FEW:
+            y = jnp.einsum("ni,oi->no", rows, self.values, preferred_element_type=jnp.float32)
         elif len(rows) == 1 and rows.dtype == jnp.float32:
-            y = product("oi,ni->on", self.values, rows).T
+            y = jnp.einsum("oi,ni->on", self.values, rows).T
         else:
-            padded = _row_major(jnp.pad(rows, ((0, -len(rows) % _AT_A_TIME), (0, 0))))
-            # Not a plain transpose, which XLA would take as leave to exchange the two operands.
-            y = _row_major(_row_major(product("oi,ni->on", self.values, padded))[:, : len(rows)].T)
+            y = _few_after(rows, self.values, jnp.float32)
         return y.astype(x.dtype).reshape(*x.shape[:-1], -1)
+
+
+def in_digits(x: jax.Array, values: jax.Array) -> jax.Array:
+    """x values^T, [..., in] and int8 [out, in] -> float32 [..., out], by products of int8 alone.
+
+    For few vectors. XLA would write the kernel as floats first; a product of two int8 arrays reads
+    it as it lies, and sums exactly. So each vector is written as digits of base 254, three of
+    float32, two of other types, which are multiplied beside each other. It is off by at most half
+    of the last digit, 1 / 254^3 or 1 / 254^2 of its largest entry.
+    """
+    rows = x.astype(jnp.float32).reshape(-1, x.shape[-1])
+    scale = jnp.abs(rows).max(1, keepdims=True) / 127
+    rest = rows / jnp.where(scale > 0, scale, 1)
+    digits = []
+    for _ in range(3 if x.dtype == jnp.float32 else 2):
+        digits.append(jnp.round(rest))
+        rest = (rest - digits[-1]) * 254
+    y = _few_after(jnp.concatenate(digits).astype(jnp.int8), values, jnp.int32)
+    parts = y.astype(jnp.float32).reshape(len(digits), len(rows), -1)
+    y = sum(part / 254**i for i, part in enumerate(parts)) * scale
+    return y.reshape(*x.shape[:-1], -1)
+
+
+def _few_after(rows: jax.Array, kernel: jax.Array, summed: Any) -> jax.Array:
+    """rows kernel^T, which stays in place: [n, in] and [out, in] -> [n, out] of type `summed`."""
+    padded = _row_major(jnp.pad(rows, ((0, -len(rows) % _AT_A_TIME), (0, 0))))
+    y = jnp.einsum("oi,ni->on", kernel, padded, preferred_element_type=summed)
+    # Not a plain transpose, which XLA would take as leave to exchange the two operands.
+    return _row_major(_row_major(y)[:, : len(rows)].T)
 
 
 def _row_major(x: jax.Array) -> jax.Array:

@@ -6,10 +6,10 @@ Symmetric, one scale an output channel, weights alone:
 
 The scale comes after the product, so that the values' conversion is all that is left before it:
 compilers for accelerators make it where the product reads its operand, and no float copy of a
-kernel is written. Values lie as [out, in]: GPUs read them faster where what is summed over is
-contiguous (docs/performance.md). Google's qwix does the same for any model, by replacing jax's
-products while a module is traced; here there is one kind of layer, and its parameters stay a plain
-tree of arrays.
+kernel is written. For CPUs, where one would be, it is another product (cpu.py). Values lie as
+[out, in]: GPUs read them faster where what is summed over is contiguous (docs/performance.md).
+Google's qwix does the same for any model, by replacing jax's products while a module is traced;
+here there is one kind of layer, and its parameters stay a plain tree of arrays.
 """
 
 import re
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from twig_jax.models.cpu import Transposed, restored
+from twig_jax.models.cpu import FEW, Transposed, in_digits, restored
 from twig_jax.sharding.rules import path_string
 
 Params = Any
@@ -35,8 +35,14 @@ class Int8(NamedTuple):
 
     def after(self, x: jax.Array) -> jax.Array:
         """x @ kernel: [..., in] -> [..., out] of the same type, summed in float32."""
-        w = self.values.astype(x.dtype)
-        y = jnp.einsum("...i,oi->...o", x, w, preferred_element_type=jnp.float32)
+
+        def product(x: jax.Array, values: jax.Array) -> jax.Array:
+            w = values.astype(x.dtype)
+            return jnp.einsum("...i,oi->...o", x, w, preferred_element_type=jnp.float32)
+
+        few = x.size // x.shape[-1] <= FEW // 3
+        cpu = in_digits if few else product
+        y = jax.lax.platform_dependent(x, self.values, cpu=cpu, default=product)
         return (y * self.scale).astype(x.dtype)
 
 
