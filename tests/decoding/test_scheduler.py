@@ -105,22 +105,31 @@ def test_a_ticket_streams_its_text() -> None:
     assert "".join(second) == second.result.text
 
 
-def test_one_that_cannot_start_is_through_and_stops_nobody(monkeypatch) -> None:
+@pytest.mark.parametrize("part", ["start", "insert"])
+def test_one_that_cannot_start_is_through_and_stops_nobody(monkeypatch, part) -> None:
     model = generator()
     scheduler = Scheduler(model, SETTINGS, BUCKET)
     tickets = [scheduler.submit(one) for one in some(2)]
-    start = model.start
+    whole = getattr(model, part)
 
     def fails(*args, **kwargs):
-        monkeypatch.setattr(model, "start", start)
+        monkeypatch.setattr(model, part, whole)
         raise MemoryError("no room")
 
-    monkeypatch.setattr(model, "start", fails)
+    monkeypatch.setattr(model, part, fails)
     with pytest.raises(MemoryError, match="no room"):
         scheduler.run()
     scheduler.run()
     assert [ticket.done for ticket in tickets] == [True, True]
     assert tickets[0].result is None and len(tickets[1].result.tokens)
+
+
+def test_a_ticket_that_the_scheduler_lost_is_not_waited_for(monkeypatch) -> None:
+    scheduler = Scheduler(generator(), SETTINGS, BUCKET)
+    ticket, steps = scheduler.submit(request(1, 1, 4, 4)), iter([False])
+    monkeypatch.setattr(scheduler, "step", lambda: next(steps))
+    with pytest.raises(RuntimeError, match="does not have this question"):
+        list(ticket)
 
 
 def test_a_result_holds_nothing_of_other_rows() -> None:

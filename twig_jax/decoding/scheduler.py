@@ -13,6 +13,8 @@ from twig_jax.decoding.settings import Request, Result, Settings
 class Ticket:
     """One question on its way. Iterating yields its text piece by piece, and drives the scheduler.
 
+    So it raises what `Scheduler.step` does, also where another question could not start; it can be
+    iterated again.
     result: the answer once `done`; None if it was cancelled before its turn came, or could not
     start.
     """
@@ -43,8 +45,8 @@ class Ticket:
                 said = len(text)
             elif self.done:
                 return
-            else:
-                self._scheduler.step()
+            elif not self._scheduler.step() and not self.done:
+                raise RuntimeError("the scheduler does not have this question")
 
 
 class Scheduler:
@@ -102,7 +104,11 @@ class Scheduler:
             self._deliver()
 
     def step(self) -> bool:
-        """Fills free rows, decodes one chunk, delivers; False where there was nothing to do."""
+        """Fills free rows, decodes one chunk, delivers; False where there was nothing to do.
+
+        Raises as `Generator.generate` does where a question cannot start: it is done, without a
+        result, and the others go on with the next step.
+        """
         for b, ticket in enumerate(self._rows):
             if ticket is None and self._queue:
                 following = self._queue.popleft()
@@ -110,11 +116,12 @@ class Scheduler:
                     alone = self.generator.start(
                         [following.request], self.settings, bucket=self._one
                     )
+                    self._batch.insert(b, alone)
+                    self._rows[b] = following
                 except BaseException:
                     following.done = True  # without an answer; the others go on
+                    self._batch.rows[b] = self._rows[b] = None
                     raise
-                self._batch.insert(b, alone)
-                self._rows[b] = following
         if not self.running:
             return False
         self._deliver()
