@@ -12,8 +12,8 @@ import pytest
 from tests.decoding.models import CALL, CONFIG, generator, mixed, request
 from twig_jax.decoding import buckets, images
 from twig_jax.decoding.buckets import Bucket
-from twig_jax.decoding.generate import compiled_programs
-from twig_jax.decoding.settings import Request
+from twig_jax.decoding.generate import Generator, compiled_programs
+from twig_jax.decoding.settings import Request, Settings
 
 WORDS = ["", "", "", *"abcdefghijklmnopqrstuvwxyz", *map(str, range(10)), "é"]
 BUCKET = Bucket(rows=4, text=32, images=2, new=32)
@@ -284,6 +284,13 @@ def test_requests_that_mean_nothing(changes, message) -> None:
 def test_settings_that_mean_nothing(changes, message) -> None:
     with pytest.raises(ValueError, match=message):
         generator().generate([request(1, 1, 2, 2)], dataclasses.replace(CALL, **changes))
+
+
+def test_a_call_that_drafts_without_a_twig_is_refused() -> None:
+    """Also where no request does."""
+    bare = Generator(CONFIG, generator().weights.base)
+    with pytest.raises(ValueError, match="mode ssd needs a twig"):
+        bare.generate([request(1, 1, 2, 2, mode="ssd", gamma=0)], Settings("ssd"))
 
 
 def test_one_batch_has_one_mode() -> None:

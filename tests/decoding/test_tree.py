@@ -21,7 +21,8 @@ from twig_jax.models.llava import Llava
 from twig_jax.models.twig import twig_decoder
 from twig_jax.sharding.mesh import make_mesh
 
-TREES = [(4, 3, 2, 5), (3, 2, 8, 0), (4, 10, 10, 60)]
+# Of the last no path is longer than the nodes that are kept.
+TREES = [(4, 3, 2, 5), (3, 2, 8, 0), (4, 10, 10, 60), (20, 3, 2, 4)]
 EOS = 21  # a word that ends some of the answers, and is often drafted
 CALL = Settings("ssd", max_new_tokens=14, gamma=3, theta=0.0)
 TREE = {"gamma": 4, "children": 3, "expanded": 2, "nodes": 5}
@@ -149,6 +150,16 @@ def test_drafts_are_those_of_a_naive_drafting(tree) -> None:
             np.testing.assert_allclose(result.probs[i], probs, atol=1e-5)
             sizes.add(len(drafts))
     assert len(sizes) > 2 and max(sizes) >= (tree[3] or 2 * tree[0])
+
+
+def test_levels_that_cannot_be_used_are_not_drafted() -> None:
+    """But one always is, so that there is one kind of program."""
+    for new, nodes, depth in ((32, 0, 31), (32, 4, 4), (2, 0, 1), (1, 0, 1)):
+        one = row(1, gamma=10**6, nodes=nodes, max_new_tokens=new)
+        bucket = dataclasses.replace(BUCKET, new=new)
+        prepared = model().batches.prepare([one], one.settings, bucket=bucket)
+        assert prepared.program.draft
+        assert prepared.program.tree.depth == prepared.controls.gamma[0] == depth
 
 
 def test_the_best_of_many_words_are_drafted() -> None:

@@ -91,6 +91,7 @@ class Batches:
         budgets = [self._budget(s, n.images) for s, n in zip(own, needs, strict=True)]
         widest = replace(settings, gamma=max(settings.gamma, *(s.gamma for s in own)))
         device = jax.local_devices()[0]
+        self.check(replace(own[0], gamma=widest.gamma))  # the call's may be that of no request
         program = program_for(
             chosen,
             widest,
@@ -101,6 +102,7 @@ class Batches:
             resumes=resumes,
             gpu=runs_triton(device),
         )
+        own = [replace(s, gamma=min(s.gamma, program.tree.depth)) for s in own]
         limit = device_memory(device)
         itemsize = self.weights.cache_dtype.itemsize
         check_memory(program, chosen, self._weights_bytes, itemsize, limit, self.mesh)

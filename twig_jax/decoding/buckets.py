@@ -71,6 +71,7 @@ def program_for(
 ) -> Program:
     """The program of a bucket.
 
+    Levels of drafts that could never be emitted, or kept among so many nodes, are left out.
     schedule: None for the twig's. retained: R_max of each segment, where rows keep more than the
     call's budget. gpu: whether it is to run on GPUs.
     """
@@ -84,6 +85,7 @@ def program_for(
         if settings.avg_retained is not None:
             budgets.append(schedule.budget(settings.avg_retained, L, M, bucket.images))
         layers, slots = schedule.layers, tuple(map(max, zip(*budgets, strict=True)))
+    depth = min(settings.gamma, max(bucket.new - 1, 1), settings.nodes or settings.gamma)
     children = min(settings.children, config.text.vocab_size)
     segments = zip(layers, (*layers[1:], L), slots, strict=True)
     return Program(
@@ -97,7 +99,7 @@ def program_for(
         images=bucket.images,
         segments=tuple(Segment(*segment) for segment in segments if segment[0] < L),
         rank=schedule.rank if settings.prune and schedule else None,
-        tree=Tree.of(settings.gamma, children, settings.expanded, settings.nodes)
+        tree=Tree.of(depth, children, settings.expanded, settings.nodes)
         if settings.draft
         else Tree.of(0),
         max_new=bucket.new,
