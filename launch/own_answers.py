@@ -46,7 +46,7 @@ def main(argv: list[str]) -> None:
         raise app.UsageError("give --out FILE.jsonl, and flags alone")
     try:
         answer(Path(_OUT.value))
-    except (FileNotFoundError, ImportError, MemoryError, ValueError) as error:
+    except (ImportError, MemoryError, OSError, ValueError) as error:
         sys.exit(f"own_answers: {error}")
 
 
@@ -71,8 +71,9 @@ def answer(out: Path) -> None:
         but = f" but {len(empty)} without an answer, listed in {unanswered}" if empty else ""
         print(f"{out} has all {len(there)} conversations{but}")
         return
-    model = api.load(_CHECKPOINT.value, _TWIG.value, _DTYPE.value)
     out.parent.mkdir(parents=True, exist_ok=True)
+    out.open("a").close()  # it fails now, or not after long work
+    model = api.load(_CHECKPOINT.value, _TWIG.value, _DTYPE.value)
     size, answered, bad, cut = _AT_ONCE * _BATCH.value, 0, 0, 0
     empty = set()
     with tqdm(total=len(todo), unit="conversation", disable=None) as bar, out.open("a") as file:

@@ -120,3 +120,8 @@ def test_bad_input(tmp_path):
     assert done.returncode == 1 and "has not been written by this program" in done.stderr
     assert "Traceback" not in done.stderr
     assert others.read_text() == '{"id": "1", "conversations": []}'
+    (tmp_path / "folder.jsonl").mkdir()
+    for out in (tmp_path / "folder.jsonl", others / "own.jsonl"):
+        done = own_answers("--out", out, "--checkpoint", "nowhere")  # which is looked for later
+        assert done.returncode == 1 and str(tmp_path) in done.stderr
+        assert "Traceback" not in done.stderr
