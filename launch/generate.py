@@ -125,17 +125,22 @@ def generate() -> None:
 
 
 def with_fitted_tree(model: Any, settings: Any, few: list[dict[str, Any]], folder: Path) -> Any:
-    """The settings with the tree of drafts that answers questions like these fastest here."""
+    """The settings with the tree of drafts that answers questions like these fastest here.
+
+    As they are where none of the questions can be asked, which is told when their turn comes.
+    """
     from twig_jax.decoding.shape import fitted
 
     raw = _RAW_PROMPT.value is not None
     requests = []
     for q in few:
-        # What cannot be asked is told when its turn comes; alone, it is told now.
-        with suppress(*([ValueError] if len(few) > 1 else [])):
+        with suppress(MemoryError, ValueError):
             request = model.request(q["text"], q["images"], raw=raw)
             model.generator.batches.prepare([request], settings)
             requests.append(request)
+    if not requests:
+        print("tree: not fitted, as no question to try it with can be asked", file=sys.stderr)
+        return settings
     found = fitted(model.generator, requests, settings, folder / "costs.json")
     shape = {n: getattr(found, n) for n in ("gamma", "children", "expanded", "nodes")}
     print("tree:", " ".join(f"--{n} {value}" for n, value in shape.items()), file=sys.stderr)
@@ -177,7 +182,7 @@ def answer_all(model: Any, settings: Any, asked: list[dict[str, Any]], out: Text
                 try:
                     requests[i] = model.request(question["text"], question["images"])
                     model.generator.batches.prepare([requests[i]], settings)
-                except ValueError as error:
+                except (MemoryError, ValueError) as error:
                     requests.pop(i, None)
                     failed += 1
                     lines[i] = {"question_id": question["question_id"], "error": str(error)}

@@ -1,5 +1,6 @@
 """launch.generate: one question, a file of questions, and what goes wrong."""
 
+import io
 import json
 from dataclasses import replace
 from functools import partial
@@ -10,10 +11,10 @@ from absl.flags import FLAGS
 from PIL import Image
 
 import twig_jax
-from launch.generate import questions, with_fitted_tree
+from launch.generate import answer_all, questions, with_fitted_tree
 from tests.launch.process import ROOT, launch, python
 from twig_jax.data import digits
-from twig_jax.decoding import shape
+from twig_jax.decoding import batch, buckets, shape
 
 PAGE = ROOT / "docs" / "page.png"
 ASK = "What digit is in row B, column 3?"
@@ -96,6 +97,27 @@ def test_the_tree_that_fits_here(model, monkeypatch, tmp_path, capsys):
     np.testing.assert_array_equal(
         model.generate(ASK, [PAGE], found).tokens, model.generate(ASK, [PAGE]).tokens
     )
+
+
+def test_no_tree_is_fitted_to_what_cannot_be_asked(model, tmp_path, capsys):
+    FLAGS(["generate", "--prompt", ASK])
+    asked = [{"text": ASK, "images": [tmp_path / f"{i}.png"]} for i in range(2)]
+    assert with_fitted_tree(model, model.settings, asked, tmp_path) == model.settings
+    assert "tree: not fitted" in capsys.readouterr().err
+
+
+def test_a_question_too_large_for_the_memory_is_reported(model, monkeypatch):
+    FLAGS(["generate", "--prompt", ASK])
+    asked = [{"question_id": len(x), "text": ASK, "images": x} for x in ([], [PAGE])]
+    settings = replace(model.settings, mode="plain", max_new_tokens=4)
+    small = model.generator.batches.prepare([model.request(ASK)], settings).program
+    most = buckets.nbytes(model.generator.weights) + buckets.state_bytes(small, 1, 4)
+    monkeypatch.setattr(batch, "device_memory", lambda _: most)
+    out = io.StringIO()
+    with pytest.raises(ValueError, match="1 of 2 questions could not be answered"):
+        answer_all(model, settings, asked, out)
+    answer, error = map(json.loads, out.getvalue().splitlines())
+    assert answer["ids"] and "not even one row fits" in error["error"]
 
 
 def test_a_file_of_questions(tmp_path):
