@@ -132,14 +132,14 @@ class Chat:
         if not len(so_far):
             request = model.request(prompt, images)
         else:
-            text = conversation.following(model.conventions.template, prompt, _count(images))
+            name, eos = model.conventions.template, model.config.eos_token_id
+            text = conversation.following(name, prompt, _count(images))
             request = model._request(text, images)
-            # The text starts with the end of the last answer, of which the model may have said EOS.
-            eos = model.config.eos_token_id
-            ends = np.flatnonzero(request.ids == eos)
             first = int(request.ids[0] == model.tokenizer.bos_token_id)
-            if so_far[-1] == eos and len(ends):
-                first = ends[0] + 1
+            # The text starts with the end of the last answer, of which the model may have said EOS.
+            end = conversation.template(name).answer_end
+            if so_far[-1] == eos and eos in model.tokenizer.encode(end, add_special_tokens=False):
+                first = int(np.argmax(request.ids == eos)) + 1
             request = replace(request, ids=request.ids[first:], is_visual=request.is_visual[first:])
         return self.session.ask(
             request.ids, request.is_visual, request.pixels, watch=_telling(told)

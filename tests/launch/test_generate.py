@@ -183,3 +183,13 @@ def test_a_chat_has_the_tokens_of_the_whole_conversation(model):
     settings = replace(model.settings, max_new_tokens=24)
     (again,) = model.generator.generate([whole], settings)
     assert again.tokens.tolist() == second.tokens.tolist()
+
+
+def test_an_end_in_a_question_is_not_that_of_the_answer_before(model):
+    """Where the template puts none there."""
+    chat = replace(model, conventions=replace(model.conventions, template="plain")).chat()
+    assert chat.ask(ASK, [PAGE]).stopped_by == "eos"
+    before = len(chat.session.ids)
+    chat.ask("Is </s> in it?")
+    said = model.tokenizer.decode(chat.session.ids[before:])
+    assert said.startswith("\nIs </s> in it?\n")
