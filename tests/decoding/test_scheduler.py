@@ -65,6 +65,16 @@ def test_arrivals_at_random_change_no_answer_and_compile_nothing() -> None:
         assert ticket.text == ticket.result.text
 
 
+def test_images_of_later_questions_compile_nothing() -> None:
+    scheduler = Scheduler(generator(), SETTINGS, dataclasses.replace(BUCKET, images=3))
+    counts = []
+    for images in (1, 2, 3, 0):
+        scheduler.submit(request(images, images, 4, 4, max_new_tokens=2))
+        scheduler.run()
+        counts.append(compiled_programs())
+    assert len(set(counts)) == 1
+
+
 def test_first_come_first_served() -> None:
     scheduler = Scheduler(generator(), SETTINGS, BUCKET, chunk=1)
     tickets = [scheduler.submit(r) for r in some(7, seed=2)]

@@ -143,7 +143,10 @@ class Generator:
     def finish(
         self, running: Running, watch: Callable[[Running], Any] | None = None
     ) -> list[Result]:
-        """Lets a batch decode to its end; watch as in `generate`."""
+        """Lets a batch decode to its end; watch as in `generate`.
+
+        Raises nothing of its own: `start` has refused what cannot be answered.
+        """
         stops = any(row is not None and row.transcript.can_stop for row in running.rows)
         chunk = 1 if watch is not None else _STOP_CHUNK if stops else _UNBOUNDED
         while True:
@@ -189,7 +192,8 @@ class Generator:
         """Prefills a batch: what `generate` does before its loop.
 
         bucket: None to choose one. past: gives the tokens that requests have `before`, in the shape
-        of a program. resumes: what another turn needs is kept.
+        of a program. resumes: what another turn needs is kept. Raises as `generate` does, and
+        ValueError for a request that continues a past without one.
         """
         if past is None and any(r.before for r in requests):
             raise ValueError("a request with `before` continues an earlier turn: ask in a Session")
@@ -207,10 +211,14 @@ class Generator:
         return Running(self, prepared.program, state, rows)
 
     def idle(self, settings: Settings, bucket: Bucket) -> Running:
-        """A batch of free rows, to `insert` into; needs no program but that of a single row."""
+        """A batch of free rows, to `insert` into; needs no programs but those of a single row.
+
+        They are compiled, also for as many images as the bucket has. Raises as `generate` does.
+        """
         nobody = Request(np.zeros(1, np.int32), np.zeros(1, bool), scores=np.zeros(1, np.float32))
         one = self.start([nobody], settings, bucket=replace(bucket, rows=1))
         self._cost(self.batches.prepare([nobody], settings, bucket=bucket))
+        self._warm_up_images(bucket.images)
         with self.context():
             state = _idle(one.state, bucket.rows)
         return Running(self, one.program, state, [None] * bucket.rows)
@@ -218,8 +226,10 @@ class Generator:
     def warm_up(self, settings: Settings, buckets: Sequence[Bucket] = ()) -> list[Compiled]:
         """Compiles all that a mode needs for the declared buckets, or for those given, ahead.
 
-        settings: with the largest budget and gamma that any request will have.
-        With jax's persistent compilation cache later starts only load the programs.
+        settings: those of the calls to come, as their mode, tree and `adaptive`, avg_retained and
+        gamma are the program's. Requests' own avg_retained and gamma may be smaller; all else of
+        settings compiles nothing. With jax's persistent compilation cache later starts only load
+        the programs. Raises as `generate` does.
         """
         report = []
         for bucket in buckets or self.batches.buckets:
@@ -237,8 +247,7 @@ class Generator:
             )
             with self.context():
                 _ = self._nothing  # which rows with fewer images will need
-                for size in IMAGE_PROGRAMS if bucket.images else ():
-                    self.images.warm_up(self.weights.base, size, self.weights.dtype)
+            self._warm_up_images(bucket.rows * bucket.images)
             own = replace(settings, max_new_tokens=bucket.new, min_new_tokens=0)
             running = self.start([replace(request, settings=own)] * bucket.rows, own, bucket=bucket)
             running.run(1)
@@ -246,6 +255,13 @@ class Generator:
             seconds = time.perf_counter() - began
             report.append(Compiled(bucket, compiled_programs() - before, seconds))
         return report
+
+    def _warm_up_images(self, count: int) -> None:
+        """Compiles what encodes any number of images up to `count`."""
+        with self.context():
+            for size in IMAGE_PROGRAMS:
+                if size < 2 * count:  # as numbers between are rounded up
+                    self.images.warm_up(self.weights.base, size, self.weights.dtype)
 
     def compiled(self, requests: Sequence[Request], settings: Settings) -> dict[str, Any]:
         """A batch's two programs, "prefill" and "decode", as they are compiled, to be looked at.

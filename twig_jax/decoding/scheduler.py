@@ -53,8 +53,9 @@ class Scheduler:
     """Serves questions in the order they come, as many at once as the bucket has rows.
 
     One shape serves all: a question is prefilled alone and takes a free row of the running batch;
-    nothing is compiled after the first. settings: of requests without their own, and the largest
-    budget and gamma of any. chunk: iterations between two looks at who is through.
+    nothing is compiled after the first answer. settings: of requests without their own, and the
+    largest budget and gamma of any. chunk: iterations between two looks at who is through. Raises
+    ValueError for a chunk below 1, and as `Generator.idle` does.
     """
 
     def __init__(
