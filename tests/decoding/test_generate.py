@@ -293,6 +293,16 @@ def test_a_call_that_drafts_without_a_twig_is_refused() -> None:
         bare.generate([request(1, 1, 2, 2, mode="ssd", gamma=0)], Settings("ssd"))
 
 
+def test_nothing_runs_where_a_later_batch_cannot() -> None:
+    model = speaking(buckets=[dataclasses.replace(BUCKET, rows=1)])
+    rows = [request(1, 1, 4, 4), request(2, 0, 30, 20)]
+    with pytest.raises(ValueError, match="fits into none"):
+        model.generate_many(rows, CALL, batch=1, told=lambda *_: pytest.fail("too late"))
+    for batch in (0, -1):
+        with pytest.raises(ValueError, match="batch must be at least 1"):
+            model.generate_many(rows, CALL, batch=batch)
+
+
 def test_one_batch_has_one_mode() -> None:
     rows = [request(1, 1, 2, 2), request(2, 1, 2, 2, mode="plain")]
     with pytest.raises(ValueError, match="request 1: one batch has one mode"):

@@ -166,16 +166,22 @@ class Generator:
         """Answers any number of requests in batches of like lengths; results in the given order.
 
         The longest come first, and the last batch is filled up: it needs no program of its own.
-        told: is given (index, result) of each as it is there. Raises as `generate` does.
+        told: is given (index, result) of each as it is there. Raises as `generate` does, for any
+        of them before the first one runs.
         """
+        if batch < 1:
+            raise ValueError(f"batch must be at least 1 request, not {batch}")
         need = [self.batches.need(i, r, settings) for i, r in enumerate(requests)]
         order = sorted(range(len(requests)), key=lambda i: need[i], reverse=True)
+        parts = [order[first : first + batch] for first in range(0, len(order), batch)]
+        if len(parts) > 1:
+            parts[-1] += parts[-1][-1:] * (batch - len(parts[-1]))
+        for part in parts:
+            self.batches.prepare([requests[i] for i in part], settings)
         results: list[Result | None] = [None] * len(requests)
-        for first in range(0, len(order), batch):
-            part = order[first : first + batch]
-            filled = part + part[-1:] * (batch - len(part)) if len(order) > batch else part
-            found = self.generate([requests[i] for i in filled], settings)
-            for i, result in zip(part, found, strict=False):
+        for part in parts:
+            found = self.generate([requests[i] for i in part], settings)
+            for i, result in dict(zip(part, found, strict=True)).items():  # once each
                 results[i] = result
                 told(i, result)
         return [result for result in results if result is not None]
