@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from tests.decoding.models import CALL, CONFIG, generator, mixed, request
+from twig_jax.config import TwigConfig
 from twig_jax.decoding import buckets, images
 from twig_jax.decoding.buckets import Bucket
 from twig_jax.decoding.generate import Generator, compiled_programs
@@ -291,6 +292,12 @@ def test_a_call_that_drafts_without_a_twig_is_refused() -> None:
     bare = Generator(CONFIG, generator().weights.base)
     with pytest.raises(ValueError, match="mode ssd needs a twig"):
         bare.generate([request(1, 1, 2, 2, mode="ssd", gamma=0)], Settings("ssd"))
+
+
+def test_fastv_needs_a_layer_to_look_at() -> None:
+    model = generator(TwigConfig(K=0, T=2, K_f=3))
+    with pytest.raises(ValueError, match="needs a layer before"):
+        model.generate([request(1, 1, 2, 2)], dataclasses.replace(CALL, selector="fastv"))
 
 
 def test_nothing_runs_where_a_later_batch_cannot() -> None:

@@ -207,6 +207,14 @@ def test_equal_logits_pass_together() -> None:
         assert passed[:, 0].tolist() == [[True, True, True, False, False]] * 2
 
 
+def test_the_smallest_top_p_keeps_the_likeliest_token() -> None:
+    """Also one that float32 has as zero."""
+    own = Settings(temperature=1, top_p=1e-46)
+    c = jax.tree.map(jnp.asarray, controls([own, Settings(top_k=2)], eos=EOS))
+    passed = np.isfinite(filtered(c, jnp.broadcast_to(jnp.arange(40.0), (2, 1, 40))))
+    assert np.flatnonzero(passed[0, 0]).tolist() == [39]
+
+
 def test_a_row_without_filters_keeps_every_token_beside_one_with() -> None:
     """Also those whose probability rounds to nothing in a sum."""
     c = jax.tree.map(jnp.asarray, controls([Settings(temperature=1), Settings(top_k=2)], eos=EOS))

@@ -128,6 +128,8 @@ class Batches:
                 f"mode {settings.mode} with selector {settings.selector!r} needs a twig; this is a "
                 'schedule without one, for mode ttp by "fastv" or "given"'
             )
+        if asks and settings.selector == "fastv" and self.schedule and not self.schedule.layers[0]:
+            raise ValueError('selector "fastv" needs a layer before those that see fewer tokens')
         if settings.prune and settings.avg_retained is None:
             raise ValueError(f"mode {settings.mode} needs avg_retained")
         if not self.has_tokenizer and any(isinstance(s, str) for s in settings.stop):

@@ -139,7 +139,8 @@ def _allowed(logits: jax.Array, c: Controls) -> jax.Array:
     left = jnp.where(keys >= kth, weights, 0)
     # A token stays if those above it do not reach top_p. Sums may round up to all before the last
     # token, and rows without top_p keep it.
-    mass = jnp.where(c.top_p < 1, c.top_p * left.sum(-1, keepdims=True), jnp.inf)
+    mass = jnp.maximum(c.top_p * left.sum(-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
+    mass = jnp.where(c.top_p < 1, mass, jnp.inf)
     last = _largest(
         lambda key: jnp.where(keys >= key, left, 0).sum(-1, keepdims=True) >= mass, logits
     )
