@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tests.pruned_pass import Forced, Prompt, forward
 from twig_jax.config import LlavaConfig, TextConfig, TwigConfig, VisionConfig
 from twig_jax.decoding.generate import Generator
 from twig_jax.decoding.settings import Request, Result, Settings
 from twig_jax.models.llava import Llava, init_base
 from twig_jax.models.twig import init_twig
-from twig_jax.pruning.forward import Forced, Prompt, forward
 
 M = 9
 TWIG = TwigConfig(K=1, T=2, K_f=4)

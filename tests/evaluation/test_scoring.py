@@ -24,7 +24,6 @@ RESULT = Result(
     logits=np.zeros(0),
     prefill_s=0.5,
     decode_s=1.5,
-    batch=1,
 )
 
 

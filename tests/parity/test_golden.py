@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from tests.parity.golden import MODES, Case, load
+from tests.pruned_pass import Prompt, forward
 from twig_jax.config import TwigConfig
 from twig_jax.decoding import draft as draft_module
 from twig_jax.decoding import loop, network, prefill
-from twig_jax.pruning.forward import Prompt, forward
 
 CASES = Path(__file__).parent.parent / "golden"
 

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from configs import digits_twigpp_stage2, llava15_7b_twigpp_stage2
+from tests.pruned_pass import Prompt, forward
 from tests.training.worker import config, start
 from twig_jax.models.llava import Llava
 from twig_jax.models.twig import fresh_p_head
 from twig_jax.presets import preset
-from twig_jax.pruning.forward import Prompt, forward
 from twig_jax.pruning.sampling import draw, log_probability
 from twig_jax.training.config import OptimConfig, ReinforceConfig, TrainConfig
 from twig_jax.training.flops import step_flops

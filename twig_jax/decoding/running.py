@@ -118,7 +118,6 @@ class Running:
                     logits=logits,
                     prefill_s=row.prefilled - row.began,
                     decode_s=(row.ended if row.done else time.perf_counter()) - row.prefilled,
-                    batch=len(self.rows),
                 )
             )
         return out

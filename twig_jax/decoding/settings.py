@@ -137,7 +137,6 @@ class Result:
     logits: np.ndarray  # float32 [V], the base's at the last prompt token
     prefill_s: float  # seconds of the whole batch: images, prompt and first drafts
     decode_s: float  # seconds of the loop, until this answer was there
-    batch: int
 
     @property
     def emitted(self) -> int:
