@@ -100,8 +100,8 @@ class Model:
         """Answers one question about images, as `request` reads them.
 
         settings: None for `self.settings`; `changes` replaces single fields of it, as in
-        `mode="plain"`. told: is given the text as it comes, piece by piece. Raises ValueError as
-        `request` and `Generator.generate` do.
+        `mode="plain"`. told: is given the text as it comes, piece by piece. Raises as `request` and
+        `Generator.generate` do.
         """
         settings = replace(settings or self.settings, **changes)
         request = self.request(prompt, images, raw=raw)
@@ -125,7 +125,10 @@ class Chat:
     def ask(
         self, prompt: str, images: Sequence[Any] = (), told: Callable[[str], Any] | None = None
     ) -> Result:
-        """Answers the next question, about images that are new with it; see `Model.generate`."""
+        """Answers the next question, about images that are new with it; see `Model.generate`.
+
+        Raises as `Model.request` and `Session.ask` do.
+        """
         from twig_jax.data import conversation
 
         model, so_far = self.model, self.session.ids
@@ -191,7 +194,8 @@ def load(
     int8, with the same answers; "all" has the base's decoder in int8 as well, which is another,
     coarser model. Tensors are put on the device one by one, into their shardings where there is a
     mesh. Raises FileNotFoundError for what is not there, ValueError for a twig of another base
-    (unless allowed) and for what is not supported.
+    (unless allowed) and for what is not supported, ImportError for files that need torch (.bin) or
+    sentencepiece (tokenizer.model) where that is missing.
     """
     from twig_jax.checkpoints.llava import local_folder, open_llava
     from twig_jax.checkpoints.twig import feeds_twig, read_notes, read_twig

@@ -56,8 +56,9 @@ class Session:
     ) -> Result:
         """Answers the next tokens int32 [S], with image slots bool [S] and the images that are new.
 
-        settings: for this turn, in the session's mode. watch: as in `Generator.generate`. Raises
-        ValueError as `Generator.generate` does, and for new images where reprune is off.
+        settings: for this turn, in the session's mode. watch: as in `Generator.generate`. Raises as
+        `Generator.generate` does, and ValueError for another mode and for new images where reprune
+        is off.
         """
         own = settings or self.settings
         if own.mode != self.settings.mode:

@@ -32,9 +32,9 @@ class Settings:
     position alone. Before the draw, in this order: repetition_penalty, division by the temperature,
     top_k (0 for all), top_p, min_p.
 
-    An answer ends at EOS (not before min_new_tokens), after max_new_tokens or where the positions
-    that the model knows end, or where one of `stop`, texts or sequences of token ids, is complete;
-    a stop is no part of the answer.
+    An answer ends at EOS, after max_new_tokens or where the positions that the model knows end, or
+    where one of `stop`, texts or sequences of token ids, is complete; a stop is no part of the
+    answer. EOS is not chosen before min_new_tokens, and a stop that is complete by then is none.
     """
 
     mode: str = "ttp_ssd"

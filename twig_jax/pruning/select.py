@@ -17,7 +17,7 @@ def select(
     scores float32 [B, P] (read at visual slots only), is_visual bool [B, P], lengths int32 [B],
     retained int32 [B] (R of each row, at most `retained_slots`) -> int32 [B, Q] with
     Q = text_slots + retained_slots; unused slots hold P and come last. Of equal scores the lower
-    slot wins. NaN ranks lowest.
+    slot wins. Slots with NaN or -inf are never kept, however many there is room for.
     """
     P = scores.shape[1]
     real = jnp.arange(P) < lengths[:, None]
