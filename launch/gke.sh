@@ -119,5 +119,6 @@ if [[ -n $dry_run ]]; then
   printf "kubectl create --filename=- <<'EOF'\n%s\nEOF\n" "$manifest"
 else
   run kubectl create --filename=- <<< "$manifest"
-  say "kubectl logs --follow --selector=jobset.sigs.k8s.io/jobset-name=$name shows its output"
+  say "kubectl logs --selector=jobset.sigs.k8s.io/jobset-name=$name --container=train --follow" \
+    "--tail=-1 --prefix --max-log-requests=$hosts shows its output"
 fi

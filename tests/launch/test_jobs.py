@@ -425,6 +425,8 @@ def test_the_jobset(play):
     done = play.run(*gke("--spot", "--restarts", "3", *ODD))
     assert done.returncode == 0, done.stderr
     assert play.log() == [["kubectl", "create", "--filename=-"]]
+    # Of all hosts, of which kubectl by itself refuses more than five, and from the first line on.
+    assert "--follow --tail=-1 --prefix --max-log-requests=4 shows its output" in done.stderr
     jobset = yaml.safe_load((play.folder / "manifest").read_text())
     assert jobset["metadata"]["name"] == "twig"
     assert jobset["spec"]["failurePolicy"]["maxRestarts"] == 3
