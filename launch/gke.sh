@@ -93,12 +93,13 @@ spec:
                 onPodConditions:
                   - type: DisruptionTarget
                     status: \"True\"
-              # 75 is a run that has saved and wants to go on; anything else would only fail again.
+              # What launch.train ends with where it would only fail again. 75 is a run that has
+              # saved; where one host is lost, the others' processes are aborted, with 134.
               - action: FailJob
                 onExitCodes:
                   containerName: train
-                  operator: NotIn
-                  values: [75]
+                  operator: In
+                  values: [1]
           template:
             spec:
               restartPolicy: Never

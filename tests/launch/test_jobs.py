@@ -437,7 +437,9 @@ def test_the_jobset(play):
     assert disrupted["action"] == "Count" and failed["action"] == "FailJob"
     pod = job["template"]["spec"]
     (container,) = pod["containers"]
-    codes = {"containerName": container["name"], "operator": "NotIn", "values": [75]}
+    # An error, a configuration and a flag that are none end launch.train with 1, see test_train. A
+    # host that is lost has the others abort, with 134: from there a run goes on, as from 75.
+    codes = {"containerName": container["name"], "operator": "In", "values": [1]}
     assert failed["onExitCodes"] == codes
     assert pod["restartPolicy"] == "Never"
     assert pod["nodeSelector"] == {

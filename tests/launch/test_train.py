@@ -125,6 +125,7 @@ def test_a_plan_is_printed_and_nothing_trained(tmp_path):
     [
         (["--config", "configs/none.py"], "no configuration file"),
         (["--config", "configs/digits_twig.py", "--set", "optim.rate=1"], "no setting"),
+        (["--config", "configs/digits_twig.py", "--stage=twig"], "Unknown command line flag"),
         (
             ["--config", "configs/digits_twig.py", "--set", "base=/nowhere"],
             "no checkpoint folder /nowhere",
