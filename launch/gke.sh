@@ -93,8 +93,8 @@ spec:
                 onPodConditions:
                   - type: DisruptionTarget
                     status: \"True\"
-              # What launch.train ends with where it would only fail again. 75 is a run that has
-              # saved; where one host is lost, the others' processes are aborted, with 134.
+              # What launch.train ends with where it would only fail again. 75 was told to stop;
+              # where one host is lost, the others' processes are aborted, with 134.
               - action: FailJob
                 onExitCodes:
                   containerName: train

@@ -61,9 +61,9 @@ run mkdir -p runs/slurm
 status=0
 run srun --label --kill-on-bad-exit=0 --wait=600 --open-mode=append \
   --output=runs/slurm/%j-%N.log "${train[@]}" || status=$?
-note "Status 75, the run has saved and wants to go on, is followed by: scontrol requeue JOB"
+note "Status 75, the run was told to stop and wants to go on, is followed by: scontrol requeue JOB"
 if ((status == 75)); then
-  say "saved before its end; queueing job $SLURM_JOB_ID again"
+  say "told to stop before its end; queueing job $SLURM_JOB_ID again"
   run scontrol requeue "$SLURM_JOB_ID" || say "that failed: submit the same command again"
 elif ((status)); then
   say "training failed with status $status, see runs/slurm/$SLURM_JOB_ID-*.log"

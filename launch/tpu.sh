@@ -187,7 +187,7 @@ while true; do
       fi
       again "the slice is ${state:-gone}"
       ;;
-    75) again "training was preempted, and has saved" ;;
+    75) again "training was preempted" ;;
     *) again "gcloud lost the slice, with status $status" ;;
   esac
   [[ -z $export ]] || rm -rf "$export" # What a fetch that broke off has left.

@@ -48,6 +48,24 @@ def test_sigterm_ends_with_the_status_that_asks_for_more(tmp_path):
     assert [path.name for path in (out / "checkpoints").iterdir()] == [str(step)]
 
 
+def test_sigterm_before_training_ends_with_that_status_too(tmp_path):
+    """Here while the configuration is read: what it loads then can take minutes."""
+    (tmp_path / "slow.py").write_text(
+        f"import pathlib, time\npathlib.Path({str(tmp_path / 'begun')!r}).touch()\ntime.sleep(60)\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-m", "launch.train", "--config", tmp_path / "slow.py"],
+        cwd=ROOT,
+        env=environment(),
+    ) as process:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "begun").exists() and time.monotonic() < deadline:
+            assert process.poll() is None
+            time.sleep(0.1)
+        process.terminate()
+        assert process.wait(timeout=30) == 75
+
+
 def test_the_processes_of_a_slurm_step_train_one_twig(tmp_path):
     """As srun starts them, with two devices each: one speaks and writes, all end well."""
     settings = ("steps=1", "validation_samples=4")
