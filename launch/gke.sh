@@ -2,7 +2,7 @@
 # Trains on a TPU slice of a GKE cluster, as a JobSet with a pod a host, through preemptions.
 #
 #   launch/gke.sh --name NAME --image IMAGE --accelerator LABEL --topology AxB
-#                 --config FILE --out gs://FOLDER [--export gs://FOLDER]
+#                 --config FILE [--data gs://FOLDER] --out gs://FOLDER [--export gs://FOLDER]
 #                 [--chips N] [--spot] [--restarts N] [--dry_run] [-- ARGUMENT...]
 #
 #   --name NAME          the JobSet's name
@@ -12,6 +12,7 @@
 #   --chips N            chips of a host, 4 unless told
 #   --spot               on Spot nodes
 #   --config FILE        the run's configuration, see configs/; the image's copy is read
+#   --data gs://FOLDER   what the run reads as data/; mounted with Cloud Storage FUSE
 #   --out gs://FOLDER    where the run keeps its checkpoints
 #   --export gs://FOLDER write the trained model there at the end
 #   --restarts N         how often to start again after a preemption, 10 unless told
@@ -27,11 +28,13 @@ if [[ ! -f launch/job.sh ]]; then
   exit 2
 fi
 arguments=() dry_run="" name="" image="" accelerator="" topology="" chips=4 spot=""
-config="" out="" export="" restarts=10
+config="" data="" out="" export="" restarts=10
 source launch/job.sh
-parse_flags "name image accelerator topology chips config out export restarts" "spot dry_run" "$@"
+parse_flags "name image accelerator topology chips config data out export restarts" \
+  "spot dry_run" "$@"
 require name image accelerator topology config out
 require_config
+require_data
 require_number chips restarts
 [[ $name =~ ^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$ ]] ||
   die "--name $name: up to 40 lower-case letters, digits and dashes, a letter first"
@@ -63,6 +66,33 @@ for word in "${train[@]}"; do
   command+="
                     - $(string "$word")"
 done
+
+# A bucket has folders by its objects' names alone, unless they were made: implicit-dirs.
+annotations="" mounts="" volumes=""
+if [[ -n $data ]]; then
+  path=${data#gs://}
+  bucket=${path%%/*}
+  folder=${path#"$bucket"}
+  folder=${folder#/}
+  annotations="
+            metadata:
+              annotations:
+                gke-gcsfuse/volumes: \"true\""
+  mounts="
+                  volumeMounts:
+                    - name: data
+                      mountPath: /twig_jax/data
+                      readOnly: true"
+  volumes="
+              volumes:
+                - name: data
+                  csi:
+                    driver: gcsfuse.csi.storage.gke.io
+                    readOnly: true
+                    volumeAttributes:
+                      bucketName: $(string "$bucket")
+                      mountOptions: $(string "implicit-dirs${folder:+,only-dir=$folder}")"
+fi
 
 # One slice is one Job whose pods live and die together: a pod that ends early fails the Job, and
 # the JobSet starts all of them again, unless the Job failed by its podFailurePolicy.
@@ -100,7 +130,7 @@ spec:
                   containerName: train
                   operator: In
                   values: [1]
-          template:
+          template:$annotations
             spec:
               restartPolicy: Never
               terminationGracePeriodSeconds: 300
@@ -111,10 +141,10 @@ spec:
               containers:
                 - name: train
                   image: $(string "$image")
-                  command:$command
+                  command:$command$mounts
                   resources:
                     limits:
-                      google.com/tpu: $chips"
+                      google.com/tpu: $chips$volumes"
 
 if [[ -n $dry_run ]]; then
   printf "kubectl create --filename=- <<'EOF'\n%s\nEOF\n" "$manifest"

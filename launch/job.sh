@@ -60,6 +60,13 @@ require_config() {
   [[ -f $config ]] || die "--config $config: no such file"
 }
 
+# A mount's options have no spaces or commas.
+require_data() {
+  data=${data%/}
+  [[ -z $data || $data =~ ^gs://[a-z0-9._-]+(/[A-Za-z0-9._-]+)*$ ]] ||
+    die "--data $data: not gs://BUCKET/FOLDER, in letters, digits, dots, dashes and underscores"
+}
+
 # require_number FLAG...
 require_number() {
   local flag

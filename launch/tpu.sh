@@ -2,8 +2,9 @@
 # Trains on a Cloud TPU slice, through preemptions, and fetches the trained model.
 #
 #   launch/tpu.sh --name NAME --zone ZONE --type TYPE --version RUNTIME
-#                 --config configs/FILE --out gs://FOLDER [--export FOLDER] [--spot]
-#                 [--project PROJECT] [--restarts N] [--delete] [--dry_run] [-- ARGUMENT...]
+#                 --config configs/FILE [--data gs://FOLDER] --out gs://FOLDER
+#                 [--export FOLDER] [--spot] [--project PROJECT] [--restarts N] [--delete]
+#                 [--dry_run] [-- ARGUMENT...]
 #
 #   --name NAME          the slice, a queued resource; one of this name is used if there is one
 #   --zone ZONE          as in us-west4-a
@@ -12,6 +13,7 @@
 #   --spot               on spare capacity, which is cheaper and can be taken away
 #   --project PROJECT    if not gcloud's present one
 #   --config FILE        the run's configuration, see configs/
+#   --data gs://FOLDER   what the run reads as data/; each host copies it to its disk, once
 #   --out gs://FOLDER    where the run keeps its checkpoints
 #   --export FOLDER      fetch the trained model into this new folder here
 #   --restarts N         how often to go on after a preemption or a lost connection, 10 unless told
@@ -30,11 +32,13 @@ if [[ ! -f launch/job.sh ]]; then
   exit 2
 fi
 arguments=() dry_run="" name="" zone="" type="" version="" spot="" project=""
-config="" out="" export="" restarts=10 delete=""
+config="" data="" out="" export="" restarts=10 delete=""
 source launch/job.sh
-parse_flags "name zone type version project config out export restarts" "spot delete dry_run" "$@"
+parse_flags "name zone type version project config data out export restarts" \
+  "spot delete dry_run" "$@"
 require name zone type version config out
 require_config
+require_data
 require_number restarts
 [[ $name =~ ^[a-z]([-a-z0-9]{0,61}[a-z0-9])?$ ]] ||
   die "--name $name: up to 63 lower-case letters, digits and dashes, a letter first"
@@ -65,6 +69,10 @@ fi
   ~/.local/bin/uv venv --python 3.12 .venv &&
   ~/.local/bin/uv pip install --python .venv ".[tpu,data]"
 } || exit 70'
+# Beside the code, which goes at each restart.
+[[ -z $data ]] || install+="
+{ mkdir -p ~/twig_jax_data && gcloud storage rsync --recursive $(quote "$data") ~/twig_jax_data &&
+  ln -s ~/twig_jax_data data; } || exit 70"
 
 # In a session of its own, so that it outlives the connection, whose log and status are files.
 # A host that shuts down signals the inner shell too: it must outlive the run to write its status.
@@ -83,7 +91,10 @@ status=$(cat status 2> /dev/null || echo 75)
 [ "$status" = 0 ] || [ "$status" = 75 ] || { echo "status $status"; exit 70; }
 exit "$status"'
 
-on_all() { run "${vm[@]}" ssh "$name" --worker=all "${where[@]}" "$@"; }
+on_all() {
+  run "${vm[@]}" ssh "$name" --worker=all "${where[@]}" --ssh-flag=-oServerAliveInterval=60 \
+    --command="$1"
+}
 
 # What fails the first time is a mistake to be mended; what worked before is tried again.
 die_of_gcloud() {
@@ -160,9 +171,9 @@ provide() {
 
 train_on_it() {
   run "${vm[@]}" scp "build/$name.tgz" "$name:twig_jax.tgz" --worker=all "${where[@]}" &&
-    on_all --command="$install" &&
-    on_all --command="$start" &&
-    on_all --ssh-flag=-oServerAliveInterval=60 --command="$follow" &&
+    on_all "$install" &&
+    on_all "$start" &&
+    on_all "$follow" &&
     { [[ -z $export ]] || run "${vm[@]}" scp --recurse "$name:twig_jax/export" "$export" \
       --worker=0 "${where[@]}"; }
 }

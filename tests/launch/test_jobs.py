@@ -19,6 +19,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = "configs/llava15_7b_twig.py"
+SECOND = "configs/llava15_7b_twigpp_stage2.py"
 
 STAND_IN = r"""#!/usr/bin/env bash
 name=${0##*/}
@@ -73,7 +74,7 @@ class Play:
         shutil.copytree(ROOT / "launch", self.repository / "launch")
         for name in ("configs", "twig_jax"):
             (self.repository / name).mkdir()
-        for name in ("pyproject.toml", "README.md", "LICENSE", "NOTICE", CONFIG):
+        for name in ("pyproject.toml", "README.md", "LICENSE", "NOTICE", CONFIG, SECOND):
             (self.repository / name).touch()
         for name in ("gcloud", "kubectl", "srun", "scontrol", "sleep", "docker"):
             self.script(self.folder / "bin" / name, STAND_IN)
@@ -162,8 +163,17 @@ def test_the_scripts_are_clean():
 @pytest.mark.parametrize("command", [tpu, gke, slurm])
 def test_a_dry_run_prints_what_a_run_runs_and_calls_nothing(play, command):
     more = {
-        tpu: ["--spot", "--project", "p", "--export", "the twig", "--delete"],
-        gke: ["--spot", "--export", "gs://bucket/the twig"],
+        tpu: [
+            "--spot",
+            "--project",
+            "p",
+            "--data",
+            "gs://b/data",
+            "--export",
+            "the twig",
+            "--delete",
+        ],
+        gke: ["--spot", "--data", "gs://b/data", "--export", "gs://bucket/the twig"],
         slurm: ["--out", "runs/a b", "--export", "the twig"],
     }[command]
     dry = play.run(*command("--dry_run", *more, *ODD))
@@ -189,7 +199,7 @@ def test_help_and_mistakes(play, script):
     path = f"launch/{script}.sh"
     helped = play.run("bash", path, "-h")
     assert helped.returncode == 0 and f"launch/{script}.sh" in helped.stdout
-    source = (ROOT / path).read_text()
+    source = (ROOT / path).read_text().replace("\\\n  ", "")
     valued, switches = re.search(r'^parse_flags "(.*)" "(.*)" "\$@"$', source, re.M).groups()
     for flag in f"{valued} {switches}".split():
         assert f"  --{flag} " in helped.stdout
@@ -218,6 +228,7 @@ def test_help_and_mistakes(play, script):
     [
         (["launch/tpu.sh"], "give --name --zone --type --version --config --out"),
         (tpu("--out", "runs/twig"), "gs://BUCKET/FOLDER"),
+        (tpu("--data", "data"), "--data data: not gs://BUCKET/FOLDER"),
         (tpu("--name", "My twig"), "--name My twig: up to 63"),
         (tpu("--restarts", "1e3"), "--restarts 1e3: not a whole number"),
         (tpu("--export", "launch"), "--export launch: is there already"),
@@ -227,6 +238,7 @@ def test_help_and_mistakes(play, script):
         (gke("--topology", "4by4"), "--topology 4by4: not AxB"),
         (gke("--topology", "3x2"), "its 6 chips are not hosts of --chips 4"),
         (gke("--chips", "0"), "--chips 0"),
+        (gke("--data", "gs://bucket/my data"), "--data gs://bucket/my data: not gs://"),
         (gke("--export", "twig"), "--export twig: pods keep no files"),
         (["bash", "launch/slurm.sh", "--config", CONFIG], "not in a Slurm job"),
         (["sbatch", "--gpus-per-node=8", *slurm()[1:]], "give sbatch --ntasks-per-node=8"),
@@ -376,6 +388,29 @@ def test_on_hosts_that_are_preempted_and_fail(play, host):
     assert play.kinds().count("python") == 2
 
 
+BUCKET = r"""#!/usr/bin/env bash
+[[ $* == "storage rsync --recursive gs://bucket/data "* ]] || exit 1
+echo "has" $(ls "$5") >> "$PLAY/copies"
+echo rows > "$5/rows.json"
+"""
+
+
+def test_the_data_reach_the_hosts(play, host):
+    """As data/ of the folder the run is in. They stay there when the code is replaced."""
+    tools = play.folder / "tools"
+    tools.mkdir()
+    play.script(tools / "gcloud", BUCKET)
+    path = f"{tools}:{os.environ['PATH']}"
+    play.answer("python", "75", "0")
+    done = play.run(*tpu("--data", "gs://bucket/data/"), PATH=path)
+    assert done.returncode == 0, done.stderr
+    assert (host / "twig_jax" / "data" / "rows.json").read_text() == "rows\n"
+    assert (play.folder / "copies").read_text() == "has\nhas rows.json\n"
+    play.log()
+    done = play.run(*tpu("--data", "gs://bucket/none"), PATH=path)
+    assert done.returncode == 1 and "python" not in play.kinds()
+
+
 @pytest.fixture
 def on_host(play, host):
     """on_host(i): runs the i-th command for hosts: install, start, follow."""
@@ -453,6 +488,36 @@ def test_the_jobset(play):
     assert "$$(date)" in container["command"][-1]
 
 
+@pytest.mark.parametrize(
+    ("data", "bucket", "options"),
+    [
+        ("gs://bucket/a/data/", "bucket", "implicit-dirs,only-dir=a/data"),
+        ("gs://bucket", "bucket", "implicit-dirs"),
+        (None, None, None),
+    ],
+)
+def test_the_jobset_mounts_the_data(play, data, bucket, options):
+    done = play.run(*gke(*(["--data", data] if data else [])))
+    assert done.returncode == 0, done.stderr
+    jobset = yaml.safe_load((play.folder / "manifest").read_text())
+    template = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]
+    pod, (container,) = template["spec"], template["spec"]["containers"]
+    if not data:
+        assert "metadata" not in template and "volumes" not in pod
+        assert "volumeMounts" not in container
+        return
+    assert template["metadata"]["annotations"] == {"gke-gcsfuse/volumes": "true"}
+    (volume,), (mount,) = pod["volumes"], container["volumeMounts"]
+    assert volume["csi"] == {
+        "driver": "gcsfuse.csi.storage.gke.io",
+        "readOnly": True,
+        "volumeAttributes": {"bucketName": bucket, "mountOptions": options},
+    }
+    # The image's working folder is where the configurations' names begin.
+    (folder,) = re.findall(r"^WORKDIR (.*)$", (ROOT / "launch" / "Dockerfile").read_text(), re.M)
+    assert mount == {"name": volume["name"], "mountPath": f"{folder}/data", "readOnly": True}
+
+
 def test_what_kubectl_refuses(play):
     play.answer("kubectl", "1 AlreadyExists")
     assert play.run(*gke()).returncode == 1
@@ -506,4 +571,4 @@ def test_the_documented_commands(play):
         assert done.returncode == 0, done.stderr
         assert not script or "launch.train" in done.stdout
     assert scripts == {"launch/tpu.sh", "launch/gke.sh", "launch/slurm.sh"}
-    assert {c[0] for c in play.log()} == {"docker"}
+    assert {c[0] for c in play.log()} == {"docker", "gcloud"}
