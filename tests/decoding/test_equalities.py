@@ -144,12 +144,13 @@ def test_unusual_depths(twig) -> None:
     model = generator(twig)
     average = (twig.K * M + 4 * (twig.K_f - twig.K)) / CONFIG.text.num_layers
     few = [change(r, avg_retained=average) for r in mixed()]
-    answers = {
-        mode: tokens(model.generate([change(r, mode=mode) for r in few], Settings(mode=mode)))
-        for mode in ("plain", "ttp", "ssd", "ttp_ssd")
-    }
-    assert answers["ssd"] == answers["plain"]
-    assert answers["ttp_ssd"] == answers["ttp"]
+
+    def answers(mode):
+        return tokens(run(few, Settings(), model, mode=mode))
+
+    assert answers("ttp_ssd") == answers("ttp")
+    if twig.K_f < CONFIG.text.num_layers:  # which drafting does not ask for
+        assert answers("ssd") == tokens(run(mixed(), mode="plain"))
 
 
 def test_a_single_new_token() -> None:
