@@ -11,7 +11,7 @@ from tests.launch.process import python
 def tiny(tmp_path_factory):
     """(results, summary) of a run in float32: it would have failed where answers differ."""
     out = tmp_path_factory.mktemp("accelerator")
-    given = ("--tiny", "--parts=transformers", "--weights=calibrated:0.574")
+    given = ("--tiny", "--parts=transformers", "--weights=mistaken:0.2:10")
     done = python("-m", "launch.accelerator", *given, "--out", out)
     log = out / "transformers.log"
     assert done.returncode == 0, log.read_text() if log.is_file() else done.stderr
@@ -39,7 +39,6 @@ def test_every_way_is_measured_or_named(tiny):
 
 def test_the_assistant_drafts_what_the_twig_drafts(tiny):
     content, _ = tiny
-    assert abs(content["calibration"]["tokar"] - 0.574) <= 0.01
     steps = {(r["engine"], r["way"]): r["tokens_per_step"] for r in content["results"]}
     # But for θ, which transformers moves.
     ssd = steps["twig_jax", "ssd"]
