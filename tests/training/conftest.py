@@ -54,6 +54,12 @@ def standard_promotion():
         yield
 
 
+@pytest.fixture(autouse=True)
+def undrawn(monkeypatch):
+    """A run's curves take a second to draw."""
+    monkeypatch.setattr("twig_jax.training.log.curves", lambda path, lines: None)
+
+
 @pytest.fixture(scope="session")
 def base(draw):
     """The tiny base's parameters."""

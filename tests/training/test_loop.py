@@ -22,6 +22,7 @@ from twig_jax.training.data import open_batches
 from twig_jax.training.loop import fit
 from twig_jax.training.losses import twig_loss
 from twig_jax.training.optim import schedule
+from twig_jax.training.plots import curves
 from twig_jax.training.preemption import Preempted
 from twig_jax.training.step import make_step
 
@@ -51,10 +52,9 @@ def assert_same(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-@pytest.mark.parametrize("data", [(), CONVERSATIONS], ids=["pages", "conversations"])
-def test_killed_while_saving_and_resumed_equals_never_stopped(tmp_path, data):
+def test_killed_while_saving_and_resumed_equals_never_stopped(tmp_path):
     """20 steps are 10, a kill -9 in the middle of saving, and the rest: bit for bit."""
-    process = worker(tmp_path / "killed", *data, DIE="10")
+    process = worker(tmp_path / "killed", *CONVERSATIONS, DIE="10")
     status, _, said = finish(process)
     assert status == -signal.SIGKILL, said
     left = {path.name for path in (tmp_path / "killed" / "checkpoints").iterdir()}
@@ -63,7 +63,7 @@ def test_killed_while_saving_and_resumed_equals_never_stopped(tmp_path, data):
     assert set(before) == set(range(1, 11))
 
     for name in ("killed", "whole"):
-        status, _, said = finish(worker(tmp_path / name, *data))
+        status, _, said = finish(worker(tmp_path / name, *CONVERSATIONS))
         assert status == 0, said
     assert_same(state_of(tmp_path / "killed", 20), state_of(tmp_path / "whole", 20))
     # No step twice, and each as it would have been: the data came in the same order.
@@ -180,8 +180,9 @@ def test_it_goes_on_over_another_mesh(tmp_path):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-2, atol=1e-3), moved, whole)
 
 
-def test_what_is_noted(tmp_path):
+def test_what_is_noted(tmp_path, monkeypatch):
     """Figures of every kind, in the file and for TensorBoard; others' lines beyond are dropped."""
+    monkeypatch.setattr("twig_jax.training.log.curves", curves)
     settings = ("steps=6", "save_every=2", "log_every=3")
     trained = fit(
         config(tmp_path, *settings),

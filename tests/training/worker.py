@@ -20,6 +20,7 @@ from tests.training.conftest import TINY
 from twig_jax import presets
 from twig_jax.models.llava import init_base
 from twig_jax.models.twig import init_twig
+from twig_jax.training import log
 from twig_jax.training.config import DataConfig, OptimConfig, TrainConfig
 from twig_jax.training.loop import fit
 from twig_jax.training.overrides import override
@@ -104,6 +105,7 @@ def die_saving(out, step):
 
 def main(out, *settings):
     presets.PRESETS["tiny"] = TINY
+    log.curves = lambda path, lines: None  # they take a second to draw
     if "DIE" in os.environ:
         die_saving(out, int(os.environ["DIE"]))
     if "ADDRESS" in os.environ:
