@@ -42,8 +42,7 @@ def main(argv: list[str]) -> None:
         raise app.UsageError("give --config FILE and overrides as --set name=value, nothing else")
     if _PLAN.value != (_TOPOLOGY.value is not None):
         raise app.UsageError("--plan and --topology go together")
-    # Until training saves first, and after it. Threads that download would hold sys.exit up.
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(os.EX_TEMPFAIL))
+    stop_at_sigterm()
     import jax
 
     from twig_jax.runtime import use_compilation_cache
@@ -52,6 +51,8 @@ def main(argv: list[str]) -> None:
 
     if _DISTRIBUTED.value:
         jax.distributed.initialize()
+        if jax.process_count() == 1:
+            stop_at_sigterm()  # several are stopped by jax, which listens from here on
     use_compilation_cache()
     try:
         config = override(read_config(_CONFIG.value), _SET.value)
@@ -66,6 +67,12 @@ def main(argv: list[str]) -> None:
     except Preempted as notice:
         print(f"train: {notice}", file=sys.stderr)
         sys.exit(os.EX_TEMPFAIL)
+
+
+def stop_at_sigterm() -> None:
+    """Ends the process at the signal, where training does not save first."""
+    # Threads that download would hold sys.exit up.
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(os.EX_TEMPFAIL))
 
 
 def show_plan(config: Any, topology: str) -> None:
