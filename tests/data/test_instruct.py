@@ -565,5 +565,5 @@ def test_bad_settings_are_refused(options, message):
 
 def test_missing_grain_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "grain", None)
-    with pytest.raises(ImportError, match=r"pip install 'twig_jax\[data\]'"):
+    with pytest.raises(ImportError, match=r"pip install -e '\.\[data\]'"):
         batches([sample(0)])

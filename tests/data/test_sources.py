@@ -352,7 +352,7 @@ def test_a_bucket_is_refused(tmp_path, monkeypatch):
 @pytest.mark.parametrize("package", ["grain", "tensorflow_datasets"])
 def test_missing_packages_are_named(tmp_path, monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ImportError, match=r"pip install 'twig_jax\[data\]'"):
+    with pytest.raises(ImportError, match=r"pip install -e '\.\[data\]'"):
         build(DigitsSource(pages=1), tmp_path)
 
 

@@ -20,7 +20,7 @@ from twig_jax.data import digits, questions
 from twig_jax.data.conversation import IMAGE
 from twig_jax.data.images import ImageSource
 
-NEEDS = "reading real data needs more packages: pip install 'twig_jax[data]'"
+NEEDS = "reading real data needs more packages: pip install -e '.[data]'"
 
 # The parts of JSON that tell where a row of a list begins and ends: whole texts, and brackets.
 _JSON_PARTS = re.compile(rb'"(?:[^"\\]++|\\.)*+"|[\[\]{}]', re.DOTALL)
