@@ -89,7 +89,7 @@ def ablate() -> None:
             raise ValueError(f"no --ablations {name}; there are: {', '.join(known)}")
     chosen = _ABLATIONS.value or list(known)
     shapes = [name for name in ("T", "K") if name in chosen]
-    if shapes and Path(config.twig_init).is_dir():
+    if shapes and config.twig_folder is not None:
         raise ValueError(
             f"--ablations {','.join(shapes)} grows twigs of other shapes than the one in "
             f"{config.twig_init}: --set twig_init=next starts all of them from the base"

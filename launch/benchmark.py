@@ -28,7 +28,7 @@ from absl import app, flags
 
 from launch import numbers, run, whole
 from launch.output import parts, speeds, write_json
-from twig_jax.config import INT8, MODES
+from twig_jax.config import DTYPES, INT8, MODES
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "folder with a LLaVA model, or digits")
 _TWIG = flags.DEFINE_string("twig", None, "twig folder")
@@ -51,9 +51,7 @@ _TREE = flags.DEFINE_list(
     ["4", "10", "10", "60"],
     "of mode tree: levels, children of a node, nodes of a level that have them, drafts kept",
 )
-_DTYPE = flags.DEFINE_enum(
-    "dtype", "float32", ["float32", "bfloat16", "float16"], "of weights and computation"
-)
+_DTYPE = flags.DEFINE_enum("dtype", "float32", DTYPES, "of weights and computation")
 _INT8 = flags.DEFINE_enum(
     "int8", None, INT8, "twig: draft in int8, answers stay; all: the base too, which is lossy"
 )

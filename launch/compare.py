@@ -35,6 +35,7 @@ from absl import app, flags
 
 from launch import run
 from launch.output import comparison, write_json
+from twig_jax.config import DTYPES
 
 _PRESET = flags.DEFINE_string("preset", "cpu-300m", "whose shapes are measured")
 _WEIGHTS = flags.DEFINE_string("weights", "random", "as in launch.benchmark, of a preset")
@@ -43,9 +44,7 @@ _TEXT = flags.DEFINE_integer("text_tokens", 40, "text tokens of the prompt", low
 _NEW = flags.DEFINE_integer("max_new_tokens", 64, "tokens of an answer", lower_bound=2)
 _REPEATS = flags.DEFINE_integer("repeats", 7, "interleaved measurements of each", lower_bound=1)
 _THREADS = flags.DEFINE_integer("threads", os.cpu_count() or 1, "torch's; XLA takes all cores")
-_DTYPE = flags.DEFINE_enum(
-    "dtype", "float32", ["float32", "bfloat16", "float16"], "of weights and computation"
-)
+_DTYPE = flags.DEFINE_enum("dtype", "float32", DTYPES, "of weights and computation")
 _JSON = flags.DEFINE_string("json", None, "write results here; - is standard output")
 
 Way = tuple[str, str]  # engine, and how it decodes

@@ -15,6 +15,7 @@ from pathlib import Path
 from absl import app, flags, logging
 
 from launch import run
+from twig_jax.config import DTYPES
 
 _SOURCE = flags.DEFINE_string("source", None, "folder or hub id of a base or a twig")
 _TO = flags.DEFINE_enum("to", None, ["orbax", "hf", "twig-official"], "the format to write")
@@ -22,9 +23,7 @@ _OUT = flags.DEFINE_string("out", None, "local folder to write, which must not b
 _VISION = flags.DEFINE_string(
     "vision_source", None, "folder or hub id of the CLIP tower of an original LLaVA checkpoint"
 )
-_DTYPE = flags.DEFINE_enum(
-    "dtype", None, ["float32", "float16", "bfloat16"], "type to store; as the source has it if none"
-)
+_DTYPE = flags.DEFINE_enum("dtype", None, DTYPES, "type to store; as the source has it if none")
 _K = flags.DEFINE_integer("K", None, "trunk layers under a twig that does not say")
 _K_F = flags.DEFINE_integer("K_f", None, "first layer without visual tokens, for such a twig")
 _BASE = flags.DEFINE_string("base", None, "the base a twig grew on, to mark it with")

@@ -18,7 +18,7 @@ from absl import app, flags
 
 from launch import numbers, run
 from launch.output import aligned, write_json
-from twig_jax.config import MODES
+from twig_jax.config import DTYPES, MODES
 
 _TASK = flags.DEFINE_string("task", None, "a benchmark; --task help lists them")
 _DATA = flags.DEFINE_string("data", "", "its folder, as LLaVA's evaluation guide lays it out")
@@ -29,9 +29,7 @@ _TRAINED_ON = flags.DEFINE_string(
 _TRAINED_IMAGES = flags.DEFINE_string("trained_images", None, "its image folder; else beside it")
 _CHECKPOINT = flags.DEFINE_string("checkpoint", "digits", "folder or hub id of a base, or digits")
 _TWIG = flags.DEFINE_string("twig", None, "folder or hub id of its twig")
-_DTYPE = flags.DEFINE_enum(
-    "dtype", None, ["float32", "bfloat16", "float16"], "default float32 on CPUs, bfloat16 elsewhere"
-)
+_DTYPE = flags.DEFINE_enum("dtype", None, DTYPES, "default float32 on CPUs, bfloat16 elsewhere")
 _TEMPLATE = flags.DEFINE_string("template", None, "conversation template other than the base's own")
 _MODES = flags.DEFINE_list("modes", ["plain", "ttp"], f"of {', '.join(MODES)}")
 _SELECTOR = flags.DEFINE_list("selector", ["twig"], "what prunes; --selector help lists them")

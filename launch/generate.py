@@ -24,7 +24,7 @@ from typing import Any, TextIO
 from absl import app, flags
 
 from launch import run
-from twig_jax.config import INT8, MODES
+from twig_jax.config import DTYPES, INT8, MODES
 
 # The question.
 _IMAGE = flags.DEFINE_multi_string("image", [], "image file; repeatable, in the prompt's order")
@@ -38,9 +38,7 @@ _IMAGE_FOLDER = flags.DEFINE_string("image_folder", None, "where its images are;
 # The model.
 _CHECKPOINT = flags.DEFINE_string("checkpoint", "digits", "folder or hub id of a base, or digits")
 _TWIG = flags.DEFINE_string("twig", None, "folder or hub id of its twig")
-_DTYPE = flags.DEFINE_enum(
-    "dtype", None, ["float32", "bfloat16", "float16"], "default float32 on CPUs, bfloat16 elsewhere"
-)
+_DTYPE = flags.DEFINE_enum("dtype", None, DTYPES, "default float32 on CPUs, bfloat16 elsewhere")
 _INT8 = flags.DEFINE_enum(
     "int8", None, INT8, "twig: draft in int8, answers stay; all: the base too, which is lossy"
 )

@@ -24,6 +24,7 @@ from typing import Any
 from absl import app, flags
 
 from launch import run
+from twig_jax.config import DTYPES
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", "digits", "folder or hub id of a base, or digits")
 _TWIG = flags.DEFINE_string("twig", None, "folder or hub id of a twig, to answer faster")
@@ -33,9 +34,7 @@ _OUT = flags.DEFINE_string("out", None, "the .jsonl file to write")
 _LIMIT = flags.DEFINE_integer("limit", None, "only the first so many", lower_bound=1)
 _NEW = flags.DEFINE_integer("max_new_tokens", 256, "of an answer", lower_bound=1)
 _BATCH = flags.DEFINE_integer("batch", 32, "questions answered at once", lower_bound=1)
-_DTYPE = flags.DEFINE_enum(
-    "dtype", None, ["float32", "bfloat16", "float16"], "default float32 on CPUs, bfloat16 elsewhere"
-)
+_DTYPE = flags.DEFINE_enum("dtype", None, DTYPES, "default float32 on CPUs, bfloat16 elsewhere")
 
 _BEGINNING = b'{"index": '  # of every row
 _AT_ONCE = 8  # batches of conversations between two times that answers are written

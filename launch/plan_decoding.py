@@ -17,7 +17,7 @@ from absl import app, flags
 
 from launch import run, whole
 from launch.output import aligned, write_json
-from twig_jax.config import INT8
+from twig_jax.config import DTYPES, INT8
 
 _PRESET = flags.DEFINE_string("preset", "llava-1.5-7b", "whose shapes")
 _TOPOLOGY = flags.DEFINE_list(
@@ -36,9 +36,7 @@ _NODES = flags.DEFINE_integer("nodes", 0, "most drafts an iteration; 0 for all o
 _TOKAR = flags.DEFINE_float(
     "tokar", 0.574, "share of levels that have an accepted draft; TwigVLM publishes 57.4 %", 0, 1
 )
-_DTYPE = flags.DEFINE_enum(
-    "dtype", "bfloat16", ["float32", "bfloat16", "float16"], "of weights and computation"
-)
+_DTYPE = flags.DEFINE_enum("dtype", "bfloat16", DTYPES, "of weights and computation")
 _INT8 = flags.DEFINE_enum("int8", None, INT8, "what is in int8, as in launch.generate")
 _JSON = flags.DEFINE_string("json", None, "write all figures here; - is standard output")
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+DTYPES = ("float32", "bfloat16", "float16")  # of weights and computation
 MODES = ("plain", "ttp", "ssd", "ttp_ssd")
 INT8 = ("twig", "all")  # what may be in int8: the twig as it drafts, the base's decoder too
 

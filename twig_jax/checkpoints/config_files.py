@@ -265,6 +265,7 @@ def _config(
 
 
 def differences(found: Json, must: Json, prefix: str) -> list[str]:
+    """A line for each setting that is there and not what it must be; prefix: before its name."""
     return [
         f"{prefix}{key} is {found[key]!r}, supported is {value!r}"
         for key, value in must.items()

@@ -40,7 +40,7 @@ class Int8(NamedTuple):
             w = values.astype(x.dtype)
             return jnp.einsum("...i,oi->...o", x, w, preferred_element_type=jnp.float32)
 
-        few = x.size // x.shape[-1] <= FEW // 3
+        few = x.size // x.shape[-1] <= FEW // 3  # of up to three digits each
         cpu = in_digits if few else product
         y = jax.lax.platform_dependent(x, self.values, cpu=cpu, default=product)
         return (y * self.scale).astype(x.dtype)

@@ -10,6 +10,7 @@ from twig_jax.checkpoints.config_files import read_config
 from twig_jax.checkpoints.llava import local_folder
 from twig_jax.config import LlavaConfig, TwigConfig
 from twig_jax.data.digits import ASSETS
+from twig_jax.models.twig import STARTS
 from twig_jax.presets import preset
 
 
@@ -218,6 +219,12 @@ class TrainConfig:
         if not (folder / "config.json").is_file():
             raise FileNotFoundError(f"{folder} is neither a training run nor a model folder")
         return folder
+
+    @property
+    def twig_folder(self) -> Path | None:
+        """The folder of the twig to be trained on, None where it grows from the base."""
+        folder = Path(self.twig_init)
+        return None if self.twig_init in STARTS or not folder.is_dir() else folder
 
     @property
     def trains_only(self) -> str | None:

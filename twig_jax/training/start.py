@@ -15,7 +15,7 @@ from twig_jax.checkpoints.manager import CheckpointManager
 from twig_jax.checkpoints.twig import read_twig
 from twig_jax.models.grow import deepen
 from twig_jax.models.llava import Params, init_base
-from twig_jax.models.twig import STARTS, fresh_p_head, init_twig
+from twig_jax.models.twig import fresh_p_head, init_twig
 from twig_jax.sharding.placement import distribute
 from twig_jax.sharding.rules import shardings
 from twig_jax.training.config import TrainConfig
@@ -103,10 +103,10 @@ def start_twig(config: TrainConfig, base: Params, mesh: Mesh) -> Params:
     ValueError for a twig of another shape than the run's.
     """
     base_config, twig_config = config.model()
-    if config.twig_init in STARTS or not Path(config.twig_init).is_dir():
+    if config.twig_folder is None:
         twig = init_twig(base, base_config.text, twig_config, config.twig_init, config.seed)
         return distribute(jax.tree.map(lambda x: x.astype(jnp.float32), twig), mesh)
-    grown, twig = read_twig(config.twig_init, base, base_config, np.float32)
+    grown, twig = read_twig(config.twig_folder, base, base_config, np.float32)
     if twig_config.p_head and not grown.p_head:
         grown = dataclasses.replace(grown, p_head=True)
         twig = {**twig, "p_head": fresh_p_head(base_config.text)}
