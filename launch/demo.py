@@ -34,7 +34,7 @@ _PRUNED = flags.DEFINE_list(
 _HTML = flags.DEFINE_string("html", "demo.html", "where the report goes")
 _JSON = flags.DEFINE_string("json", None, "write results here; - is standard output")
 
-RIVALS = ("random", "fastv", "oracle")
+RIVALS = ("random", "base_K", "oracle")
 MAX_NEW = 64
 
 
@@ -99,12 +99,12 @@ def grow() -> None:
 
     from configs.digits_twig import get_config
     from launch.training import train
-    from twig_jax import api
+    from twig_jax.data.digits import ASSETS
 
     steps = _GROW_STEPS.value
     config = dataclasses.replace(
         get_config(),
-        base=str(api.DIGITS / "base"),
+        base=str(ASSETS / "base"),
         steps=steps,
         save_every=max(1, steps // 4),
         validation_samples=32,
@@ -201,10 +201,7 @@ def compare() -> None:
         rng = digits.generator("test", _SEED.value, 2 * 10**6 + index, 1)
         pair = []
         for question in questions.questions(page, rng, 2, {"describe": 1.0}):
-            pixels = tasks.images.normalize(
-                page.image[None], config.vision.image_mean, config.vision.image_std
-            )
-            request = tasks.make_request(tokenizer, config, question.text, pixels)
+            request = model.request(question.text, [page.image])
             result = model.generator.generate([request], sharp)[0]
             words = [tokenizer.decode([int(t)]) for t in result.tokens]
             first = int(np.argmax(request.is_visual))

@@ -34,7 +34,7 @@ _WRITE = flags.DEFINE_string(
 )
 _PLAN = flags.DEFINE_bool("plan", False, "print what a step takes on --topology, and end")
 _TOPOLOGY = flags.DEFINE_string("topology", None, "a TPU slice, v5e:2x4, or GPUs, h100:8")
-_PLAN_JSON = flags.DEFINE_string("plan_json", None, "write the plan's figures to this file")
+_JSON = flags.DEFINE_string("json", None, "write the plan's figures here; - is standard output")
 
 
 def main(argv: list[str]) -> None:
@@ -80,8 +80,8 @@ def show_plan(config: Any, topology: str) -> None:
     from twig_jax.training.plan import plan
 
     found = plan(dataclasses.replace(config, base=None), topology)
-    print(found)
-    write_json(_PLAN_JSON.value, found.as_json())
+    print(found, file=sys.stderr if _JSON.value == "-" else sys.stdout)
+    write_json(_JSON.value, found.as_json())
 
 
 def write_targets(config: Any, folder: str) -> None:

@@ -38,7 +38,6 @@ def train(
 
     from twig_jax.checkpoints.llava import write_llava
     from twig_jax.checkpoints.twig import write_twig
-    from twig_jax.data.digits import ASSETS
     from twig_jax.models.twig import feeding
     from twig_jax.sharding.mesh import make_mesh
     from twig_jax.sharding.placement import gather
@@ -72,7 +71,7 @@ def train(
                 write_twig(folder, trained, twig_config, sampled, base_config)
     elif export and first:
         with _local(export) as folder:
-            write_llava(folder, trained, base_config, tokenizer=ASSETS)
+            write_llava(folder, trained, base_config, tokenizer=config.reads_as())
     # jax aborts all processes, the one that writes too, five minutes after the first has ended.
     multihost_utils.sync_global_devices("exported")
 

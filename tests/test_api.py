@@ -14,6 +14,7 @@ from PIL import Image
 from twig_jax import api
 from twig_jax.checkpoints.twig import write_twig
 from twig_jax.config import INT8
+from twig_jax.data.digits import ASSETS
 from twig_jax.models.int8 import quantised
 from twig_jax.models.twig import fresh_p_head
 from twig_jax.sharding.mesh import make_mesh
@@ -30,7 +31,7 @@ def test_a_folder_without_a_model_is_named(tmp_path):
 
 
 def test_a_missing_tokenizer_is_found_before_the_weights_are_read(tmp_path):
-    shutil.copy(api.DIGITS / "base" / "config.json", tmp_path)
+    shutil.copy(ASSETS / "base" / "config.json", tmp_path)
     with pytest.raises(FileNotFoundError, match="has no tokenizer"):
         api.load(tmp_path)
 
@@ -90,7 +91,7 @@ def test_loading_in_int8(tmp_path, digits, p_head):
 
 def test_a_base_in_int8_needs_no_twig(digits):
     """And is put into its shardings as any other."""
-    weights = api.load(api.DIGITS / "base", int8="all", mesh=make_mesh(2, 2, 2)).generator.weights
+    weights = api.load(ASSETS / "base", int8="all", mesh=make_mesh(2, 2, 2)).generator.weights
     equal(weights.base, quantised(digits.weights.base))
     values, scale = weights.base["text"]["lm_head"]["kernel"]
     assert values.sharding.spec == P("tensor", "fsdp") and scale.sharding.spec == P("tensor")
@@ -101,13 +102,13 @@ def test_int8_of_what_is_not_there():
     with pytest.raises(ValueError, match="no int8 'base'; there are: twig, all"):
         api.load(int8="base")
     with pytest.raises(ValueError, match="needs a twig"):
-        api.load(api.DIGITS / "base", int8="twig")
+        api.load(ASSETS / "base", int8="twig")
 
 
 @pytest.mark.parametrize("int8", [None, "all"])
 def test_a_twig_of_another_base_is_refused(tmp_path, int8):
     """Whatever becomes of the base's weights."""
-    shutil.copytree(api.DIGITS / "twig", tmp_path / "twig")
+    shutil.copytree(ASSETS / "twig", tmp_path / "twig")
     notes = tmp_path / "twig" / "twig.json"
     notes.write_text(json.dumps(json.loads(notes.read_text()) | {"base_fingerprint": "other"}))
     with pytest.raises(ValueError, match="grew on another base"):

@@ -13,7 +13,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import AxisType
 
 from tests.decoding.models import CALL, CONFIG
 from tests.training.conftest import TINY
@@ -26,7 +25,7 @@ from twig_jax.decoding.generate import jitted_prefill
 from twig_jax.decoding.plan import lower_decode
 from twig_jax.models.cpu import arrange
 from twig_jax.programs import Hlo, abstract, device_bytes
-from twig_jax.sharding.mesh import AXES
+from twig_jax.sharding.mesh import make_mesh
 from twig_jax.sharding.rules import shardings
 from twig_jax.training.config import DataConfig, DistillConfig, ReinforceConfig, TrainConfig
 from twig_jax.training.plan import lowered
@@ -65,7 +64,7 @@ PROGRAMS = [
 
 
 def one_device():
-    return jax.make_mesh((1, 1, 1), AXES, (AxisType.Auto,) * 3, devices=jax.devices()[:1])
+    return make_mesh(devices=jax.devices()[:1])
 
 
 def decoding(name):

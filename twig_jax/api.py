@@ -21,8 +21,6 @@ from twig_jax.models.cpu import arranged
 from twig_jax.models.int8 import is_kernel, quantise
 from twig_jax.sharding.placement import distribute
 
-DIGITS = Path(__file__).parent / "assets" / "digits"
-
 
 @dataclass(frozen=True)
 class Model:
@@ -200,10 +198,11 @@ def load(
     from twig_jax.checkpoints.llava import local_folder, open_llava
     from twig_jax.checkpoints.twig import feeds_twig, read_notes, read_twig
     from twig_jax.data import conversation
+    from twig_jax.data.digits import ASSETS
     from twig_jax.data.tokens import conventions, load_tokenizer
 
     if str(checkpoint) == "digits":
-        checkpoint, twig = DIGITS / "base", twig or DIGITS / "twig"
+        checkpoint, twig = ASSETS / "base", twig or ASSETS / "twig"
     folder = local_folder(checkpoint)
     found = conventions(folder)
     if template is not None:

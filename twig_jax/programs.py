@@ -322,10 +322,13 @@ def working_memory(compiled: Any) -> float:
 
 
 def device_bytes(tree: Any) -> int:
-    """Bytes that one device holds of arrays or abstract arrays in their shardings."""
-    return sum(
-        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
-    )
+    """Bytes that one device holds of arrays or abstract arrays: all of those without a sharding."""
+
+    def held(x: Any) -> tuple[int, ...]:
+        sharding = getattr(x, "sharding", None)
+        return sharding.shard_shape(x.shape) if sharding else x.shape
+
+    return sum(math.prod(held(x)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def abstract(tree: Any, placed: Any) -> Any:

@@ -9,4 +9,4 @@ from twig_jax.data.tokens import load_tokenizer
 @pytest.fixture(scope="session")
 def tokenizer():
     """The embedded tokenizer of the digits data."""
-    return load_tokenizer(ASSETS)
+    return load_tokenizer(ASSETS / "base")

@@ -23,7 +23,7 @@ from twig_jax.data.instruct import Encoder, InstructBatches
 from twig_jax.data.sources import BadSample, DigitsSource, InstructionFile, Sample
 from twig_jax.data.tokens import Conventions, load_tokenizer, prompt_ids
 
-TOKENIZER = load_tokenizer(ASSETS)
+TOKENIZER = load_tokenizer(ASSETS / "base")
 IMAGE_ID = 3
 M = 4  # visual tokens of an image of 8 x 8
 CONFIG = LlavaConfig(

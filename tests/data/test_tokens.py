@@ -26,7 +26,7 @@ from twig_jax.data.tokens import (
 )
 
 IMAGE_ID = 3
-TOKENIZER = load_tokenizer(ASSETS)
+TOKENIZER = load_tokenizer(ASSETS / "base")
 
 
 def encode(text):
@@ -462,9 +462,10 @@ def test_load_tokenizer_names_a_folder_without_one(tmp_path):
 
 def test_the_assets_can_be_recreated(tmp_path, monkeypatch):
     monkeypatch.setattr(make_assets, "FOLDER", tmp_path)
+    (tmp_path / "base").mkdir()
     make_assets.make_scans()
     make_assets.make_tokenizer()
     with np.load(ASSETS / "scans.npz") as stored, np.load(tmp_path / "scans.npz") as made:
         for name in ("images", "labels", "order"):
             np.testing.assert_array_equal(stored[name], made[name])
-    assert load_tokenizer(tmp_path).get_vocab() == TOKENIZER.get_vocab()
+    assert load_tokenizer(tmp_path / "base").get_vocab() == TOKENIZER.get_vocab()

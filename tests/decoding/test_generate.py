@@ -15,6 +15,7 @@ from twig_jax.decoding import buckets, images
 from twig_jax.decoding.buckets import Bucket
 from twig_jax.decoding.generate import Generator, compiled_programs
 from twig_jax.decoding.settings import Request, Settings
+from twig_jax.programs import device_bytes
 
 WORDS = ["", "", "", *"abcdefghijklmnopqrstuvwxyz", *map(str, range(10)), "é"]
 BUCKET = Bucket(rows=4, text=32, images=2, new=32)
@@ -184,7 +185,7 @@ def test_an_image_that_another_thread_forgets_meanwhile(monkeypatch) -> None:
     a, b, c = (request(i, 1, 2, 3).pixels[0] for i in range(3))
 
     def ask(*asked):
-        return model.images(model.weights.base, list(asked), model.weights.dtype)
+        return model.images(list(asked))
 
     encode, known = images.encode, ask(a)[0]
 
@@ -218,7 +219,7 @@ def test_a_batch_is_filled_up_without_encoding_again() -> None:
 
 def test_a_batch_too_large_for_the_memory_says_what_would_fit(monkeypatch) -> None:
     model = speaking()
-    weights = buckets.nbytes(model.weights)
+    weights = device_bytes(model.weights)
     program = model.batches.prepare(mixed(), CALL).program
     row = buckets.state_bytes(program, 1, 4)
     from twig_jax.decoding import batch
@@ -235,7 +236,7 @@ def test_the_estimate_covers_the_state() -> None:
     """The caches are most of a state; the estimate must not be below what is allocated."""
     model = speaking()
     running = model.start(mixed(), CALL)
-    caches = buckets.nbytes(running.state.caches)
+    caches = device_bytes(running.state.caches)
     estimate = buckets.state_bytes(running.program, 4, 4)
     assert caches <= estimate
 

@@ -86,7 +86,7 @@ def test_images(used, mesh):
     model = generator(vision=vision, made={"mesh": mesh and make_mesh(*mesh)})
     base, dtype, pixels = model.weights.base, model.weights.dtype, list(mixed()[0].pixels)
     with jax.set_mesh(model.mesh) if mesh else contextlib.nullcontext():
-        found = model.images(base, pixels, dtype)
+        found = model.images(pixels)
         elsewhere = images.encode(model.config, base, np.stack(pixels), dtype, False)
     assert used["images"] == vision.layers_used
     for one, other in zip(found, elsewhere, strict=True):

@@ -9,13 +9,14 @@ import pytest
 
 from tests.decoding.models import CALL, CONFIG, mixed, request, run, tokens, weights
 from twig_jax.config import TwigConfig
-from twig_jax.decoding.buckets import Bucket, nbytes, program_for
+from twig_jax.decoding.buckets import Bucket, program_for
 from twig_jax.decoding.cost import shapes, shapes_of_weights
 from twig_jax.decoding.generate import Generator
 from twig_jax.decoding.loop import iterate
 from twig_jax.decoding.session import Session
 from twig_jax.models.int8 import Int8, quantised
 from twig_jax.models.twig import fresh_p_head, init_twig
+from twig_jax.programs import device_bytes
 from twig_jax.sharding.mesh import make_mesh
 
 TREE = {"gamma": 3, "children": 3, "expanded": 2, "nodes": 5}
@@ -77,11 +78,13 @@ def test_footprint(coarse):
     def smaller(tree):
         found = jax.tree.leaves(quantised(tree), is_leaf=lambda x: isinstance(x, Int8))
         saved = sum(3 * x.values.size - 4 * x.scale.size for x in found if isinstance(x, Int8))
-        return nbytes(tree) - saved
+        return device_bytes(tree) - saved
 
-    assert nbytes(coarse.weights.base) == smaller(exact.base)
-    assert nbytes(coarse.weights.drafter) == smaller(exact.twig)
-    assert nbytes(coarse.weights.twig) == nbytes(exact.twig) - nbytes(exact.twig["lm_head"])
+    assert device_bytes(coarse.weights.base) == smaller(exact.base)
+    assert device_bytes(coarse.weights.drafter) == smaller(exact.twig)
+    assert device_bytes(coarse.weights.twig) == device_bytes(exact.twig) - device_bytes(
+        exact.twig["lm_head"]
+    )
 
 
 @pytest.mark.parametrize(

@@ -147,7 +147,7 @@ def test_a_result_holds_nothing_of_other_rows() -> None:
     ticket = scheduler.submit(request(1, 1, 4, 4))
     scheduler.run()
     own = ticket.result
-    one = (own.tokens, own.accepted, own.matched, own.kept, own.scores, own.logits)
+    one = (own.tokens, own.accepted, own.matched, own.kept, own.scores)
     for dimensions, arrays in ((1, one), (2, (*own.drafts, *own.parents, *own.probs))):
         for x in arrays:
             while x.base is not None:

@@ -51,7 +51,7 @@ def drafted(calibrated):
 
 def test_drafts_are_accepted_as_often_as_asked(calibrated, drafted):
     told = calibrated[1]
-    again, others = (acceptance(results, [()] * 8) for results in drafted)
+    again, others = (acceptance(results) for results in drafted)
     assert (again.tokar, again.drafted) == (told.tokar, told.mean_drafted)
     assert abs(again.tokar - 0.8) <= 0.01 and abs(again.drafted - 2.5) <= 0.05
     # Five hundred tokens tell a share to within two percent.
@@ -73,7 +73,7 @@ def test_what_was_found_can_be_had_again(calibrated, drafted):
     again = model.generate(requests(0), CALL)
     assert none is None
     assert [r.tokens.tolist() for r in again] == [r.tokens.tolist() for r in drafted[0]]
-    assert acceptance(again, [()] * 8).tokar == found.tokar
+    assert acceptance(again).tokar == found.tokar
 
 
 def test_what_cannot_be_reached_is_said(base, monkeypatch):

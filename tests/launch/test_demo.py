@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from tests.launch.process import launch
-from twig_jax.api import DIGITS
 from twig_jax.data import digits, questions
+from twig_jax.data.digits import ASSETS
 
 demo = partial(launch, "demo")
 
@@ -31,7 +31,7 @@ def test_the_results_follow_the_contract(run):
     rows = content["results"]
     assert {r["pruned"] for r in rows} == {0.0, 0.889}
     assert {r["mode"] for r in rows} == {"plain", "ssd", "ttp", "ttp_ssd"}
-    assert {r["selector"] for r in rows if r["pruned"]} == {"twig", "random", "fastv", "oracle"}
+    assert {r["selector"] for r in rows if r["pruned"]} == {"twig", "random", "base_K", "oracle"}
     assert {r["task"] for r in rows} == {"short", "long", "all"}
     keys = [(r["task"], r["pruned"], r["mode"], r["selector"]) for r in rows]
     assert len(set(keys)) == len(keys)
@@ -165,4 +165,4 @@ def test_the_shipped_model_reads_pages():
     )
     right = [tasks.exact(model.tokenizer, s, r) for s, r in zip(samples, results, strict=True)]
     assert np.mean(right) > 0.9
-    assert sum(f.stat().st_size for f in DIGITS.rglob("*") if f.is_file()) < 20e6
+    assert sum(f.stat().st_size for f in ASSETS.rglob("*") if f.is_file()) < 20e6

@@ -125,7 +125,7 @@ def test_list_flags_take_numbers(values):
 
 
 def test_a_plan_is_printed_and_nothing_trained(tmp_path):
-    plan = ("--plan", "--topology", "h100:8", "--plan_json", tmp_path / "plan.json")
+    plan = ("--plan", "--topology", "h100:8", "--json", tmp_path / "plan.json")
     result = train("--config", "configs/llava15_7b_twig.py", *plan)
     assert result.returncode == 0, result.stderr[-2000:]
     there = find_topology("h100:8")[2] is not None  # jax's compiler for NVIDIA GPUs

@@ -7,6 +7,7 @@ import torch
 from transformers import AutoTokenizer, LlavaForConditionalGeneration
 
 from twig_jax import api
+from twig_jax.data.digits import ASSETS
 from twig_jax.decoding.settings import Settings
 from twig_jax.evaluation import tasks
 from twig_jax.models.llava import Llava
@@ -57,9 +58,9 @@ def test_logits_and_answers_equal_transformers():
     """float32; 1e-4 relative is two orders above what the order of summation does."""
     model = api.load()
     theirs = LlavaForConditionalGeneration.from_pretrained(
-        api.DIGITS / "base", dtype=torch.float32, attn_implementation="eager"
+        ASSETS / "base", dtype=torch.float32, attn_implementation="eager"
     ).eval()
-    tokenizer = AutoTokenizer.from_pretrained(api.DIGITS / "base")
+    tokenizer = AutoTokenizer.from_pretrained(ASSETS / "base")
     samples = tasks.load_samples(tokenizer, model.config, 4, seed=3)
     llava, params = Llava(model.config), {"params": model.generator.weights.base}
 

@@ -32,7 +32,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def differences(case: Case, mode: str, **changed: object) -> list[str]:
     """What differs from the recording when the engine runs a case in one mode."""
     settings = dataclasses.replace(case.settings(mode), **changed)
-    result = case.generator().generate([case.request], settings)[0]
+    engine = case.generator()
+    result = engine.generate([case.request], settings)[0]
+    _, signals = engine.prefill(engine.batches.prepare([case.request], settings), [case.request])
     o, key = case.outputs, MODES[mode]
     wrong = []
 
@@ -45,7 +47,7 @@ def differences(case: Case, mode: str, **changed: object) -> list[str]:
             wrong.append(name)
 
     exact("ids", result.tokens, o[f"{key}_ids"])
-    close("prefill_logits", result.logits, o[f"{key}_prefill_logits"], 1e-3)
+    close("prefill_logits", np.asarray(signals.logits[0]), o[f"{key}_prefill_logits"], 1e-3)
     if settings.draft:
         exact("n_draft", [len(d) for d in result.drafts], o[f"{key}_n_draft"])
         exact("n_match", result.matched, o[f"{key}_n_match"])

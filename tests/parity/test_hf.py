@@ -282,7 +282,7 @@ def test_tokenizer_and_processor_of_a_folder(draw, tmp_path):
     vision = dataclasses.replace(config.vision, hidden_size=16, intermediate_size=16, num_layers=1)
     text = dataclasses.replace(config.text, hidden_size=16, intermediate_size=16, num_layers=1)
     config = dataclasses.replace(config, vision=vision, text=text)
-    write_llava(tmp_path, weights(config, draw), config, "float32", ASSETS)
+    write_llava(tmp_path, weights(config, draw), config, "float32", ASSETS / "base")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 0)
     processor = transformers.AutoProcessor.from_pretrained(tmp_path)

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs import digits_twig, llava15_7b_twig
-from twig_jax.api import DIGITS
+from twig_jax.data.digits import ASSETS
 from twig_jax.data.packing import SHARED
 from twig_jax.runtime import environment
 from twig_jax.sharding.mesh import make_mesh
@@ -61,7 +61,7 @@ def main():
     parser.add_argument("--repeats", type=int, default=5)
     repeats = parser.parse_args().repeats
 
-    config = dataclasses.replace(digits_twig.get_config(), base=str(DIGITS / "base"))
+    config = dataclasses.replace(digits_twig.get_config(), base=str(ASSETS / "base"))
     base_config, twig_config = config.model()
     mesh = make_mesh()
     base = start_base(config, mesh)

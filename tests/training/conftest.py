@@ -89,6 +89,6 @@ def ours(twig, draw):
 def batch():
     """Eight packed pages, rows of 276 tokens."""
     batches = DigitsBatches(
-        load_tokenizer(ASSETS), seed=3, batch_size=8, row_tokens=276, image_token_id=3
+        load_tokenizer(ASSETS / "base"), seed=3, batch_size=8, row_tokens=276, image_token_id=3
     )
     return jax.tree.map(jnp.asarray, next(batches))

@@ -40,7 +40,7 @@ def folder(tmp_path_factory, shape, draw):
     """A base of four layers, as published ones are."""
     params = draw(jax.eval_shape(lambda key: init_base(shape, key), jax.random.key(0)), seed=5)
     folder = tmp_path_factory.mktemp("base")
-    write_llava(folder, params, shape, dtype="float32", tokenizer=ASSETS)
+    write_llava(folder, params, shape, dtype="float32", tokenizer=ASSETS / "base")
     return folder
 
 

@@ -16,7 +16,6 @@ from jax.sharding import Mesh
 
 from twig_jax.checkpoints.config_files import TOKENIZER_FILES, has_tokenizer, notes
 from twig_jax.checkpoints.llava import (
-    layout,
     open_llava,
     padded,
     write_hf,
@@ -29,6 +28,7 @@ from twig_jax.checkpoints.twig import (
     TWIG_FILE,
     feeds_twig,
     fingerprint,
+    holds_twig,
     open_twig,
     read_notes,
     twig_sizes,
@@ -94,7 +94,7 @@ def plan(
     """
     if to not in TARGETS:
         raise ValueError(f"no target format {to!r}; there are: {', '.join(TARGETS)}")
-    is_twig = (folder / TWIG_FILE).is_file() or layout(folder) == "twig"
+    is_twig = holds_twig(folder)
     held, fitting = (
         ("a twig", ("orbax", "twig-official")) if is_twig else ("a base", ("orbax", "hf"))
     )

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from twig_jax.checkpoints.config_files import (
-    has_original_layout,
     is_original,
     read_config,
     write_config,
@@ -110,16 +109,13 @@ def open_llava(
         yield config, from_files(llava_tensors(config), files, str(folder), ignored)
 
 
-def read_llava(
-    folder: str | Path, dtype: Any = None, place: Place | None = None
-) -> tuple[LlavaConfig, Params]:
-    """A base: (configuration, parameters).
+def read_llava(folder: str | Path, dtype: Any = None) -> tuple[LlavaConfig, Params]:
+    """A base: (configuration, parameters), as numpy arrays.
 
-    `dtype` rounds every array to that type; None keeps what is stored. place(path, array) puts each
-    on its device as soon as it is read; None keeps numpy arrays. Raises as `open_llava` does.
+    `dtype` rounds every array to that type; None keeps what is stored. Raises as `open_llava` does.
     """
     with open_llava(folder) as (config, source):
-        return config, source.cast(dtype).tree(place)
+        return config, source.cast(dtype).tree()
 
 
 def write_llava(
@@ -200,23 +196,6 @@ def padded(config: LlavaConfig, source: Source) -> tuple[LlavaConfig, Source]:
 def padded_size(words: int) -> int:
     """The next multiple of 64 with room for two more tokens: 32,064 for 32,000, as published."""
     return -(-(words + 2) // 64) * 64
-
-
-def layout(folder: str | Path) -> str:
-    """ "orbax", "original", "hf" or "twig": what a checkpoint folder holds.
-
-    Raises FileNotFoundError for a folder without weights.
-    """
-    folder = Path(folder)
-    if (folder / TREE).is_dir():
-        return "orbax"
-    if (folder / "twig.json").is_file():
-        return "twig"
-    with Weights(folder) as weights:
-        names = set(weights.shapes)
-    if not any("vision" in n or "projector" in n for n in names) and "lm_head.weight" in names:
-        return "twig"
-    return "original" if has_original_layout(folder) else "hf"
 
 
 def _common(source: Source) -> str:

@@ -13,6 +13,8 @@ import numpy as np
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
+from twig_jax.checkpoints.tables import flatten, unflatten
+
 
 class CheckpointManager:
     """Numbered checkpoints of a training state in one folder.
@@ -152,38 +154,24 @@ def tree_shapes(folder: str | Path) -> dict[str, jax.ShapeDtypeStruct]:
         raise ValueError(f"{folder} is no whole orbax checkpoint: {error}") from error
     if not isinstance(stored, Mapping):  # orbax logs what it could not read, and gives None
         raise ValueError(f"{folder} is no whole orbax checkpoint: files are damaged or missing")
-    found: dict[str, jax.ShapeDtypeStruct] = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(
-        stored, is_leaf=lambda x: not isinstance(x, Mapping)
-    ):
-        name = "/".join(str(key.key) for key in path)
-        found[name] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-    return found
+    return {
+        path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+        for path, leaf in flatten(dict(stored)).items()
+    }
 
 
 def read_tree(
     folder: str | Path, wanted: Mapping[str, jax.ShapeDtypeStruct]
 ) -> dict[str, np.ndarray]:
     """Some leaves of a tree as numpy arrays, {'a/b/c': array}."""
-    like: dict[str, Any] = {}
-    for path, leaf in wanted.items():
-        *parents, last = path.split("/")
-        node = like
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        # Orbax gives numpy where numpy is asked for; the placeholder takes no memory.
-        node[last] = np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)
+    # Orbax gives numpy where numpy is asked for; the placeholders take no memory.
+    like = {
+        path: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape) for path, leaf in wanted.items()
+    }
     context = ocp.Context()
     context.pytree.loading.partial_load = True
     # Each process reads by itself: others may read something else, or have ended.
     context.multiprocessing.primary_host = jax.process_index()
     context.multiprocessing.active_processes = {jax.process_index()}
     with context:
-        tree = ocp.load(Path(folder).absolute(), like)
-    found = {}
-    for path in wanted:
-        node = tree
-        for key in path.split("/"):
-            node = node[key]
-        found[path] = node
-    return found
+        return flatten(ocp.load(Path(folder).absolute(), unflatten(like)))

@@ -39,6 +39,20 @@ _OF_TWIG = re.compile(
 )
 
 
+def holds_twig(folder: Path) -> bool:
+    """Whether a folder holds a twig, ours or the official weights, and not a base.
+
+    Raises FileNotFoundError for a folder without weights.
+    """
+    if (folder / TWIG_FILE).is_file():
+        return True
+    if (folder / TREE).is_dir():
+        return False
+    with Weights(folder) as weights:
+        names = set(weights.shapes)
+    return not any("vision" in n or "projector" in n for n in names) and "lm_head.weight" in names
+
+
 def read_notes(folder: str | Path) -> tuple[TwigConfig, str | None]:
     """(where a folder's twig grows, fingerprint of its base) from its twig.json.
 
@@ -151,7 +165,7 @@ def read_twig(
     """A twig folder: (configuration, parameters), checked against its base.
 
     base, config: the base it is to run on, whose vocabulary the twig's head gets where only padding
-    sets them apart. `dtype` and `place` as in `read_llava`. Warns where the twig does not say what
+    sets them apart. `dtype` rounds every array, None keeps what is stored; `place` as in `Source.tree`. Warns where the twig does not say what
     base it grew on. Raises FileNotFoundError for missing files, ValueError for a twig of another
     base (unless `allow_base_mismatch`) or of a newer format, and one ValueError for all tensors
     that are missing, unexpected or misshaped.

@@ -11,9 +11,9 @@ restart there. `segments` tells turns apart, and marks the prefix as what all of
 """
 
 import itertools
-import queue
-import threading
+from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -262,38 +262,16 @@ def prefetch(iterator: Iterator[Any]) -> Generator[Any]:
     """The same items in the same order, up to two of them drawn ahead by a background thread.
 
     The thread starts with the first item asked for. An error in the iterator is raised where its
-    item would have come. Closing the generator ends the thread. What is drawn ahead counts in the
-    iterator's own position, so a reader that resumes keeps its own count.
+    item would have come. Closing the generator ends the thread, after the item that it draws. What
+    is drawn ahead counts in the iterator's own position, so a reader that resumes keeps its own
+    count.
     """
     done = object()
-    items: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(2)
-    closed = threading.Event()
-
-    def put(item: Any, error: BaseException | None = None) -> None:
-        while not closed.is_set():
-            try:
-                return items.put((item, error), timeout=0.1)
-            except queue.Full:
-                continue
-
-    def work() -> None:
-        try:
-            for item in iterator:
-                put(item)
-                if closed.is_set():
-                    return
-            put(done)
-        except BaseException as error:  # handed to the reader, whatever it is
-            put(done, error)
-
-    threading.Thread(target=work, daemon=True, name="prefetch").start()
+    pool = ThreadPoolExecutor(1, "prefetch")
     try:
-        while True:
-            item, error = items.get()
-            if error is not None:
-                raise error
-            if item is done:
-                return
+        ahead = deque(pool.submit(next, iterator, done) for _ in range(2))
+        while (item := ahead.popleft().result()) is not done:
+            ahead.append(pool.submit(next, iterator, done))
             yield item
     finally:
-        closed.set()
+        pool.shutdown(cancel_futures=True)

@@ -83,7 +83,6 @@ def accept(
         told(trace.parents, drafts.parents[:, 1:]),
         told(trace.probs, drafts.probs),
         trace.matched.at[rows, iteration].set(matched[:, None], mode="drop"),
-        trace.accepted.at[rows, slots].set(depth < matched[:, None], mode="drop"),
     )
     drew = (drafts.drafted > 0) & ~state.done
     return state._replace(
@@ -109,5 +108,4 @@ def empty_trace(rows: int, max_new: int, width: int) -> Trace:
         jnp.full((rows, max_new, width - 1), -1, jnp.int32),
         jnp.full((rows, max_new, width - 1), -1.0, jnp.float32),
         jnp.full((rows, max_new), -1, jnp.int32),
-        jnp.zeros((rows, max_new), bool),
     )

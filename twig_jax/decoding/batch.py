@@ -16,13 +16,13 @@ from twig_jax.decoding.buckets import (
     check_memory,
     device_memory,
     fit,
-    nbytes,
     program_for,
 )
 from twig_jax.decoding.network import Program, Weights
 from twig_jax.decoding.prefill import Inputs
 from twig_jax.decoding.settings import OF_TWIG, Controls, Request, Settings, controls
 from twig_jax.hardware import runs_triton
+from twig_jax.programs import device_bytes
 from twig_jax.pruning.schedule import Schedule
 
 
@@ -63,7 +63,7 @@ class Batches:
 
     @cached_property
     def _weights_bytes(self) -> int:
-        return nbytes(self.weights)
+        return device_bytes(self.weights)
 
     def prepare(
         self,

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from twig_jax.config import LlavaConfig, TwigConfig
@@ -14,7 +13,7 @@ from twig_jax.decoding.settings import Settings
 from twig_jax.decoding.tree import Tree
 from twig_jax.models.attention import queries_at_once
 from twig_jax.pruning.schedule import Schedule, by_twig
-from twig_jax.sharding.placement import ROWS
+from twig_jax.sharding.mesh import ROWS
 
 TEXT_STEP = 32  # undeclared shapes are rounded up to multiples of these
 _NEW_STEP = 32
@@ -172,12 +171,3 @@ def device_memory(device: jax.Device) -> int | None:
     if device.platform == "cpu":
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return None
-
-
-def nbytes(tree: object) -> int:
-    """Bytes of all arrays of a tree on one device."""
-    total = 0
-    for x in jax.tree.leaves(tree):
-        shape = x.sharding.shard_shape(x.shape) if isinstance(x, jax.Array) else np.shape(x)
-        total += int(np.prod(shape, dtype=np.int64)) * x.dtype.itemsize
-    return total

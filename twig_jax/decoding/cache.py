@@ -60,7 +60,6 @@ class Trace(NamedTuple):
     parents: jax.Array  # int32 [B, max_new, W - 1], the nodes they follow
     probs: jax.Array  # float32 [B, max_new, W - 1], their probability under the twig
     matched: jax.Array  # int32 [B, max_new], accepted drafts
-    accepted: jax.Array  # bool [B, max_new], whether emitted token i was an accepted draft
 
 
 class State(NamedTuple):
@@ -88,9 +87,9 @@ def spread_rows(state: State) -> State:
     return rest._replace(caches=caches)
 
 
-def insert(state: State, row: jax.Array | int, other: State, of: jax.Array | int) -> State:
-    """The state with its row replaced by row `of` of another state of the same slots."""
-    return spread_rows(jax.tree.map(lambda x, y: x.at[row].set(y[of]), state, other))
+def insert(state: State, row: jax.Array | int, other: State) -> State:
+    """The state with its row replaced by the first of another state of the same slots."""
+    return spread_rows(jax.tree.map(lambda x, y: x.at[row].set(y[0]), state, other))
 
 
 def idle(state: State, rows: int) -> State:

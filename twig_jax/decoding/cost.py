@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from twig_jax.config import LlavaConfig, TwigConfig
 from twig_jax.decoding.cache import Caches, State
@@ -26,11 +26,10 @@ from twig_jax.models.int8 import quantised
 from twig_jax.models.llava import init_base
 from twig_jax.models.twig import init_twig
 from twig_jax.programs import abstract, device_bytes
-from twig_jax.sharding.mesh import AXES
-from twig_jax.sharding.placement import partition
-from twig_jax.sharding.rules import shardings
+from twig_jax.sharding.mesh import abstract_mesh
+from twig_jax.sharding.rules import partition, shardings
 
-ONE_DEVICE = AbstractMesh((1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3)
+ONE_DEVICE = abstract_mesh()
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import jax
@@ -17,7 +16,7 @@ from twig_jax.config import LlavaConfig, TwigConfig
 from twig_jax.decoding.batch import Batches, Prepared
 from twig_jax.decoding.buckets import Bucket
 from twig_jax.decoding.cache import State, idle, insert
-from twig_jax.decoding.images import AT_ONCE, ImageEncoder, encode, place, upload
+from twig_jax.decoding.images import ImageEncoder, encode, place, upload
 from twig_jax.decoding.loop import decode
 from twig_jax.decoding.network import Program, Weights, drafting_in_int8
 from twig_jax.decoding.prefill import Past, Signals, prefill
@@ -27,15 +26,14 @@ from twig_jax.decoding.transcript import Detokenize, Transcript
 from twig_jax.models.cpu import arrange
 from twig_jax.models.llava import Params
 from twig_jax.pruning.schedule import Schedule, by_twig
-from twig_jax.sharding.placement import distribute, gather, partition
+from twig_jax.sharding.placement import distribute, gather
+from twig_jax.sharding.rules import partition
 
 _log = logging.getLogger(__name__)
 
 _UNBOUNDED = 2**30
 _MEASURED = 6  # iterations a timing of adaptive drafting is over
 _STOP_CHUNK = 8  # iterations between two looks for stops, where nobody watches
-
-IMAGE_PROGRAMS = tuple(1 << i for i in range(AT_ONCE.bit_length()))
 
 # Compilers for GPUs can make one product of those with one input (queries, keys and values; gate
 # and up). Of few tokens it reads all weights as they lie, however large; for whole prompts the
@@ -120,7 +118,7 @@ class Generator:
             mesh,
         )
         self.draft_cost = draft_cost
-        self.images = ImageEncoder(config, remembered_images)
+        self.images = ImageEncoder(config, weights.base, weights.dtype, remembered_images)
         self._costs: dict[tuple[Program, int], np.ndarray] = {}
         self._known: set[tuple[Program, tuple[int, ...], bool]] = set()
 
@@ -224,8 +222,8 @@ class Generator:
         nobody = Request(np.zeros(1, np.int32), np.zeros(1, bool), scores=np.zeros(1, np.float32))
         one = self.start([nobody], settings, bucket=replace(bucket, rows=1))
         self._cost(self.batches.prepare([nobody], settings, bucket=bucket))
-        self._warm_up_images(bucket.images)
         with self.context():
+            self.images.warm_up(bucket.images)
             state = _idle(one.state, bucket.rows)
         return Running(self, one.program, state, [None] * bucket.rows)
 
@@ -252,8 +250,7 @@ class Generator:
                 scores=np.zeros(len(ids), np.float32),
             )
             with self.context():
-                _ = self._nothing  # which rows with fewer images will need
-            self._warm_up_images(bucket.rows * bucket.images)
+                self.images.warm_up(bucket.rows * bucket.images)
             own = replace(settings, max_new_tokens=bucket.new, min_new_tokens=0)
             running = self.start([replace(request, settings=own)] * bucket.rows, own, bucket=bucket)
             running.run(1)
@@ -261,13 +258,6 @@ class Generator:
             seconds = time.perf_counter() - began
             report.append(Compiled(bucket, compiled_programs() - before, seconds))
         return report
-
-    def _warm_up_images(self, count: int) -> None:
-        """Compiles what encodes any number of images up to `count`."""
-        with self.context():
-            for size in IMAGE_PROGRAMS:
-                if size < 2 * count:  # as numbers between are rounded up
-                    self.images.warm_up(self.weights.base, size, self.weights.dtype)
 
     def compiled(self, requests: Sequence[Request], settings: Settings) -> dict[str, Any]:
         """A batch's two programs, "prefill" and "decode", as they are compiled, to be looked at.
@@ -304,46 +294,17 @@ class Generator:
     def insert(self, state: State, row: int, other: State) -> State:
         """Replaces a row by row 0 of another state. The first state's buffers are reused."""
         with self.context():
-            return _insert(state, row, other, 0)
+            return _insert(state, row, other)
 
     def _prompt(self, prepared: Prepared, requests: Sequence[Request], past: Past | None) -> Any:
         """What `prefill` is called with."""
         cost = self._cost(prepared)
         with self.context():
-            visual = self._embed(requests, prepared)
+            bucket = prepared.bucket
+            visual = self.images.embed(requests, bucket.rows, bucket.images)
             inputs = self._spread(prepared.inputs._replace(visual=visual))
             rows = self._spread(prepared.controls)
         return prepared.program, self.weights, inputs, rows, cost, past
-
-    def _embed(self, requests: Sequence[Request], prepared: Prepared) -> Any:
-        """Visual embeddings [B, I·M, d]; a row with fewer images is padded at its end."""
-        d, M = self.config.text.hidden_size, self.config.vision.num_tokens
-        rows, images = prepared.bucket.rows, prepared.bucket.images
-        if not images:
-            return np.zeros((rows, 0, d), self.weights.dtype)
-        # Rows that only fill a batch up are one request several times.
-        pixels = {id(r.pixels): r.pixels for r in requests if r.pixels is not None}
-        every = [x for images in pixels.values() for x in images]
-        encoded = iter(self.images(self.weights.base, every, self.weights.dtype))
-        found = {which: [next(encoded) for _ in images] for which, images in pixels.items()}
-        table: list[list[Any]] = []
-        for request in requests:
-            row: list[Any] = []
-            if request.visual is not None:
-                whole = np.zeros((-(-len(request.visual) // M) * M, d), self.weights.dtype)
-                whole[: len(request.visual)] = np.asarray(request.visual).astype(self.weights.dtype)
-                row += [upload(x) for x in whole.reshape(-1, M, d)]
-            row += found.get(id(request.pixels), [])
-            table.append(row + [self._nothing] * (images - len(row)))
-        table += [[self._nothing] * images] * (rows - len(table))
-        return place(table)
-
-    @cached_property
-    def _nothing(self) -> jax.Array:
-        """Embeddings [M, d] in an image's place, for rows that have fewer than others."""
-        c = self.config
-        shape = c.vision.num_tokens, c.text.hidden_size
-        return upload(np.zeros(shape, self.weights.dtype))
 
     def context(self) -> Any:
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)

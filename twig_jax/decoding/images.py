@@ -3,41 +3,46 @@
 import hashlib
 import threading
 from collections import OrderedDict
-from functools import partial
+from collections.abc import Sequence
+from functools import cached_property, partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from twig_jax.config import LlavaConfig
+from twig_jax.decoding.settings import Request
 from twig_jax.hardware import runs_triton
 from twig_jax.models.attention import attend
 from twig_jax.models.fused_attention import fused_attend
 from twig_jax.models.llava import Llava, Params
 from twig_jax.sharding.placement import spread
 
-AT_ONCE = 8  # images of the largest program; the others take powers of two below
+PROGRAMS = 1, 2, 4, 8  # images of each program
 
 
 class ImageEncoder:
     """Encodes images, and remembers up to `remembered` of them by the hash of their pixels."""
 
-    def __init__(self, config: LlavaConfig, remembered: int = 0) -> None:
-        self.config = config
+    def __init__(
+        self, config: LlavaConfig, base: Params, dtype: jnp.dtype, remembered: int = 0
+    ) -> None:
+        self.config, self.base, self.dtype = config, base, dtype
         self.remembered = remembered
         self.encoded = 0  # images that went through the vision tower
         self._known: OrderedDict[bytes, jax.Array] = OrderedDict()
         self._lock = threading.Lock()  # threads that share a generator forget each other's images
 
-    def __call__(self, base: Params, images: list[np.ndarray], dtype: jnp.dtype) -> list[jax.Array]:
+    def __call__(self, images: list[np.ndarray]) -> list[jax.Array]:
         """Normalised pixels [H, W, 3] of each image -> visual embeddings [M, d] of each."""
         if not self.remembered:
-            return self._encode(base, images, dtype)
+            return self._encode(images)
         keys = [hashlib.blake2b(x.tobytes(), digest_size=16).digest() for x in images]
         with self._lock:
             found = {key: self._known[key] for key in keys if key in self._known}
         missing = {k: x for k, x in zip(keys, images, strict=True) if k not in found}
-        encoded = self._encode(base, list(missing.values()), dtype)
+        encoded = self._encode(list(missing.values()))
         found |= zip(missing, encoded, strict=True)
         with self._lock:
             for key in keys:
@@ -47,21 +52,51 @@ class ImageEncoder:
                 self._known.popitem(last=False)
         return [found[key] for key in keys]
 
-    def warm_up(self, base: Params, size: int, dtype: jnp.dtype) -> None:
-        """Compiles what so many images need."""
-        pixels = np.zeros((self.config.vision.image_size,) * 2 + (3,), np.float32)
-        self._encode(base, [pixels] * size, dtype)
+    def embed(self, requests: Sequence[Request], rows: int, images: int) -> Any:
+        """Visual embeddings [rows, images * M, d]; what has fewer images is padded at its end."""
+        d, M = self.config.text.hidden_size, self.config.vision.num_tokens
+        if not images:
+            return np.zeros((rows, 0, d), self.dtype)
+        # Rows that only fill a batch up are one request several times.
+        pixels = {id(r.pixels): r.pixels for r in requests if r.pixels is not None}
+        encoded = iter(self([x for one in pixels.values() for x in one]))
+        found = {which: [next(encoded) for _ in one] for which, one in pixels.items()}
+        table: list[list[jax.Array]] = []
+        for request in requests:
+            row: list[jax.Array] = []
+            if request.visual is not None:
+                whole = np.zeros((-(-len(request.visual) // M) * M, d), self.dtype)
+                whole[: len(request.visual)] = np.asarray(request.visual).astype(self.dtype)
+                row += [upload(x) for x in whole.reshape(-1, M, d)]
+            row += found.get(id(request.pixels), [])
+            table.append(row + [self._nothing] * (images - len(row)))
+        table += [[self._nothing] * images] * (rows - len(table))
+        return place(table)
 
-    def _encode(self, base: Params, images: list[np.ndarray], dtype: jnp.dtype) -> list[jax.Array]:
+    def warm_up(self, count: int) -> None:
+        """Compiles what any number of images up to `count` needs."""
+        _ = self._nothing
+        pixels = np.zeros((self.config.vision.image_size,) * 2 + (3,), np.float32)
+        for size in PROGRAMS:
+            if size < 2 * count:  # as numbers between are rounded up
+                self._encode([pixels] * size)
+
+    @cached_property
+    def _nothing(self) -> jax.Array:
+        """Embeddings [M, d] in an image's place, for rows that have fewer than others."""
+        shape = self.config.vision.num_tokens, self.config.text.hidden_size
+        return upload(np.zeros(shape, self.dtype))
+
+    def _encode(self, images: list[np.ndarray]) -> list[jax.Array]:
         out: list[jax.Array] = []
         gpu = runs_triton(jax.local_devices()[0])
         while len(out) < len(images):
-            part = images[len(out) : len(out) + AT_ONCE]
+            part = images[len(out) : len(out) + PROGRAMS[-1]]
             size = 1 << (len(part) - 1).bit_length()
             pixels = np.zeros((size, *part[0].shape), np.float32)
             for i, image in enumerate(part):
                 pixels[i] = image
-            visual = encode(self.config, base, pixels, dtype, gpu)
+            visual = encode(self.config, self.base, pixels, self.dtype, gpu)
             out += visual[: len(part)]
             self.encoded += len(part)
         return out

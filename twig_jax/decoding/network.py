@@ -18,7 +18,7 @@ from twig_jax.models.int8 import quantised
 from twig_jax.models.llava import Llava, Params
 from twig_jax.models.twig import twig_decoder
 from twig_jax.pruning.schedule import Rank
-from twig_jax.sharding.placement import ROWS
+from twig_jax.sharding.mesh import ROWS
 
 
 class Segment(NamedTuple):

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, AxisType, Mesh
+from jax.sharding import Mesh
 
 from twig_jax.config import LlavaConfig, TwigConfig
 from twig_jax.decoding import cost
@@ -18,7 +18,7 @@ from twig_jax.decoding.generate import jitted_decode, jitted_prefill
 from twig_jax.decoding.settings import Settings
 from twig_jax.hardware import Chip, find_topology
 from twig_jax.programs import Collective, Hlo, device_bytes, working_memory
-from twig_jax.sharding.mesh import AXES, mesh_sizes
+from twig_jax.sharding.mesh import abstract_mesh, make_mesh, mesh_sizes
 
 # Seconds that a message takes to the next device of a ring, an assumption, and that a GPU takes
 # for a kernel that moves next to nothing: 1.0 to 1.7 µs on an H200, without gaps between them.
@@ -111,11 +111,7 @@ def plan(
     chip, count, devices = find_topology(topology)
     sizes = mesh_sizes((0, 1, tensor) if tensor else (1, 1, 0), count)
     program = program_for(bucket, settings, config, twig, gpu=chip.cuda is not None)
-    mesh = (
-        AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3)
-        if devices is None
-        else jax.make_mesh(sizes, AXES, (AxisType.Auto,) * 3, devices=devices)
-    )
+    mesh = abstract_mesh(*sizes) if devices is None else make_mesh(*sizes, devices=devices)
     weights = cost.shapes_of_weights(config, twig, dtype, mesh, int8)
     given = cost.shapes(program, bucket.rows, weights, mesh)
     depth = program.tree.depth

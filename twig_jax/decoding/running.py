@@ -93,14 +93,14 @@ class Running:
             assert row is not None
             if id(row.signals) not in signals:
                 seen = row.signals
-                fetched = gather((seen.scores, seen.kept, seen.logits))
-                signals[id(row.signals)] = fetched
-            scores, kept, logits = (x[row.of].copy() for x in signals[id(row.signals)])
+                signals[id(row.signals)] = gather((seen.scores, seen.kept))
+            scores, kept = (x[row.of].copy() for x in signals[id(row.signals)])
             size, rounds = len(row.transcript.tokens), int(iterations[b])
             trace = jax.tree.map(lambda x, b=b: x[b].copy(), traces)  # not those of all rows
+            emitted = np.cumsum(trace.matched[:rounds] + 1)
             if row.transcript.stopped:  # later drafts, of before anybody looked, answer nothing
-                emitted = np.cumsum(trace.matched[:rounds] + 1)
                 rounds = 1 + int(np.searchsorted(emitted, row.transcript.read))
+            own = np.isin(np.arange(size), emitted - 1)  # what an iteration ends with is the base's
             length, is_visual = len(row.request.ids), row.request.is_visual
             kept = kept[kept < length]
             out.append(
@@ -108,14 +108,13 @@ class Running:
                     tokens=row.transcript.tokens,
                     text=row.transcript.text if self.generator.detokenize else None,
                     stopped_by=row.stopped_by or "",
-                    accepted=trace.accepted[:size],
+                    accepted=~own,
                     drafts=_ragged(trace, trace.drafts, rounds),
                     parents=_ragged(trace, trace.parents, rounds),
                     probs=_ragged(trace, trace.probs, rounds),
                     matched=trace.matched[:rounds],
                     kept=kept[is_visual[kept]],
                     scores=scores[:length],
-                    logits=logits,
                     prefill_s=row.prefilled - row.began,
                     decode_s=(row.ended if row.done else time.perf_counter()) - row.prefilled,
                 )

@@ -134,7 +134,6 @@ class Result:
     matched: np.ndarray  # int32 [iterations], accepted drafts
     kept: np.ndarray  # int32, prompt slots of the visual tokens kept
     scores: np.ndarray  # float32 [S], what they were ranked by
-    logits: np.ndarray  # float32 [V], the base's at the last prompt token
     prefill_s: float  # seconds of the whole batch: images, prompt and first drafts
     decode_s: float  # seconds of the loop, until this answer was there
 

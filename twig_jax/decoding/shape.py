@@ -11,10 +11,10 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from twig_jax.decoding.buckets import nbytes
 from twig_jax.decoding.generate import Generator
 from twig_jax.decoding.settings import Request, Result, Settings
 from twig_jax.decoding.tree import Tree
+from twig_jax.programs import device_bytes
 
 RANKS = 10  # children that are tried at most
 _SIZES = (1, 2, 3, 4, 6, RANKS)  # children, and nodes of a level
@@ -65,11 +65,13 @@ def expected(tree: Tree, hits: np.ndarray) -> float:
     return float(np.sort(np.concatenate(found))[::-1][: tree.kept].sum())
 
 
-def choose_tree(costs: Costs, hits: np.ndarray, deepest: int = _DEEPEST) -> Tree:
+def choose_tree(costs: Costs, hits: np.ndarray) -> Tree:
     """The shape of most expected tokens a second; of equal ones that with the fewest nodes."""
     trees = {
         Tree.of(depth, children, expanded, kept)
-        for depth, children, expanded, kept in product(range(1, deepest + 1), _SIZES, _SIZES, _KEPT)
+        for depth, children, expanded, kept in product(
+            range(1, _DEEPEST + 1), _SIZES, _SIZES, _KEPT
+        )
         if children <= len(hits)
     }
 
@@ -134,7 +136,7 @@ def measure(
             "base": program.base.text,
             "twig": program.twig,
             "dtype": generator.weights.dtype,
-            "bytes": [nbytes(part) for part in generator.weights],
+            "bytes": [device_bytes(part) for part in generator.weights],
             "segments": program.segments,
             "slots": (len(requests), program.prompt_slots, program.max_new),
         }

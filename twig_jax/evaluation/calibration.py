@@ -180,7 +180,7 @@ def calibrate(
         head = {"kernel": _mistaken(kernel, error, logit)}
         generator = _generator(config, base, twig_config, {**twig, "lm_head": head}, int8)
         results = generator.generate(requests, settings)
-        told = acceptance(results, [()] * len(results))
+        told = acceptance(results)
         drafts = sum(len(d) for r in results for d in r.drafts)
         found = Calibration(
             *asked, told.tokar, told.drafted, told.accepted, drafts, measurement, error, logit

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from twig_jax.config import MODES
-from twig_jax.decoding.buckets import nbytes, state_bytes
+from twig_jax.decoding.buckets import state_bytes
 from twig_jax.decoding.generate import Generator
 from twig_jax.decoding.settings import Request, Result, Settings
 from twig_jax.evaluation.answers import answer_share, answered, digest, failed
@@ -19,6 +19,7 @@ from twig_jax.evaluation.benchmarks.files import Benchmark, Key, Question, Score
 from twig_jax.evaluation.pruners.answering import Rival
 from twig_jax.evaluation.scoring import relacc
 from twig_jax.evaluation.timing import timed
+from twig_jax.programs import device_bytes
 
 
 @dataclass(frozen=True)
@@ -250,7 +251,7 @@ def _memory(generator: Generator, settings: Settings, requests: Sequence[Request
     program = generator.batches.prepare(requests[:1], settings).program
     itemsize = generator.weights.cache_dtype.itemsize
     weights = generator.weights if program.runs_twig else generator.weights.base
-    return nbytes(weights) + round(state_bytes(program, 1, itemsize))
+    return device_bytes(weights) + round(state_bytes(program, 1, itemsize))
 
 
 def said(lines: Mapping[Key, str]) -> dict[Key, str]:

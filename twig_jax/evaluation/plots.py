@@ -20,10 +20,7 @@ _DASHES = ("-", "--", ":", "-.")  # of the budgets of one mode
 
 def relative_speed(path: str | Path, title: str, speeds: Sequence[Speed]) -> None:
     """Writes a PNG: a panel a batch size, answer length across, speed over plain's upwards."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     batches = sorted({s.batch for s in speeds})
@@ -31,14 +28,8 @@ def relative_speed(path: str | Path, title: str, speeds: Sequence[Speed]) -> Non
     ways = list(dict.fromkeys(s.way for s in speeds if s.way != "plain"))
     # A way is named "MODE BUDGET", or by its mode alone.
     alike = {way: [w for w in ways if w.split()[0] == way.split()[0]] for way in ways}
-    figure, panels = plt.subplots(
-        1,
-        len(batches),
-        figsize=(1.2 + 2.2 * len(batches), 3.2),
-        sharey=True,
-        squeeze=False,
-        layout="constrained",
-    )
+    figure = Figure(figsize=(1.2 + 2.2 * len(batches), 3.2), layout="constrained")
+    panels = figure.subplots(1, len(batches), sharey=True, squeeze=False)
     for batch, axes in zip(batches, panels[0], strict=True):
         axes.axhline(1, color=STYLES["plain"][0], linewidth=1)
         for way in ways:
@@ -71,7 +62,6 @@ def relative_speed(path: str | Path, title: str, speeds: Sequence[Speed]) -> Non
         handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=8
     )
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def plot_ablations(path: str | Path, lines: Sequence[Mapping[str, Any]]) -> None:
@@ -79,23 +69,20 @@ def plot_ablations(path: str | Path, lines: Sequence[Mapping[str, Any]]) -> None
 
     lines: of `over_seeds`; bars are means over seeds, whiskers their standard deviation.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
 
     shown = [("relacc", "RelAcc", "#2166ac"), ("relspd", "RelSpd", "#d6604d")]
     shown.append(("tokar", "TokAR", "#5aae61"))
     kinds = list(dict.fromkeys(line["ablation"] for line in lines))
     of = {kind: [line for line in lines if line["ablation"] == kind] for kind in kinds}
-    figure, panels = plt.subplots(
+    height = 0.5 + sum(0.5 + 0.26 * len(of[kind]) for kind in kinds)
+    figure = Figure(figsize=(10, height), layout="constrained")
+    panels = figure.subplots(
         len(kinds),
         len(shown),
-        figsize=(10, 0.5 + sum(0.5 + 0.26 * len(of[kind]) for kind in kinds)),
         height_ratios=[1 + 0.55 * len(of[kind]) for kind in kinds],
         sharex="col",
         squeeze=False,
-        layout="constrained",
     )
     for row, kind in zip(panels, kinds, strict=True):
         for axes, (name, title, color) in zip(row, shown, strict=True):
@@ -111,4 +98,3 @@ def plot_ablations(path: str | Path, lines: Sequence[Mapping[str, Any]]) -> None
                 axes.set_title(title, fontsize=10)
         row[0].set_ylabel(kind, fontsize=9)
     figure.savefig(path, dpi=110)
-    plt.close(figure)

@@ -8,6 +8,8 @@ import numpy as np
 from twig_jax.config import TwigConfig
 from twig_jax.decoding.settings import Result
 
+_DRAWS = 2000  # of a bootstrap
+
 
 @dataclass(frozen=True)
 class Acceptance:
@@ -25,12 +27,16 @@ def _share(part: float, whole: float) -> float:
     return part / whole if whole else float("nan")
 
 
-def acceptance(results: Sequence[Result], content: Sequence[Sequence[bool]]) -> Acceptance:
+def acceptance(
+    results: Sequence[Result], content: Sequence[Sequence[bool]] | None = None
+) -> Acceptance:
     """Counts drafts of all results; content[i] says which tokens of answer i depend on the page.
 
-    A draft counts by its place in the answer; places past the known answer count as wording. Of the
-    drafts for one place at most one is accepted, and one is for every accepted token.
+    A draft counts by its place in the answer; places past the known answer count as wording, as all
+    do where nothing is known. Of the drafts for one place at most one is accepted, and one is for
+    every accepted token.
     """
+    content = [()] * len(results) if content is None else content
     counts = np.zeros((2, 2), int)  # [content, accepted]
     rounds = 0
     for result, flags in zip(results, content, strict=True):
@@ -61,8 +67,6 @@ def relacc(
     accelerated: Sequence[float],
     base: Sequence[float],
     groups: Sequence[Hashable] | None = None,
-    seed: int = 0,
-    draws: int = 2000,
 ) -> tuple[float, float, float]:
     """Accelerated accuracy over the base's on the same samples, with a 95 % interval.
 
@@ -80,10 +84,10 @@ def relacc(
         sums = np.zeros((len(number), 2))
         np.add.at(sums, [number[group] for group in groups], pairs)
         pairs = sums
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     # One draw at a time: all of a large benchmark's would not fit into memory.
     drawn = np.array(
-        [pairs[rng.integers(len(pairs), size=len(pairs))].sum(0) for _ in range(draws)]
+        [pairs[rng.integers(len(pairs), size=len(pairs))].sum(0) for _ in range(_DRAWS)]
     )
     drawn = drawn[drawn[:, 1] > 0]
     low, high = np.percentile(drawn[:, 0] / drawn[:, 1], [2.5, 97.5])

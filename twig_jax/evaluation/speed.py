@@ -15,6 +15,7 @@ from twig_jax.decoding.cost import Drafting, Machine
 from twig_jax.decoding.generate import Generator, compiled_programs
 from twig_jax.decoding.settings import Request, Result, Settings
 from twig_jax.evaluation.scoring import acceptance
+from twig_jax.programs import working_memory
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def _speed(
 ) -> Speed:
     settings, mine, rows = ways[way], calls[way], len(requests)
     results = mine[0].results  # greedy: all calls have the same
-    told, levels = acceptance(results, [()] * rows), _deepest(results)
+    told, levels = acceptance(results), _deepest(results)
     emitted = [r.emitted for r in results]
     further = max(r.emitted - int(r.matched[0]) - 1 for r in results)
     steps = max(len(r.matched) for r in results) - 1  # the first one belongs to prefill
@@ -181,13 +182,7 @@ def _speed(
 
 def _peak(program: Any) -> int:
     """Bytes of a compiled program on one device."""
-    m = program.memory_analysis()
-    return (
-        m.argument_size_in_bytes
-        + m.output_size_in_bytes
-        + m.temp_size_in_bytes
-        - m.alias_size_in_bytes
-    )
+    return int(program.memory_analysis().argument_size_in_bytes + working_memory(program))
 
 
 def random_requests(config: LlavaConfig, rows: int, text_tokens: int) -> list[Request]:
@@ -227,11 +222,10 @@ def timed(generator: Generator, requests: Sequence[Request], settings: Settings)
 def _vision(generator: Generator, requests: Sequence[Request], repeats: int) -> float:
     """Seconds of the vision tower on all images, after a call that compiles."""
     pixels = [x for r in requests if r.pixels is not None for x in r.pixels]
-    weights = generator.weights
     times = []
     for _ in range(repeats + 1):
         began = time.perf_counter()
-        jax.block_until_ready(generator.images(weights.base, pixels, weights.dtype))
+        jax.block_until_ready(generator.images(pixels))
         times.append(time.perf_counter() - began)
     return statistics.median(times[1:])
 

@@ -12,9 +12,9 @@ from twig_jax.data.tokens import prompt_ids
 from twig_jax.decoding.generate import Generator
 from twig_jax.decoding.settings import Request, Result, Settings
 
-# Signals that the decoding programs compute themselves; the others are scores given to them.
-COMPUTED = ("twig", "fastv")
-SELECTORS = (*COMPUTED, "random", "oracle")
+# What the decoding programs compute themselves, and their name for it; other scores are given.
+_COMPUTED = {"twig": "twig", "base_K": "fastv"}
+SELECTORS = (*_COMPUTED, "random", "oracle")
 _TEMPLATE = "llava_hf"
 
 
@@ -51,18 +51,10 @@ def load_samples(
         if blank:
             image = np.broadcast_to(np.median(image, axis=(0, 1)).astype(np.uint8), image.shape)
         pixels = images.normalize(image[None], v.image_mean, v.image_std)
-        request = make_request(tokenizer, config, question.text, pixels)
-        samples.append(Sample(index, page, question, request))
+        text = conversation.prompt(_TEMPLATE, [(question.text, None)], images=1)
+        ids, is_visual = prompt_ids(tokenizer, text, config.image_token_id, v.num_tokens, 1)
+        samples.append(Sample(index, page, question, Request(ids, is_visual, pixels=pixels)))
     return samples
-
-
-def make_request(tokenizer: Any, config: LlavaConfig, question: str, pixels: np.ndarray) -> Request:
-    """A single-turn request; pixels float32 [I, H, W, 3], normalised."""
-    text = conversation.prompt(_TEMPLATE, [(question, None)], images=len(pixels))
-    ids, is_visual = prompt_ids(
-        tokenizer, text, config.image_token_id, config.vision.num_tokens, len(pixels)
-    )
-    return Request(ids, is_visual, pixels=pixels)
 
 
 def with_scores(sample: Sample, selector: str, seed: int = 0) -> Request:
@@ -71,7 +63,7 @@ def with_scores(sample: Sample, selector: str, seed: int = 0) -> Request:
     "random" ranks all visual tokens at random; "oracle" ranks those that show the digits the
     question needs first, round robin over the digits, and the rest at random.
     """
-    if selector in COMPUTED:
+    if selector in _COMPUTED:
         return sample.request
     if selector not in SELECTORS:
         raise ValueError(f"no selector {selector!r}; there are: {', '.join(SELECTORS)}")
@@ -95,8 +87,7 @@ def answer(
     told: Callable[[int, Result], Any] = lambda *_: None,
 ) -> list[Result]:
     """Results in order; `told` as in `Generator.generate_many`."""
-    computed = selector in COMPUTED
-    settings = replace(settings, selector=selector if computed else "given")
+    settings = replace(settings, selector=_COMPUTED.get(selector, "given"))
     requests = [with_scores(sample, selector) for sample in samples]
     return generator.generate_many(requests, settings, batch, told)
 

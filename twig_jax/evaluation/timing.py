@@ -31,7 +31,7 @@ class Timed:
         timings: [new tokens, tokens/s, plain's new tokens, plain's tokens/s] a sample. tokar,
         mean_accepted: of these samples' drafts, None where there are none.
         """
-        drafts = acceptance(self.results, [()] * len(self.results))
+        drafts = acceptance(self.results)
         drew = any(len(d) for r in self.results for d in r.drafts)
         lengths, plain_lengths = _lengths(self.results), _lengths(self.plain_results)
         return {

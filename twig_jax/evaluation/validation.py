@@ -17,6 +17,7 @@ from twig_jax.pruning.budget import retained
 BUDGETS = (1 / 3, 2 / 9, 1 / 9)
 
 _ROWS = 32  # that answer at a time
+_NEW_TOKENS = 64  # of an answer at most
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,9 @@ class Validation:
     What a twig's base answers by itself is remembered, since it does not change.
     """
 
-    def __init__(self, tokenizer: Any, held_out: Sequence[HeldOut], new_tokens: int = 64) -> None:
+    def __init__(self, tokenizer: Any, held_out: Sequence[HeldOut]) -> None:
         self._tokenizer, self._held_out = tokenizer, held_out
-        self._plain = Settings(mode="plain", max_new_tokens=new_tokens)
+        self._plain = Settings(mode="plain", max_new_tokens=_NEW_TOKENS)
         self._right: list[bool] = []
 
     def __call__(self, generator: Generator) -> dict[str, float]:
@@ -51,7 +52,7 @@ class Validation:
         if not self._right:
             self._right = self._exact(generator, self._plain)
         drafted = self._answers(generator, replace(self._plain, mode="ssd"))
-        accepted = acceptance(drafted, [()] * len(drafted))
+        accepted = acceptance(drafted)
         figures = {
             "exact": float(np.mean(self._right)),
             "tokar": accepted.tokar,

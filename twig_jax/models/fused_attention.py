@@ -17,7 +17,7 @@ from einops import rearrange
 from jax.experimental import pallas as pl
 
 from twig_jax.models.attention import Context, attend
-from twig_jax.sharding.placement import partition
+from twig_jax.sharding.rules import partition
 
 try:
     from jax.experimental.pallas import triton

@@ -1,23 +1,31 @@
 """Device meshes with the axes ('data', 'fsdp', 'tensor')."""
 
 import math
+from collections.abc import Sequence
 
 import jax
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 AXES = ("data", "fsdp", "tensor")
+ROWS = AXES[:2]  # those that rows of a batch are spread over
+_TYPES = (AxisType.Auto,) * 3
 
 
-def make_mesh(data: int = 0, fsdp: int = 1, tensor: int = 1) -> Mesh:
-    """A mesh over all devices; a size of 0 takes what the other two leave.
+def make_mesh(
+    data: int = 0, fsdp: int = 1, tensor: int = 1, *, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """A mesh over the devices, None for all; a size of 0 takes what the other two leave.
 
     Raises ValueError where the sizes do not multiply to the number of devices.
     """
-    return jax.make_mesh(
-        mesh_sizes((data, fsdp, tensor), jax.device_count()),
-        AXES,
-        axis_types=(AxisType.Auto,) * 3,
-    )
+    count = jax.device_count() if devices is None else len(devices)
+    sizes = mesh_sizes((data, fsdp, tensor), count)
+    return jax.make_mesh(sizes, AXES, _TYPES, devices=devices)
+
+
+def abstract_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> AbstractMesh:
+    """A mesh without devices, for shapes and their shardings."""
+    return AbstractMesh((data, fsdp, tensor), AXES, axis_types=_TYPES)
 
 
 def mesh_sizes(sizes: tuple[int, int, int], devices: int) -> tuple[int, int, int]:

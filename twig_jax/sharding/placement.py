@@ -8,24 +8,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from twig_jax.sharding.rules import shardings
-
-ROWS = ("data", "fsdp")
-
-
-def partition(shape: tuple[int, ...], axes: tuple[str | None, ...], mesh: Any) -> P:
-    """The partition of an array: "rows" stands for the mesh's data axes, None for no axis.
-
-    An axis that does not divide its dimension is left out: correct, only less spread.
-    """
-    chosen = []
-    for size, axis in zip(shape, axes, strict=False):
-        names = ROWS if axis == "rows" else (axis,) if axis else ()
-        parts = 1
-        for name in names:
-            parts *= mesh.shape[name]
-        chosen.append(names if names and size % parts == 0 else None)
-    return P(*chosen)
+from twig_jax.sharding.rules import partition, shardings
 
 
 def spread(x: jax.Array, *axes: str | None) -> jax.Array:

@@ -5,11 +5,14 @@ Megatron's layout: projections into heads and feed-forward units split their out
 """
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+
+from twig_jax.sharding.mesh import ROWS
 
 RULES: tuple[tuple[str, P], ...] = (
     (r"((q|k|v|gate|up)_proj|lm_head)/kernel", P("fsdp", "tensor")),
@@ -49,18 +52,25 @@ def path_string(path: tuple[Any, ...]) -> str:
     return "/".join(str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in path)
 
 
-def shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
-    """A NamedSharding for every leaf (array or shape) of a parameter tree.
+def partition(shape: tuple[int, ...], axes: Iterable[str | None], mesh: Any) -> P:
+    """The partition of an array: "rows" stands for the mesh's data axes, None for no axis.
 
-    An axis that does not divide a dimension is left out for that parameter: correct, only less
-    spread.
+    An axis that does not divide its dimension is left out: correct, only less spread.
     """
+    chosen = []
+    for size, axis in zip(shape, axes, strict=False):
+        names = ROWS if axis == "rows" else (axis,) if axis else ()
+        parts = 1
+        for name in names:
+            parts *= mesh.shape[name]
+        chosen.append(names if names and size % parts == 0 else None)
+    return P(*chosen)
+
+
+def shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
+    """A NamedSharding for every leaf (array or shape) of a parameter tree."""
 
     def one(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
-        axes = [
-            axis if axis and size % mesh.shape[axis] == 0 else None
-            for axis, size in zip(spec(path_string(path)), leaf.shape, strict=False)
-        ]
-        return NamedSharding(mesh, P(*axes))
+        return NamedSharding(mesh, partition(leaf.shape, spec(path_string(path)), mesh))
 
     return jax.tree_util.tree_map_with_path(one, tree)

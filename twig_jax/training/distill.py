@@ -23,6 +23,7 @@ from twig_jax.training.losses import (
     Metrics,
     TwigPart,
     cross_entropy,
+    first_of_answers,
     in_chunks,
     trunk,
 )
@@ -184,11 +185,10 @@ def queries(batch: Batch, which: str, most: int) -> jax.Array:
     which: "answer", those that predict an answer's first word; "text", all text that asks. The
     first `most` of a row. Raises ValueError for another kind.
     """
-    answers = batch["targets"] >= 0
     if which == "answer":
-        chosen = answers & ~jnp.pad(answers, ((0, 0), (1, 0)))[:, :-1]
+        chosen = first_of_answers(batch["targets"])
     elif which == "text":
-        chosen = ~answers & ~batch["is_visual"] & (batch["segments"] > 0)
+        chosen = (batch["targets"] < 0) & ~batch["is_visual"] & (batch["segments"] > 0)
     else:
         raise ValueError(f"no distill.queries {which!r}; there are: answer, text")
     return first_of(chosen, min(most, chosen.shape[1]))

@@ -94,6 +94,12 @@ def _score(
     return ce, best
 
 
+def first_of_answers(targets: jax.Array) -> jax.Array:
+    """Which targets int32 [B, S] are an answer's first, -1 standing for none."""
+    answers = targets >= 0
+    return answers & ~jnp.pad(answers, ((0, 0), (1, 0)))[:, :-1]
+
+
 def cross_entropy(
     ce: jax.Array, best: jax.Array, batch: Batch, weight: jax.Array | float = 1.0
 ) -> tuple[jax.Array, Metrics]:
@@ -107,7 +113,7 @@ def cross_entropy(
         content, kinds = batch["content"], batch["kinds"]
         w *= jnp.where(content, weight, 1.0)
         metrics["content_accuracy"] = jnp.stack([(right & content).sum(), (valid & content).sum()])
-        first = jnp.concatenate([jnp.ones_like(valid[:, :1]), ~valid[:, :-1]], axis=1) & valid
+        first = first_of_answers(targets)
         for i, name in enumerate(KINDS):
             of_kind = first & (kinds == i)
             metrics[f"first/{name}"] = jnp.stack([(right & of_kind).sum(), of_kind.sum()])

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from twig_jax.data.packing import Shape, fill
@@ -15,7 +15,7 @@ from twig_jax.hardware import Chip, find_topology
 from twig_jax.models.llava import init_base
 from twig_jax.models.twig import feeding, init_twig
 from twig_jax.programs import Hlo, abstract, device_bytes, working_memory
-from twig_jax.sharding.mesh import AXES, mesh_sizes
+from twig_jax.sharding.mesh import abstract_mesh, make_mesh, mesh_sizes
 from twig_jax.sharding.rules import shardings
 from twig_jax.training.config import TrainConfig
 from twig_jax.training.data import open_batches
@@ -154,7 +154,7 @@ def lowered(config: TrainConfig, mesh: Mesh) -> tuple[Any, tuple[TrainState, Any
 
 def _compiled(config: TrainConfig, topology: str, chip: Chip, devices: Any) -> Plan:
     sizes = mesh_sizes(config.mesh, len(devices))
-    mesh = jax.make_mesh(sizes, AXES, (AxisType.Auto,) * 3, devices=devices)
+    mesh = make_mesh(*sizes, devices=devices)
     step, held = lowered(config, mesh)
     try:
         compiled = step.compile()
@@ -180,7 +180,7 @@ def _compiled(config: TrainConfig, topology: str, chip: Chip, devices: Any) -> P
 
 def _estimated(config: TrainConfig, topology: str, chip: Chip, devices: int) -> Plan:
     sizes = mesh_sizes(config.mesh, devices)
-    mesh = AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3)
+    mesh = abstract_mesh(*sizes)
     parts = config.accumulate(dict(mesh.shape))
     state, frozen, batch = _held(config, mesh)
     base, twig = config.model()

@@ -28,13 +28,10 @@ _DASHES = ("-", "--", ":", "-.")
 
 def curves(path: epath.Path, lines: Sequence[dict[str, float]]) -> None:
     """Writes a PNG of the figures of a run, as `Log` notes them, over its steps."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, panels = plt.subplots(1, 4, figsize=(14, 3.2), layout="constrained")
-    for axes, (title, names) in zip(panels, _PANELS, strict=True):
+    figure = Figure(figsize=(14, 3.2), layout="constrained")
+    for axes, (title, names) in zip(figure.subplots(1, 4), _PANELS, strict=True):
         for name, color in names:
             for dash, found in zip(_DASHES, _found(lines, name), strict=False):
                 points = [(line["step"], line[found]) for line in lines if found in line]
@@ -58,7 +55,6 @@ def curves(path: epath.Path, lines: Sequence[dict[str, float]]) -> None:
             axes.legend(fontsize=8, frameon=False)
     picture = io.BytesIO()
     figure.savefig(picture, dpi=110)
-    plt.close(figure)
     path.write_bytes(picture.getvalue())
 
 

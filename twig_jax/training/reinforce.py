@@ -26,7 +26,7 @@ from twig_jax.pruning.budget import retained
 from twig_jax.pruning.sampling import draw, log_probability
 from twig_jax.pruning.select import first_of, take
 from twig_jax.training.config import ReinforceConfig
-from twig_jax.training.losses import Batch, Metrics, TwigPart, in_chunks, trunk
+from twig_jax.training.losses import Batch, Metrics, TwigPart, first_of_answers, in_chunks, trunk
 
 _LEAST = 1e-20  # scores below it count as it
 
@@ -162,8 +162,7 @@ class Reinforcement:
 
         B, S = batch["tokens"].shape
         segments = batch["segments"]
-        answers = batch["targets"] >= 0
-        starts = answers & ~jnp.pad(answers, ((0, 0), (1, 0)))[:, :-1]
+        starts = first_of_answers(batch["targets"])
         # A segment may hold a conversation: its first question chooses for all of it.
         starts &= (where[1] & starts[:, None]).sum(-1) == 1
         slots = first_of(starts, min(most.questions, S))  # [B, A]

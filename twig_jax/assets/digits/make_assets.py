@@ -92,7 +92,7 @@ def make_tokenizer() -> None:
         if len(ids) != 1:
             raise ValueError(f"{piece!r} takes {len(ids)} tokens; raise the vocabulary limit")
 
-    tokenizer.save(str(FOLDER / "tokenizer.json"))
+    tokenizer.save(str(FOLDER / "base" / "tokenizer.json"))
     names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -102,7 +102,7 @@ def make_tokenizer() -> None:
     } | names
     special = names | {"additional_special_tokens": ["<image>"]}
     for name, content in (("tokenizer_config.json", config), ("special_tokens_map.json", special)):
-        (FOLDER / name).write_text(json.dumps(content, indent=2) + "\n")
+        (FOLDER / "base" / name).write_text(json.dumps(content, indent=2) + "\n")
 
 
 if __name__ == "__main__":

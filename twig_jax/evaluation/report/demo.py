@@ -29,12 +29,10 @@ class Shown:
 
 def chart(title: str, labels: Sequence[str], series: dict[str, Sequence[float | None]]) -> str:
     """Grouped bars as inline SVG; a None leaves its bar out."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 3.2))
+    figure = Figure(figsize=(7, 3.2))
+    axes = figure.subplots()
     width = 0.8 / len(series)
     palette = (_BLUE, _ORANGE, _GREY, "#5aae61", "#762a83")
     for i, (name, values) in enumerate(series.items()):
@@ -57,7 +55,6 @@ def chart(title: str, labels: Sequence[str], series: dict[str, Sequence[float | 
     figure.tight_layout()
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
-    plt.close(figure)
     return buffer.getvalue()[buffer.getvalue().index("<svg") :]
 
 

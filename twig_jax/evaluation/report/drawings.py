@@ -207,13 +207,11 @@ def _marks(rows: Sequence[Pooled]) -> dict[str | None, tuple[str, str]]:
 
 
 def _subplots(rows: int, columns: int, width: float, height: float) -> tuple[Any, Any]:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
 
     size = (0.6 + width * columns, 0.9 + height * rows)
-    return plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    figure = Figure(figsize=size, layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False)
 
 
 def _panels(tasks: Sequence[str]) -> tuple[Any, dict[str, Any]]:
@@ -248,9 +246,6 @@ def _finish(figure: Any, panels: dict[str, Any], title: str) -> bytes:
 
 
 def _png(figure: Any) -> bytes:
-    from matplotlib import pyplot as plt
-
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=110)
-    plt.close(figure)
     return file.getvalue()
