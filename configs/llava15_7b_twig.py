@@ -2,8 +2,9 @@
 
     python -m launch.train --config configs/llava15_7b_twig.py --export twig
 
-reads the base from the hub or its cache, and LLaVA-665K from data/ (see docs/training.md). A batch
-holds about 140 conversations, where the paper has 128; the steps are one epoch.
+reads the base from the hub or its cache, and LLaVA-665K from data/ (see docs/training.md), as LLaVA
+read it: images padded to squares, the prompts of vicuna_v1. A batch holds about 140 conversations,
+where the paper has 128; the steps are one epoch.
 """
 
 from twig_jax.training.config import DataConfig, TrainConfig
@@ -20,6 +21,7 @@ def get_config() -> TrainConfig:
         data=DataConfig(
             source="data/llava_v1_5_mix665k.json",
             images="data/images",
+            conventions="llava",
             batch_size=32,
             row_tokens=4096,
             row_images=5,

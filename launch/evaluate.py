@@ -30,6 +30,9 @@ _TRAINED_IMAGES = flags.DEFINE_string("trained_images", None, "its image folder;
 _CHECKPOINT = flags.DEFINE_string("checkpoint", "digits", "folder or hub id of a base, or digits")
 _TWIG = flags.DEFINE_string("twig", None, "folder or hub id of its twig")
 _DTYPE = flags.DEFINE_enum("dtype", None, DTYPES, "default float32 on CPUs, bfloat16 elsewhere")
+_CONVENTIONS = flags.DEFINE_enum(
+    "conventions", None, ["llava"], "read text and images as LLaVA does, whatever the folder says"
+)
 _TEMPLATE = flags.DEFINE_string("template", None, "conversation template other than the base's own")
 _MODES = flags.DEFINE_list("modes", ["plain", "ttp"], f"of {', '.join(MODES)}")
 _SELECTOR = flags.DEFINE_list("selector", ["twig"], "what prunes; --selector help lists them")
@@ -95,7 +98,13 @@ def evaluate() -> None:
     from twig_jax.runtime import environment, use_compilation_cache
 
     use_compilation_cache()
-    model = api.load(_CHECKPOINT.value, _TWIG.value, _DTYPE.value, template=_TEMPLATE.value)
+    model = api.load(
+        _CHECKPOINT.value,
+        _TWIG.value,
+        _DTYPE.value,
+        conventions=_CONVENTIONS.value,
+        template=_TEMPLATE.value,
+    )
     tokens = model.config.vision.num_tokens
     budgets = asked_budgets or [round(part * tokens) for part in BUDGETS]
     settings = _settings() | {"dtype": model.generator.weights.dtype.name}
@@ -220,7 +229,7 @@ def _speeds(judge: Any, ways: list) -> dict:
 def _settings() -> dict[str, Any]:
     """What answers depend on besides the run and dtype; but for rounding, not on the batch."""
     drafting = (_GAMMA, _THETA, _CHILDREN, _EXPANDED, _NODES)
-    flags = (_CHECKPOINT, _TWIG, _TEMPLATE, _MAX_NEW, *drafting, _SEED)
+    flags = (_CHECKPOINT, _TWIG, _CONVENTIONS, _TEMPLATE, _MAX_NEW, *drafting, _SEED)
     return {flag.name: flag.value for flag in flags}
 
 

@@ -6,7 +6,7 @@ python -m launch.generate --checkpoint llava-hf/llava-1.5-7b-hf --twig models/tw
 python -m launch.generate --batch_file questions.jsonl --json answers.jsonl
 
 question: --image --prompt, or --raw_prompt; --batch_file --image_folder for many
-model:    --checkpoint --twig --dtype --int8 --template --allow_base_mismatch
+model:    --checkpoint --twig --dtype --int8 --conventions --template --allow_base_mismatch
 decoding: --mode --avg_retained --max_new_tokens --min_new_tokens --stop --batch
 drafting: --gamma --theta --adaptive --children --expanded --nodes, or --fit_tree
 sampling: --temperature --top_k --top_p --min_p --repetition_penalty --seed
@@ -41,6 +41,9 @@ _TWIG = flags.DEFINE_string("twig", None, "folder or hub id of its twig")
 _DTYPE = flags.DEFINE_enum("dtype", None, DTYPES, "default float32 on CPUs, bfloat16 elsewhere")
 _INT8 = flags.DEFINE_enum(
     "int8", None, INT8, "twig: draft in int8, answers stay; all: the base too, which is lossy"
+)
+_CONVENTIONS = flags.DEFINE_enum(
+    "conventions", None, ["llava"], "read text and images as LLaVA does, whatever the folder says"
 )
 _TEMPLATE = flags.DEFINE_string("template", None, "conversation template other than the base's own")
 _MISMATCH = flags.DEFINE_bool("allow_base_mismatch", False, "use a twig grown on another base")
@@ -106,6 +109,7 @@ def generate() -> None:
         _TWIG.value,
         _DTYPE.value,
         allow_base_mismatch=_MISMATCH.value,
+        conventions=_CONVENTIONS.value,
         template=_TEMPLATE.value,
         int8=_INT8.value,
         # Files often ask several questions about an image.

@@ -34,6 +34,9 @@ _OUT = flags.DEFINE_string("out", None, "the .jsonl file to write")
 _LIMIT = flags.DEFINE_integer("limit", None, "only the first so many", lower_bound=1)
 _NEW = flags.DEFINE_integer("max_new_tokens", 256, "of an answer", lower_bound=1)
 _BATCH = flags.DEFINE_integer("batch", 32, "questions answered at once", lower_bound=1)
+_CONVENTIONS = flags.DEFINE_enum(
+    "conventions", None, ["llava"], "read text and images as LLaVA does, whatever the folder says"
+)
 _DTYPE = flags.DEFINE_enum("dtype", None, DTYPES, "default float32 on CPUs, bfloat16 elsewhere")
 
 _BEGINNING = b'{"index": '  # of every row
@@ -72,7 +75,7 @@ def answer(out: Path) -> None:
         return
     out.parent.mkdir(parents=True, exist_ok=True)
     out.open("a").close()  # it fails now, or not after long work
-    model = api.load(_CHECKPOINT.value, _TWIG.value, _DTYPE.value)
+    model = api.load(_CHECKPOINT.value, _TWIG.value, _DTYPE.value, conventions=_CONVENTIONS.value)
     size, answered, bad, cut = _AT_ONCE * _BATCH.value, 0, 0, 0
     empty = set()
     with tqdm(total=len(todo), unit="conversation", disable=None) as bar, out.open("a") as file:

@@ -137,7 +137,8 @@ def read_held_out(config: Any) -> tuple[Any, Any]:
     if config.data.source is None:
         samples = tasks.load_samples(tokenizer, base_config, n, split="validation")
         return tokenizer, [HeldOut(s.request, s.question.answer) for s in samples]
-    reader = Model(Generator(base_config, {}), tokenizer, conventions(config.reads_as()))
+    reads = conventions(config.reads_as(), config.data.conventions)
+    reader = Model(Generator(base_config, {}), tokenizer, reads)
     source = open_source(config.data.validation, config.data.images)
     found: list[HeldOut] = []
     for index in range(len(source)):

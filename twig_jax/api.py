@@ -177,6 +177,7 @@ def load(
     dtype: str | None = None,
     *,
     allow_base_mismatch: bool = False,
+    conventions: str | None = None,
     template: str | None = None,
     mesh: Mesh | None = None,
     buckets: Sequence[Bucket] = (),
@@ -187,24 +188,25 @@ def load(
 
     checkpoint: a folder or hub id, in Hugging Face's, the original LLaVA's (with its vision tower)
     or our orbax format; "digits" is the embedded pair. twig: a twig folder. dtype: to compute in;
-    None is float32 on CPUs, bfloat16 elsewhere. template: a conversation template other than the
-    checkpoint's own. mesh, buckets, remembered_images: see `Generator`. int8: "twig" drafts in
-    int8, with the same answers; "all" has the base's decoder in int8 as well, which is another,
-    coarser model. Tensors are put on the device one by one, into their shardings where there is a
-    mesh. Raises FileNotFoundError for what is not there, ValueError for a twig of another base
-    (unless allowed) and for what is not supported, ImportError for files that need torch (.bin) or
-    sentencepiece (tokenizer.model) where that is missing.
+    None is float32 on CPUs, bfloat16 elsewhere. conventions: "llava" reads text and images as
+    LLaVA's own code does, see `data.tokens.conventions`; None as the checkpoint's folder says.
+    template: a conversation template other than theirs. mesh, buckets, remembered_images: see
+    `Generator`. int8: "twig" drafts in int8, with the same answers; "all" has the base's decoder in
+    int8 as well, which is another, coarser model. Tensors are put on the device one by one, into
+    their shardings where there is a mesh. Raises FileNotFoundError for what is not there,
+    ValueError for a twig of another base (unless allowed) and for what is not supported,
+    ImportError for files that need torch (.bin) or sentencepiece (tokenizer.model) where that is
+    missing.
     """
     from twig_jax.checkpoints.llava import local_folder, open_llava
     from twig_jax.checkpoints.twig import feeds_twig, read_notes, read_twig
-    from twig_jax.data import conversation
+    from twig_jax.data import conversation, tokens
     from twig_jax.data.digits import ASSETS
-    from twig_jax.data.tokens import conventions, load_tokenizer
 
     if str(checkpoint) == "digits":
         checkpoint, twig = ASSETS / "base", twig or ASSETS / "twig"
     folder = local_folder(checkpoint)
-    found = conventions(folder)
+    found = tokens.conventions(folder, conventions)
     if template is not None:
         conversation.template(template)
         found = replace(found, template=template)
@@ -222,7 +224,7 @@ def load(
     def place_in_int8(path: str, x: np.ndarray) -> Any:
         return place(path, quantise(x) if is_kernel(path) else x)
 
-    tokenizer = load_tokenizer(folder)
+    tokenizer = tokens.load_tokenizer(folder)
     twig_config = twig_params = None
     with open_llava(folder) as (config, source):
         if twig is not None:

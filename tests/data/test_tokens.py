@@ -398,6 +398,27 @@ def test_the_embedded_base_has_hugging_face_s_conventions():
 
 
 @pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (HF, ("llava", True, "vicuna_v1")),
+        (HF | {"conversation_template": "mistral_instruct"}, ("llava", True, "mistral_instruct")),
+        (HF | {"image_aspect_ratio": "square"}, ("llava", False, "vicuna_v1")),
+        (ORIGINAL | {"image_aspect_ratio": None}, ("llava", False, "vicuna_v1")),
+        (MISTRAL, ("llava", False, "mistral_instruct")),
+    ],
+)
+def test_llava_s_own_conventions_may_be_asked_for(tmp_path, config, expected):
+    """Of a folder that has them they are what it says."""
+    write(tmp_path, "config", **config)
+    assert conventions(tmp_path, "llava") == Conventions(*expected)
+
+
+def test_unknown_conventions_are_refused():
+    with pytest.raises(ValueError, match="no conventions 'hf'; there are: llava"):
+        conventions(ASSETS / "base", "hf")
+
+
+@pytest.mark.parametrize(
     ("config", "message"),
     [
         (

@@ -165,10 +165,10 @@ def read_twig(
     """A twig folder: (configuration, parameters), checked against its base.
 
     base, config: the base it is to run on, whose vocabulary the twig's head gets where only padding
-    sets them apart. `dtype` rounds every array, None keeps what is stored; `place` as in `Source.tree`. Warns where the twig does not say what
-    base it grew on. Raises FileNotFoundError for missing files, ValueError for a twig of another
-    base (unless `allow_base_mismatch`) or of a newer format, and one ValueError for all tensors
-    that are missing, unexpected or misshaped.
+    sets them apart. `dtype` rounds every array, None keeps what is stored; `place` as in
+    `Source.tree`. Warns where the twig does not say what base it grew on. Raises FileNotFoundError
+    for missing files, ValueError for a twig of another base (unless `allow_base_mismatch`) or of a
+    newer format, and one ValueError for all tensors that are missing, unexpected or misshaped.
     """
     twig, grown_on = read_notes(folder)
     twig.check(config.text.num_layers)

@@ -39,7 +39,10 @@ class Conventions:
     shortest_edge: int | None = None
 
 
-def conventions(folder: str | Path) -> Conventions:
+AS_LLAVA = "llava"
+
+
+def conventions(folder: str | Path, wanted: str | None = None) -> Conventions:
     """The conventions of a checkpoint folder, by its config.json and image processor's settings.
 
     LLaVA's own layout (mm_vision_tower, or LlavaLlamaForCausalLM): LLaVA's tokenising, padding
@@ -49,9 +52,15 @@ def conventions(folder: str | Path) -> Conventions:
     image_aspect_ratio, the weights were converted from LLaVA's layout and keep its conventions,
     with vicuna_v1. In both, `conversation_template` in config.json wins.
 
+    wanted: "llava" for what the weights of LLaVA-1.5 were trained with, and the published twigs:
+    a Hugging Face folder is then read as LLaVA's own code would, images padded, with vicuna_v1.
+
     Raises FileNotFoundError without config.json; ValueError, naming the file, for a model that is
-    no LLaVA, an unknown template, or images to be prepared in a way that is not implemented.
+    no LLaVA, an unknown template, or images to be prepared in a way that is not implemented, and
+    for other conventions than "llava" asked for.
     """
+    if wanted not in (None, AS_LLAVA):
+        raise ValueError(f"no conventions {wanted!r}; there are: {AS_LLAVA}")
     folder = Path(folder).absolute()
     path = folder / "config.json"
     if not path.is_file():
@@ -64,6 +73,8 @@ def conventions(folder: str | Path) -> Conventions:
         found = Conventions("llava", _pads(path, config), name, processor.shortest_edge)
     else:
         found = Conventions("hf", processor.pad, "llava_hf", processor.shortest_edge)
+        if wanted:
+            found = Conventions("llava", True, "vicuna_v1")
     if "conversation_template" not in config:
         return found
     name = str(config["conversation_template"])

@@ -32,10 +32,10 @@ _ASKED = set(
 class TwigJax(lmms):
     """The model behind `--model twig_jax`; these arguments are what --model_args takes.
 
-    checkpoint, twig, dtype, template: as in `twig_jax.load`. settings: mode, avg_retained, gamma,
-    theta, children, expanded, nodes, adaptive and seed of `Settings`, by default as in
-    `Model.settings`. selector: what prunes in the twig's place, one of `PRUNERS`. batch_size:
-    questions answered at once (--batch_size).
+    checkpoint, twig, dtype, conventions, template: as in `twig_jax.load`. settings: mode,
+    avg_retained, gamma, theta, children, expanded, nodes, adaptive and seed of `Settings`, by
+    default as in `Model.settings`. selector: what prunes in the twig's place, one of `PRUNERS`.
+    batch_size: questions answered at once (--batch_size).
 
     Raises what `twig_jax.load` raises, ValueError for settings that the model cannot follow.
     """
@@ -45,6 +45,7 @@ class TwigJax(lmms):
         checkpoint: str = "digits",
         twig: str | None = None,
         dtype: str | None = None,
+        conventions: str | None = None,
         template: str | None = None,
         selector: str | None = None,
         batch_size: int | str = 1,
@@ -60,7 +61,7 @@ class TwigJax(lmms):
             raise ValueError("twig_jax runs as one process, without `accelerate launch`")
         use_compilation_cache()
         self.batch_size = int(batch_size)
-        self.model = api.load(checkpoint, twig, dtype, template=template)
+        self.model = api.load(checkpoint, twig, dtype, conventions=conventions, template=template)
         self.settings = replace(self.model.settings, **settings)
         generator = self.model.generator
         if selector is None:

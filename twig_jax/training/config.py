@@ -48,7 +48,8 @@ class DataConfig:
 
     source: conversations, as `sources.open_source` takes it with `images`; None for digits pages
     with as many questions each as fit into a row, in the shares of `mix`. validation: conversations
-    held out, with images beside those of the source. The other fields are `InstructBatches`'.
+    held out, with images beside those of the source. conventions: how they are read, as for
+    `twig_jax.load`. The other fields are `InstructBatches`'.
     """
 
     batch_size: int = 32
@@ -57,6 +58,7 @@ class DataConfig:
     source: str | None = None
     images: str | None = None
     validation: str | None = None
+    conventions: str | None = None
     row_images: int = 1
     max_tokens: int | None = None
     workers: int = 0

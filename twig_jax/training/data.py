@@ -48,7 +48,8 @@ def open_batches(
 ) -> Batches:
     """The training batches of a shard, or those held out for validation.
 
-    They are read as the base reads: by its folder's tokenizer and conventions, or those of digits.
+    They are read by the tokenizer of the base's folder, or digits', and by its conventions unless
+    data.conventions says otherwise.
     Raises what the sources and the tokenizers raise for what is not there or does not fit.
     """
     data, folder = config.data, config.reads_as()
@@ -74,7 +75,7 @@ def open_batches(
         open_source(path, data.images),
         tokenizer,
         base,
-        conventions(folder),
+        conventions(folder, data.conventions),
         batch_size=rows,
         row_tokens=data.row_tokens,
         row_images=data.row_images,
