@@ -2,9 +2,9 @@
 
     python -m launch.train --config configs/llava15_7b_twigpp_stage1.py --export twigpp
 
-The attention of base layer 18 (0-based) is learned, at the depth where the paper's pilot study
-found it telling. The base runs through all its layers, so that a step has about three times the
-FLOPs of TwigVLM's.
+The attention of base layer 19 (0-based) is learned, as the published script has it; the paper's
+pilot study found that depth telling. The base runs through all its layers, so that a step has about
+three times the FLOPs of TwigVLM's.
 """
 
 import dataclasses
@@ -19,5 +19,5 @@ def get_config() -> TrainConfig:
         out="runs/llava15_7b_twigpp",
         p_head=True,
         whole_base=True,
-        distill=DistillConfig(prediction=0.1, attention=1.0, layer=18),
+        distill=DistillConfig(prediction=0.1, attention=1.0),
     )

@@ -80,19 +80,24 @@ class LlavaConfig:
     pad_token_id: int = 32001
 
 
+GATES = ("2 * sigmoid", "relu * sigmoid")
+
+
 @dataclass(frozen=True)
 class TwigConfig:
     """A twig of `T` layers grown on the output of base layer K - 1.
 
     Base layers with 0-based index >= `K_f` see no visual tokens when pruning (FinalWipe). `T` is 0
     where there is no twig, and something else says which tokens to keep after layer K - 1.
-    `p_head` gives it a head of its own for that (TwigVLM++).
+    `p_head` gives it a head of its own for that (TwigVLM++), whose gates are one of `GATES`: ours,
+    or those of the published checkpoints (see models/twig.py).
     """
 
     K: int = 2
     T: int = 3
     K_f: int = 24
     p_head: bool = False
+    gate: str = GATES[0]
 
     def check_schedule(self, num_layers: int) -> None:
         """Raises ValueError unless 0 <= K < K_f <= L, for a base of L layers."""

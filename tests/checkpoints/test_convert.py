@@ -107,6 +107,29 @@ def test_official_twig_to_orbax_and_back(tmp_path, official, hf, base, config, t
         assert read_twig(folder, base, config)[0] == twig_config
 
 
+def test_a_published_p_head_comes_along(tmp_path, official, hf, base, config, twig_config):
+    text, rng = config.text, np.random.default_rng(0)
+    heads = {"q": text.num_heads, "k": text.num_kv_heads}
+    gates = {
+        f"leaf_attention_module.{name}_gate.weight": rng.normal(
+            size=(count * text.head_dim, text.hidden_size)
+        ).astype(ml_dtypes.bfloat16)
+        for name, count in heads.items()
+    }
+    path = official / "model.safetensors"
+    save_file(load_file(path) | gates, path)
+    run(official, "orbax", tmp_path / "orbax", K=1, K_f=3, base=hf)
+    found, params = read_twig(tmp_path / "orbax", base, config)
+    assert found == dataclasses.replace(twig_config, p_head=True, gate="relu * sigmoid")
+    assert params["p_head"].keys() == {"q_gate", "k_gate"}
+    for name, x in gates.items():
+        kernel = params["p_head"][name.split(".")[1]]["kernel"]
+        np.testing.assert_array_equal(kernel.T, x)
+    run(tmp_path / "orbax", "twig-official", tmp_path / "again")
+    assert stored(tmp_path / "again").items() <= stored(official).items()
+    assert gates.keys() < stored(tmp_path / "again").keys()
+
+
 def test_a_twig_keeps_its_vocabulary(tmp_path, official, hf):
     """Also where its base was padded since."""
     source = original(tmp_path / "original", hf, tower=tmp_path / "clip")

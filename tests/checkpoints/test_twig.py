@@ -13,8 +13,8 @@ from twig_jax.checkpoints import storage
 from twig_jax.checkpoints.llava import read_llava, write_llava
 from twig_jax.checkpoints.tables import flatten
 from twig_jax.checkpoints.twig import fingerprint, read_twig, write_twig
-from twig_jax.config import TwigConfig
-from twig_jax.models.twig import fresh_p_head
+from twig_jax.config import GATES, TwigConfig
+from twig_jax.models.twig import twig_decoder
 
 
 @pytest.fixture
@@ -29,12 +29,13 @@ def edit(folder, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-@pytest.mark.parametrize("p_head", [False, True])
+@pytest.mark.parametrize("gate", [None, *GATES])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_round_trip(tmp_path, draw, twig, twig_config, base, config, dtype, p_head):
-    if p_head:
-        twig_config = dataclasses.replace(twig_config, p_head=True)
-        shapes = jax.eval_shape(lambda: fresh_p_head(config.text))
+def test_round_trip(tmp_path, draw, twig, twig_config, base, config, dtype, gate):
+    if gate:
+        twig_config = dataclasses.replace(twig_config, p_head=True, gate=gate)
+        decoder, x = twig_decoder(config.text, twig_config), np.zeros((1, 1, 24))
+        shapes = jax.eval_shape(decoder.init, jax.random.key(0), x)["params"]["p_head"]
         twig = {**twig, "p_head": draw(shapes, seed=2)}
     write_twig(tmp_path, twig, twig_config, base, config, dtype)
     found, params = read_twig(tmp_path, base, config)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from twig_jax.config import TextConfig, TwigConfig
+from twig_jax.config import GATES, TextConfig, TwigConfig
 from twig_jax.models.twig import Twig, fresh_p_head, twig_decoder
 
 TEXT = TextConfig(
@@ -60,9 +60,12 @@ def test_it_starts_as_attention_among_visual_tokens(decoder, params, x):
     assert not s[:, :, : VISUAL.start].any() and not s[:, :, VISUAL.stop :].any()
 
 
-def test_trained_gates_follow_the_formula(decoder, params, draw, x):
+@pytest.mark.parametrize("form", GATES)
+def test_trained_gates_follow_the_formula(params, draw, x, form):
     """Against the paper's equation, head by head."""
-    head = draw(jax.eval_shape(lambda: fresh_p_head(TEXT)), seed=3)
+    decoder = twig_decoder(TEXT, TwigConfig(K=1, T=2, K_f=4, p_head=True, gate=form))
+    shapes = jax.eval_shape(decoder.init, jax.random.key(0), jnp.zeros((1, 1, 12)))["params"]
+    head = draw(shapes["p_head"], seed=3)
     params = {**params, "p_head": head}
     s, _ = scores(decoder, params, x)
     np.testing.assert_allclose(s.sum(-1), 1, atol=1e-6)
@@ -81,8 +84,10 @@ def test_trained_gates_follow_the_formula(decoder, params, draw, x):
     )[:, -1]
 
     def gate(name, x):
-        found = x @ np.asarray(head[name]["kernel"]) + np.asarray(head[name]["bias"])
-        return 2 / (1 + np.exp(-found))
+        z = x @ np.asarray(head[name]["kernel"])
+        if form == "relu * sigmoid":
+            return np.maximum(z, 0) / (1 + np.exp(-z))
+        return 2 / (1 + np.exp(-z - np.asarray(head[name]["bias"])))
 
     expected = np.zeros((B, S))
     for b, h in np.ndindex(B, TEXT.num_heads):

@@ -14,10 +14,12 @@ import pytest
 from configs import digits_twigpp_stage2, llava15_7b_twigpp_stage2
 from tests.pruned_pass import Prompt, forward
 from tests.training.worker import config, start
+from twig_jax.checkpoints.twig import write_twig
 from twig_jax.models.llava import Llava
-from twig_jax.models.twig import fresh_p_head
+from twig_jax.models.twig import fresh_p_head, twig_decoder
 from twig_jax.presets import preset
 from twig_jax.pruning.sampling import draw, log_probability
+from twig_jax.sharding.mesh import make_mesh
 from twig_jax.training.config import OptimConfig, ReinforceConfig, TrainConfig
 from twig_jax.training.flops import step_flops
 from twig_jax.training.loop import fit, stage_loss
@@ -25,6 +27,7 @@ from twig_jax.training.losses import normalised
 from twig_jax.training.optim import optimizer
 from twig_jax.training.preemption import Preempted
 from twig_jax.training.reinforce import Reinforcement, budget_at, policy_loss
+from twig_jax.training.start import start_twig
 from twig_jax.training.step import init_state, make_step
 
 # Of 144 visual tokens, layer 1 of two sees 4 and 12.
@@ -114,6 +117,22 @@ def test_only_the_p_head_trains(found, ours, frozen, drawing):
     assert 0 < metrics["entropy"][0] / asked < np.log(144)
     assert 0 < metrics["churn"][0] / asked < 1
     assert of_step["loss"] != loss  # of the same batch and draws, one update later
+
+
+def test_a_published_p_head_goes_on_with_its_own_gates(tmp_path, base, ours, draw, drawing):
+    shape, twig = preset("tiny")
+    twig = dataclasses.replace(twig, p_head=True, gate="relu * sigmoid")
+    decoder, x = twig_decoder(shape.text, twig), jnp.zeros((1, 1, shape.text.hidden_size))
+    shapes = jax.eval_shape(decoder.init, jax.random.key(0), x)["params"]["p_head"]
+    published = {**ours, "p_head": draw(shapes, seed=7)}
+    write_twig(tmp_path / "twig", published, twig, base, shape, "float32")
+    run = run_of(twig_init=str(tmp_path / "twig"))
+    assert run.model()[1] == twig
+    begun = start_twig(run, base, make_mesh())
+    jax.tree.map(np.testing.assert_array_equal, begun, published)
+    frozen = {**base, "p_head": begun["p_head"]}
+    loss, metrics = jax.eval_shape(stage_loss(run), begun, frozen, drawing)
+    assert loss.shape == () and metrics["reward"].shape == (2,)
 
 
 def test_the_head_it_began_with_has_not_moved(frozen, ours, drawing):

@@ -6,7 +6,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from twig_jax.checkpoints.twig import (
     TWIG_FILE,
     feeds_twig,
     fingerprint,
+    has_published_p_head,
     holds_twig,
     open_twig,
     read_notes,
@@ -35,7 +36,7 @@ from twig_jax.checkpoints.twig import (
     with_words,
     write_notes,
 )
-from twig_jax.config import LlavaConfig, TwigConfig
+from twig_jax.config import GATES, LlavaConfig, TwigConfig
 from twig_jax.sharding.rules import shardings
 
 TARGETS = ("orbax", "hf", "twig-official")
@@ -138,7 +139,8 @@ def _grown(
             f"{folder} does not say where its twig grows; give --K (trunk layers, 2 in the paper) "
             "and --K_f (the layer from which no visual tokens are seen, 24 for 7B)"
         )
-    return TwigConfig(K, layers, K_f), None
+    twig = TwigConfig(K, layers, K_f)
+    return replace(twig, p_head=True, gate=GATES[1]) if has_published_p_head(folder) else twig, None
 
 
 def convert(

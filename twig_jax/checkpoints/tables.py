@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from twig_jax.config import LlavaConfig, TextConfig, TwigConfig
+from twig_jax.config import GATES, LlavaConfig, TextConfig, TwigConfig
 
 Params = dict[str, Any]  # nested, leaves are arrays
 Shape = tuple[int, ...]
@@ -55,15 +55,22 @@ DECODER = (
     Rule("lm_head.weight", "lm_head/kernel", "V d", LINEAR),
 )
 
-# Ours: no checkpoint with a P-Head has been published.
-P_HEAD = tuple(
-    rule
-    for gate, out in (("q_gate", "q"), ("k_gate", "k"))
-    for rule in (
-        Rule(f"p_head.{gate}.weight", f"p_head/{gate}/kernel", f"{out} d", LINEAR),
-        Rule(f"p_head.{gate}.bias", f"p_head/{gate}/bias", out, KEEP),
-    )
-)
+# Of a P-Head, by its gates: ours, and as it is published.
+_GATES = (("q_gate", "q"), ("k_gate", "k"))
+P_HEAD = {
+    GATES[0]: tuple(
+        rule
+        for gate, out in _GATES
+        for rule in (
+            Rule(f"p_head.{gate}.weight", f"p_head/{gate}/kernel", f"{out} d", LINEAR),
+            Rule(f"p_head.{gate}.bias", f"p_head/{gate}/bias", out, KEEP),
+        )
+    ),
+    GATES[1]: tuple(
+        Rule(f"leaf_attention_module.{gate}.weight", f"p_head/{gate}/kernel", f"{out} d", LINEAR)
+        for gate, out in _GATES
+    ),
+}
 
 # v width, n positions, u feed-forward, c channels, p patch side; d is still the decoder's width.
 VISION = (
@@ -198,8 +205,9 @@ def llava_tensors(config: LlavaConfig) -> list[Tensor]:
 
 
 def twig_tensors(text: TextConfig, twig: TwigConfig) -> list[Tensor]:
-    """Every tensor of a twig, under the names of the official checkpoints, and of its P-Head."""
-    return _expand(DECODER + (P_HEAD if twig.p_head else ()), twig.T, _text_sizes(text))
+    """Every tensor of a twig and its P-Head, under the names of the official checkpoints."""
+    p_head = P_HEAD[twig.gate] if twig.p_head else ()
+    return _expand(DECODER + p_head, twig.T, _text_sizes(text))
 
 
 def canonical(names: Iterable[str]) -> tuple[dict[str, str], list[str]]:

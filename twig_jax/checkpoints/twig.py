@@ -25,17 +25,17 @@ from twig_jax.checkpoints.source import (
 )
 from twig_jax.checkpoints.storage import Weights, read_json, write_json
 from twig_jax.checkpoints.tables import Params, flatten, twig_tensors
-from twig_jax.config import LlavaConfig, TextConfig, TwigConfig
+from twig_jax.config import GATES, LlavaConfig, TextConfig, TwigConfig
 from twig_jax.sharding.placement import gather
 
 TWIG_FILE = "twig.json"
 TWIG_VERSION = 1
-P_HEAD_NOTES = {"gate": "2 * sigmoid"}
 
 # What a checkpoint of a twig consists of; official files may hold parts of their base as well, and
 # old versions of transformers store a constant of each layer.
 _OF_TWIG = re.compile(
-    r"^(model\.layers\.\d+\.(?!self_attn\.rotary_emb\.)|model\.norm\.|lm_head\.|p_head\.)"
+    r"^(model\.layers\.\d+\.(?!self_attn\.rotary_emb\.)|model\.norm\.|lm_head\.|p_head\."
+    r"|leaf_attention_module\.)"
 )
 
 
@@ -69,20 +69,29 @@ def read_notes(folder: str | Path) -> tuple[TwigConfig, str | None]:
     if absent:
         raise ValueError(f"{path} needs whole numbers for {', '.join(absent)}")
     p_head = notes.get("p_head")
-    if notes["version"] != TWIG_VERSION or p_head not in (None, P_HEAD_NOTES):
+    known = [None, *({"gate": gate} for gate in GATES)]
+    if notes["version"] != TWIG_VERSION or p_head not in known:
         raise ValueError(
             f"{path} has version {notes['version']} and p_head {p_head!r}; only version "
-            f"{TWIG_VERSION} with p_head null or {P_HEAD_NOTES} can be read"
+            f"{TWIG_VERSION} with p_head null or {' or '.join(map(str, known[1:]))} can be read"
         )
-    twig = TwigConfig(notes["K"], notes["T"], notes["K_f"], p_head is not None)
+    twig = TwigConfig(notes["K"], notes["T"], notes["K_f"])
+    if p_head is not None:
+        twig = dataclasses.replace(twig, p_head=True, gate=p_head["gate"])
     return twig, notes.get("base_fingerprint")
 
 
 def write_notes(folder: Path, twig: TwigConfig, base_fingerprint: str | None) -> None:
     """Writes twig.json."""
-    p_head = P_HEAD_NOTES if twig.p_head else None
-    notes = {"version": TWIG_VERSION, **dataclasses.asdict(twig), "p_head": p_head}
-    write_json(folder / TWIG_FILE, {**notes, "base_fingerprint": base_fingerprint})
+    notes = {
+        "version": TWIG_VERSION,
+        "K": twig.K,
+        "T": twig.T,
+        "K_f": twig.K_f,
+        "p_head": {"gate": twig.gate} if twig.p_head else None,
+        "base_fingerprint": base_fingerprint,
+    }
+    write_json(folder / TWIG_FILE, notes)
 
 
 def twig_sizes(folder: str | Path) -> tuple[int, TextConfig]:
@@ -125,6 +134,14 @@ def twig_sizes(folder: str | Path) -> tuple[int, TextConfig]:
         head_dim=head,
     )
     return len(layers), text
+
+
+def has_published_p_head(folder: Path) -> bool:
+    """Whether the P-Head of a published TwigVLM++ checkpoint is among a twig's weights."""
+    if (folder / TREE).is_dir():
+        return False
+    with Weights(folder) as weights:
+        return any(name.startswith("leaf_attention_module.") for name in weights.shapes)
 
 
 def with_words(text: TextConfig, words: int) -> TextConfig:

@@ -7,7 +7,8 @@ self-attention of its last layer, whose queries and keys they multiply to rank v
 
 x_q, X_k are the layer's normalised inputs, q and K after RoPE, as in its attention. A gate is
 2 · sigmoid of a linear layer that starts at zero: it starts at 1, s as the attention itself, and a
-gate can mute or double a channel but not turn it round.
+gate can mute or double a channel but not turn it round. The published checkpoints have relu(z) ·
+sigmoid(z) of a linear layer z without bias (github.com/MILVLG/twigvlm, pruning_head.py).
 """
 
 import jax
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn
 
-from twig_jax.config import TextConfig, TwigConfig
+from twig_jax.config import GATES, TextConfig, TwigConfig
 from twig_jax.models.attention import attention_rows
 from twig_jax.models.layers import Dense
 from twig_jax.models.llama import Decoder
@@ -23,36 +24,40 @@ from twig_jax.models.llava import Params
 
 
 class PHead(nn.Module):
-    """The gates of a P-Head, from normalised inputs of the twig's last layer."""
+    """The gates of a P-Head, from normalised inputs of the twig's last layer; see `GATES`."""
 
     config: TextConfig
+    gate: str
 
     def setup(self) -> None:
-        c, zeros = self.config, nn.initializers.zeros
-        self.q_gate = Dense(c.num_heads * c.head_dim, use_bias=True, kernel_init=zeros)
-        self.k_gate = Dense(c.num_kv_heads * c.head_dim, use_bias=True, kernel_init=zeros)
+        c, zeros, bias = self.config, nn.initializers.zeros, self.gate == GATES[0]
+        self.q_gate = Dense(c.num_heads * c.head_dim, use_bias=bias, kernel_init=zeros)
+        self.k_gate = Dense(c.num_kv_heads * c.head_dim, use_bias=bias, kernel_init=zeros)
+
+    def _opened(self, z: jax.Array) -> jax.Array:
+        return nn.sigmoid(z) * (2 if self.gate == GATES[0] else nn.relu(z))
 
     def query(self, y: jax.Array) -> jax.Array:
         """[B, Q, d] -> what queries are multiplied by, [B, Q, H, D]."""
-        gate = 2 * nn.sigmoid(self.q_gate(y))
+        gate = self._opened(self.q_gate(y))
         return rearrange(gate, "B Q (H D) -> B Q H D", D=self.config.head_dim)
 
     def key(self, y: jax.Array) -> jax.Array:
         """[B, S, d] -> what keys are multiplied by, [B, S, K, D]."""
-        gate = 2 * nn.sigmoid(self.k_gate(y))
+        gate = self._opened(self.k_gate(y))
         return rearrange(gate, "B S (K D) -> B S K D", D=self.config.head_dim)
 
 
 class Twig(Decoder):
-    """A twig's layers, norm and head; `ranks`: with a P-Head."""
+    """A twig's layers, norm and head; `gate`: of a P-Head, None without one."""
 
     embeds: bool = False
-    ranks: bool = False
+    gate: str | None = None
 
     def setup(self) -> None:
         super().setup()
-        if self.ranks:
-            self.p_head = PHead(self.config)
+        if self.gate is not None:
+            self.p_head = PHead(self.config, self.gate)
 
     def key_gates(self, x: jax.Array) -> jax.Array:
         """G_k of tokens x [B, S, d], the last layer's inputs: [B, S, K, D]."""
@@ -78,7 +83,7 @@ class Twig(Decoder):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Touches every parameter, for initialisation: [B, S, d] -> [B, S, V]."""
-        if self.ranks:
+        if self.gate is not None:
             self.p_head.query(x)
             self.p_head.key(x)
         return super().__call__(x)
@@ -86,7 +91,7 @@ class Twig(Decoder):
 
 def twig_decoder(text: TextConfig, twig: TwigConfig) -> Twig:
     """The module; the twig has no embedding, it reads the states after base layer K - 1."""
-    return Twig(text, twig.T, ranks=twig.p_head)
+    return Twig(text, twig.T, gate=twig.gate if twig.p_head else None)
 
 
 STARTS = ("next", "last", "random")

@@ -8,6 +8,7 @@ from typing import Any
 
 from twig_jax.checkpoints.config_files import read_config
 from twig_jax.checkpoints.llava import local_folder
+from twig_jax.checkpoints.twig import read_notes
 from twig_jax.config import LlavaConfig, TwigConfig
 from twig_jax.data.digits import ASSETS
 from twig_jax.models.twig import STARTS
@@ -191,6 +192,8 @@ class TrainConfig:
                     "it is: leave out layers and deepen"
                 )
         given: dict[str, Any] = {"K": self.K, "T": self.T, "K_f": self.K_f, "p_head": self.p_head}
+        if self.p_head and self.twig_folder is not None:
+            given["gate"] = read_notes(self.twig_folder)[0].gate
         twig = dataclasses.replace(twig, **{k: v for k, v in given.items() if v is not None})
         return base, twig
 

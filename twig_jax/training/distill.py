@@ -2,8 +2,9 @@
 
 L = NTP + α · KL(p_base ‖ p_twig) + γ_a · KL(a_base ‖ s), where p are the next words' probabilities
 at the answers' tokens, a_base a deep base layer's attention to visual tokens and s the P-Head's
-scores, both as distributions over the visual tokens that a query sees. The base teaches in the same
-step; of its logits and the twig's, [B, S, V] are never there as a whole.
+scores: both are the mean over heads of each head's distribution over the visual tokens that a query
+sees. The base teaches in the same step; of its logits and the twig's, [B, S, V] are never there as
+a whole.
 """
 
 from collections.abc import Callable
@@ -46,17 +47,17 @@ class _Teacher:
     def __call__(
         self, frozen: Params, batch: Batch, x: jax.Array, where: tuple[jax.Array, jax.Array]
     ) -> tuple[jax.Array, jax.Array]:
-        """What `queries` attend to in the layer that is learned, float32 [B, Q, S], the mean over
-        heads, and the last states [B, S, d], from those of the trunk; Q is 0 and the states those
-        of the trunk where they are not learned."""
+        """Where `queries` look among visual tokens in the layer that is learned, float32 [B, Q, S],
+        and the last states [B, S, d], from those of the trunk; Q is 0 and the states those of the
+        trunk where they are not learned."""
         distill, first = self.distill, self.K
         taught = jnp.zeros((x.shape[0], 0, x.shape[1]))
         if distill.attention:
             layer = distill.layer_of(self.model.config.text.num_layers)
             into, _ = self._apply(frozen, "run", x, *where, first=first, last=layer)
             x, (kv,) = self._apply(frozen, "run", into, *where, first=layer, last=layer + 1)
-            slots = queries(batch, distill.queries, distill.most_queries)
-            rows = take(into, slots), take(batch["positions"], slots), kv.k, take(where[1], slots)
+            slots, visual = _asking(batch, distill, where[1])
+            rows = take(into, slots), take(batch["positions"], slots), kv.k, visual
             taught = self._apply(frozen, "attention_rows", layer, *rows).mean(1)
             first = layer + 1
         if distill.prediction:
@@ -134,12 +135,10 @@ def distill_loss(
             theirs = (y,)
 
         if distill.attention:
-            slots = queries(batch, distill.queries, distill.most_queries)
-            at, visual = take(batch["positions"], slots), take(where[1], slots)
-            visual &= batch["is_visual"][:, None]  # [B, Q, S]
-            gates = part.apply(params, "key_gates", z)
+            slots, visual = _asking(batch, distill, where[1])
+            at, gates = take(batch["positions"], slots), part.apply(params, "key_gates", z)
             s = part.apply(params, "visual_scores", take(z, slots), at, own.k, gates, visual)
-            found = divergence(jnp.where(visual, taught, 0), s, visual.any(-1))
+            found = divergence(taught, s, visual.any(-1))
             metrics["attention_kl"] = found
             total += distill.attention * found[0] / jnp.maximum(found[1], 1)
 
@@ -194,13 +193,17 @@ def queries(batch: Batch, which: str, most: int) -> jax.Array:
     return first_of(chosen, min(most, chosen.shape[1]))
 
 
+def _asking(batch: Batch, distill: DistillConfig, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(`queries` of a batch, visual tokens that each sees, bool [B, Q, S]); mask bool [B, S, S]."""
+    slots = queries(batch, distill.queries, distill.most_queries)
+    return slots, take(mask, slots) & batch["is_visual"][:, None]
+
+
 def divergence(target: jax.Array, s: jax.Array, counts: jax.Array) -> jax.Array:
     """(sum, count) of KL(target ‖ s) over queries.
 
-    target [B, Q, S], brought to sum 1 here; s [B, Q, S], which sums to 1; counts bool [B, Q]: the
-    queries that see a visual token.
+    target, s [B, Q, S], which sum to 1; counts bool [B, Q]: the queries that see a visual token.
     """
-    target = target / jnp.maximum(target.sum(-1, keepdims=True), _LEAST)
     logs = [jnp.log(jnp.maximum(p, _LEAST)) for p in (target, s)]
     kl = (target * (logs[0] - logs[1])).sum(-1)
     return jnp.stack([(kl * counts).sum(), counts.sum()])

@@ -130,6 +130,8 @@ def _asked(distill: DistillConfig, base: LlavaConfig, grown_on: str) -> dict[str
     """What a run needs of its targets; those that were written for more will do."""
     asked: dict[str, Any] = {"base": grown_on}
     if distill.attention:
+        # Until it was said, targets had the mean of heads among all tokens.
+        asked["attention"] = "of each head among visual tokens"
         asked["layer"] = distill.layer_of(base.text.num_layers)
         asked |= {"queries": distill.queries, "most_queries": distill.most_queries}
     if distill.prediction:
