@@ -1,6 +1,8 @@
 """Launchers: thin command lines over the package."""
 
 import math
+import os
+import signal
 from collections.abc import Callable, Sequence
 
 from absl import app, flags, logging
@@ -15,6 +17,12 @@ def run(main: Callable[[list[str]], None]) -> None:
         main(argv)
 
     app.run(quiet)
+
+
+def stop_at_sigterm() -> None:
+    """Ends the process at the signal, with the status of what is to be started again."""
+    # Threads that download would hold sys.exit up.
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(os.EX_TEMPFAIL))
 
 
 def numbers(flag: str, values: Sequence[str], below: float = math.inf) -> list[float]:

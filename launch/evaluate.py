@@ -16,7 +16,7 @@ from typing import Any
 
 from absl import app, flags
 
-from launch import numbers, run
+from launch import numbers, run, stop_at_sigterm
 from launch.output import aligned, write_json
 from twig_jax.config import DTYPES, MODES
 
@@ -203,6 +203,7 @@ def _share() -> tuple[int, int]:
         share = jax.process_index(), jax.process_count()
         # Members of a cluster end together: all of them where one fails, or is minutes late.
         jax.distributed.shutdown()
+        stop_at_sigterm()  # which jax would swallow
         return share
     i, _, n = _SHARE.value.partition("/")
     if not (i.isdecimal() and n.isdecimal() and int(i) < int(n)):

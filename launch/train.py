@@ -10,13 +10,13 @@ Status: 0 done, 1 failed, 75 told to stop by SIGTERM: started again, the run goe
 
 import dataclasses
 import os
-import signal
 import sys
+import traceback
 from typing import Any
 
 from absl import app, flags
 
-from launch import run
+from launch import run, stop_at_sigterm
 from launch.output import write_json
 from launch.training import read_config, train
 
@@ -51,8 +51,8 @@ def main(argv: list[str]) -> None:
 
     if _DISTRIBUTED.value:
         jax.distributed.initialize()
-        if jax.process_count() == 1:
-            stop_at_sigterm()  # several are stopped by jax, which listens from here on
+        if jax.process_count() == 1 or _WRITE.value:
+            stop_at_sigterm()  # jax listens from here on, for several processes that train
     use_compilation_cache()
     try:
         config = override(read_config(_CONFIG.value), _SET.value)
@@ -62,17 +62,20 @@ def main(argv: list[str]) -> None:
             write_targets(config, _WRITE.value)
         else:
             train(config, export=_EXPORT.value)
-    except (FloatingPointError, ImportError, OSError, ValueError) as error:
-        sys.exit(f"train: {error}")
     except Preempted as notice:
         print(f"train: {notice}", file=sys.stderr)
         sys.exit(os.EX_TEMPFAIL)
-
-
-def stop_at_sigterm() -> None:
-    """Ends the process at the signal, where training does not save first."""
-    # Threads that download would hold sys.exit up.
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(os.EX_TEMPFAIL))
+    except Exception as error:
+        told = isinstance(error, FloatingPointError | ImportError | OSError | ValueError)
+        if jax.process_count() > 1:
+            # The others wait for this one in a computation: leaving in order would wait for them,
+            # until all are aborted, and the status would say nothing of an error.
+            said = f"train: {error}" if told else traceback.format_exc()
+            print(said, file=sys.stderr, flush=True)
+            os._exit(1)
+        if told:
+            sys.exit(f"train: {error}")
+        raise
 
 
 def show_plan(config: Any, topology: str) -> None:

@@ -11,6 +11,8 @@ from absl import logging
 from etils import epath
 from tqdm import tqdm
 
+from launch import stop_at_sigterm
+
 
 def read_config(path: str) -> Any:
     """The configuration that a file's get_config() returns."""
@@ -64,6 +66,8 @@ def train(
         begun, base = [base], {}
     # Nothing here may hold what the run begins with, or the devices would hold it to the end.
     trained = gather(fit(config, begun.pop(), base, callback=callback))
+    if jax.process_count() > 1:
+        stop_at_sigterm()  # nobody asks jax for the signal any more
     if export and grows:
         sampled = gather(feeding(base, twig_config.K))
         if first:

@@ -32,14 +32,14 @@ def use_compilation_cache() -> None:
 
 
 def environment() -> dict[str, Any]:
-    """Device and versions, and clocks where nvidia-smi tells them, for result files."""
+    """This host's devices, versions, and clocks where nvidia-smi tells them, for result files."""
     import flax
     import jaxlib
 
-    device = jax.devices()[0]
+    device = jax.local_devices()[0]
     cores = f", {os.cpu_count()} cores" if device.platform == "cpu" else ""
     return {
-        "device": f"{jax.device_count()} x {device.device_kind}{cores}",
+        "device": f"{jax.local_device_count()} x {device.device_kind}{cores}",
         "versions": {
             "python": platform.python_version(),
             "jax": jax.__version__,

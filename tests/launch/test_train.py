@@ -12,7 +12,7 @@ from absl.app import UsageError
 
 from launch import numbers
 from launch.training import read_config
-from tests.launch.process import ROOT, environment, launch, slurm_step
+from tests.launch.process import ROOT, environment, launch, python, slurm_step
 from twig_jax.hardware import find_topology
 
 train = partial(launch, "train")
@@ -115,6 +115,18 @@ def test_an_export_that_cannot_be_written_is_told_at_once(tmp_path):
     done = train(*run, "--export", tmp_path / "taken")
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "taken" in done.stderr and not (tmp_path / "run").exists()
+
+
+def test_one_of_several_that_fails_does_not_wait_for_the_others():
+    """They may be in a computation with it, and jax waits for all before it leaves in order."""
+    program = (
+        "import atexit, sys, jax; jax.process_count = lambda: 2; "
+        "atexit.register(print, 'left in order'); from launch import run, train; "
+        "sys.argv = ['train', '--config', 'configs/none.py']; run(train.main)"
+    )
+    done = python("-c", program)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr == "train: no configuration file configs/none.py\n"
 
 
 @pytest.mark.parametrize("values", [[], ["a"], ["0"], ["16", "-1"], ["nan"], ["inf"], ["88.9"]])

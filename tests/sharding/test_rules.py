@@ -100,6 +100,19 @@ def test_mesh_sizes(asked, found):
     assert mesh.devices.shape == found
 
 
+def test_a_mesh_that_splits_an_axis_of_a_torus(monkeypatch):
+    """As (1, 32, 2) of v6e:8x8, which jax makes only where it is told that it may."""
+
+    def refused(*_, **__):
+        raise NotImplementedError("Failed to find assignment for logical_axis_index 1")
+
+    monkeypatch.setattr(jax, "make_mesh", refused)
+    mesh = make_mesh(1, 4, 2)
+    assert mesh.axis_names == ("data", "fsdp", "tensor") and mesh.devices.shape == (1, 4, 2)
+    assert set(mesh.devices.flat) == set(jax.devices())
+    assert set(mesh.axis_types) == {jax.sharding.AxisType.Auto}
+
+
 @pytest.mark.parametrize("sizes", [(3, 1, 1), (0, 3, 1), (0, 16, 1), (2, 2, 1)])
 def test_a_mesh_that_does_not_use_all_devices(sizes):
     with pytest.raises(ValueError, match="8 devices"):

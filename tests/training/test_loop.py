@@ -14,7 +14,15 @@ from PIL import Image
 
 from launch.training import train
 from tests.training.conftest import TINY
-from tests.training.worker import PREEMPTED, config, finish, start, two_workers, worker
+from tests.training.worker import (
+    PREEMPTED,
+    config,
+    finish,
+    free_address,
+    start,
+    two_workers,
+    worker,
+)
 from twig_jax.checkpoints.manager import CheckpointManager
 from twig_jax.data.pipeline import DigitsBatches
 from twig_jax.training import loop
@@ -100,6 +108,9 @@ def test_two_processes_train_as_one(tmp_path, data):
         # Hosts read parts of the data; one process that goes on takes over all of them.
         going_on = [worker(tmp_path / "two", *run, *data)]
     else:
+        # Told while it loads what the last one saved, it has nothing to save.
+        for status, out, said in map(finish, two_workers(tmp_path / "two", *run, TOLD="1")):
+            assert status == PREEMPTED and f"saved at step {stopped} of 12" in out, said
         going_on = two_workers(tmp_path / "two", *run)
     for status, _, said in map(finish, going_on):
         assert status == 0, said
@@ -110,6 +121,17 @@ def test_two_processes_train_as_one(tmp_path, data):
         for step, loss in losses(tmp_path / "one").items():
             # Sums come in another order, and differences grow as training goes on.
             assert losses(tmp_path / "two")[step] == pytest.approx(loss, rel=1e-4)
+
+
+def test_two_processes_that_do_not_share_a_folder_say_so(tmp_path):
+    address = free_address()
+    pair = [
+        worker(tmp_path / str(i), "mesh=(4, 2, 1)", devices=4, ADDRESS=address, INDEX=str(i))
+        for i in range(2)
+    ]
+    for status, _, said in map(finish, pair):
+        assert status not in (0, PREEMPTED) and "hosts do not share" in said
+    assert [list((tmp_path / str(i)).glob(".shared")) for i in range(2)] == [[], []]
 
 
 def test_told_to_stop_it_saves_and_goes_on_later(tmp_path):

@@ -1,7 +1,8 @@
 """A training run in a process of its own: python -m tests.training.worker OUT SETTING...
 
 DIE=step kills it while it saves that step; ADDRESS=host:port and INDEX=i make it one of two;
-TARGETS=folder writes what the base teaches there instead.
+TARGETS=folder writes what the base teaches there instead; TOLD tells the second to stop before it
+begins.
 """
 
 import os
@@ -11,21 +12,25 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from tests.training.conftest import TINY
 from twig_jax import presets
+from twig_jax.checkpoints.convert import placing
 from twig_jax.models.llava import init_base
 from twig_jax.models.twig import init_twig
-from twig_jax.training import log
+from twig_jax.sharding.mesh import make_mesh
+from twig_jax.training import log, targets
 from twig_jax.training.config import DataConfig, OptimConfig, TrainConfig
 from twig_jax.training.loop import fit
 from twig_jax.training.overrides import override
 from twig_jax.training.preemption import Preempted
-from twig_jax.training.targets import write_targets
 
 ROOT = Path(__file__).resolve().parents[2]
 PREEMPTED = 75
@@ -72,11 +77,16 @@ def worker(out, *settings, devices=8, **environment):
     )
 
 
-def two_workers(out, *settings, **environment):
-    """Starts two that are one run, of four devices each."""
+def free_address():
+    """Where nobody listens."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
+        return f"localhost:{free.getsockname()[1]}"
+
+
+def two_workers(out, *settings, **environment):
+    """Starts two that are one run, of four devices each."""
+    address = free_address()
     return [
         worker(out, *settings, devices=4, ADDRESS=address, INDEX=str(index), **environment)
         for index in range(2)
@@ -112,10 +122,19 @@ def main(out, *settings):
         jax.distributed.initialize(
             os.environ["ADDRESS"], num_processes=2, process_id=int(os.environ["INDEX"])
         )
+        # As on a torus of TPUs, where a host's devices need not be beside each other.
+        both = sorted(jax.devices(), key=lambda d: (d.id % 4, d.process_index))
+        targets.make_mesh = partial(make_mesh, devices=both)
+        # What device_put compares the values of all hosts by, which takes long.
+        with mock.patch.object(multihost_utils, "assert_equal", side_effect=AssertionError):
+            kernel = placing(make_mesh(2, 2, 2))("lm_head/kernel", np.ones((8, 8), np.float32))
+        assert not kernel.is_fully_addressable
     run, (twig, base) = config(out, *settings), start()
+    if "TOLD" in os.environ and os.environ["INDEX"] == "1":
+        os.kill(os.getpid(), signal.SIGTERM)
     try:
         if "TARGETS" in os.environ:
-            write_targets(run, base, os.environ["TARGETS"])
+            targets.write_targets(run, base, os.environ["TARGETS"])
         else:
             fit(run, twig, base, progress=False)
     except Preempted as notice:

@@ -37,7 +37,7 @@ from twig_jax.checkpoints.twig import (
     write_notes,
 )
 from twig_jax.config import GATES, LlavaConfig, TwigConfig
-from twig_jax.sharding.rules import shardings
+from twig_jax.sharding.placement import distribute
 
 TARGETS = ("orbax", "hf", "twig-official")
 _MARGIN = 2**26  # bytes of settings and metadata beside the weights
@@ -181,7 +181,7 @@ def placing(mesh: Mesh | None = None) -> Place:
     if mesh is None:
         host = jax.local_devices(backend="cpu")[0]
         return lambda path, x: jax.device_put(x, host)
-    return lambda path, x: jax.device_put(x, shardings({path: x}, mesh)[path])
+    return lambda path, x: distribute({path: x}, mesh)[path]
 
 
 def verify(plan: Plan, out: Path, *, seen: Callable[[int], Any] = lambda _: None) -> list[str]:

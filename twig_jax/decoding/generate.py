@@ -26,7 +26,7 @@ from twig_jax.decoding.transcript import Detokenize, Transcript
 from twig_jax.models.cpu import arrange
 from twig_jax.models.llava import Params
 from twig_jax.pruning.schedule import Schedule, by_twig
-from twig_jax.sharding.placement import distribute, gather
+from twig_jax.sharding.placement import distribute, gather, put
 from twig_jax.sharding.rules import partition
 
 _log = logging.getLogger(__name__)
@@ -314,11 +314,9 @@ class Generator:
         if self.mesh is None:
             return tree
         mesh = self.mesh
-
-        def put(x: Any) -> jax.Array:
-            return jax.device_put(x, NamedSharding(mesh, partition(x.shape, ("rows",), mesh)))
-
-        return jax.tree.map(put, tree)
+        return jax.tree.map(
+            lambda x: put(x, NamedSharding(mesh, partition(x.shape, ("rows",), mesh))), tree
+        )
 
     def _announce(self, prepared: Prepared, past: Past | None) -> None:
         """Says in the log which bucket is about to be compiled."""
@@ -377,7 +375,7 @@ class Generator:
             times[levels] = quickest
         cost = np.interp(np.arange(deepest + 1), list(times), list(times.values())) / times[0] - 1
         cost = np.maximum.accumulate(np.maximum(cost, 0)).astype(np.float32)
-        if jax.process_count() > 1:
+        if self.mesh is not None and len({d.process_index for d in self.mesh.devices.flat}) > 1:
             cost = multihost_utils.broadcast_one_to_all(cost)
         return cost
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 AXES = ("data", "fsdp", "tensor")
@@ -20,7 +21,11 @@ def make_mesh(
     """
     count = jax.device_count() if devices is None else len(devices)
     sizes = mesh_sizes((data, fsdp, tensor), count)
-    return jax.make_mesh(sizes, AXES, _TYPES, devices=devices)
+    try:
+        return jax.make_mesh(sizes, AXES, _TYPES, devices=devices)
+    except NotImplementedError:  # a torus of TPUs, an axis of which would have to be split
+        split = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+        return Mesh(split, AXES, axis_types=_TYPES)
 
 
 def abstract_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> AbstractMesh:

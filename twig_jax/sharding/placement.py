@@ -19,16 +19,17 @@ def spread(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, partition(x.shape, axes, mesh))
 
 
+def put(x: Any, sharding: NamedSharding) -> jax.Array:
+    """An array in a sharding; every host has the same one and places its own parts."""
+    if sharding.is_fully_addressable or not getattr(x, "is_fully_addressable", True):
+        return jax.device_put(x, sharding)
+    # device_put would gather and compare the values of all hosts first.
+    x = np.asarray(x)
+    return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+
 def distribute(tree: Any, mesh: Mesh) -> Any:
-    """Parameters in their shardings; every host has the same ones and places its own parts."""
-
-    def put(x: Any, sharding: NamedSharding) -> jax.Array:
-        if sharding.is_fully_addressable or not getattr(x, "is_fully_addressable", True):
-            return jax.device_put(x, sharding)
-        # device_put would compare the values of all hosts first.
-        x = np.asarray(x)
-        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
-
+    """Parameters in their shardings, as `put` places them."""
     return jax.tree.map(put, tree, shardings(tree, mesh))
 
 

@@ -146,11 +146,16 @@ def fit(
             targets = Targets(config, base, grown_on, shard)
         stack.callback(batches.close)
         start = manager.latest() or 0
+        _check_shared(out, start)
         if start:
             notes = manager.notes(start)
             _check_notes(notes, config, grown_on)
             state = _restored(manager, state, start)
             _go_on(batches, notes["data"], shard)
+            # Several hosts agree on the step after the last that any has asked about, so that a
+            # notice from before a run goes on would be for one that is never reached.
+            if any(told_to_stop(n) for n in range(1, start + 1)) and start < config.steps:
+                raise Preempted(f"told to stop, saved at step {start} of {config.steps} in {out}")
         log = stack.enter_context(Log(out, start))
         show = progress and not jax.process_index()
         bar = stack.enter_context(
@@ -237,6 +242,32 @@ def fit(
             _LOG.warning("the best checkpoint is that of step %s", best)
             state = _restored(manager, state, best)
     return state.result
+
+
+def _check_shared(out: epath.Path, start: int) -> None:
+    """Raises ValueError, on all hosts, unless they share a run's folder and see its last step."""
+    if jax.process_count() == 1:
+        return
+    mark = out / ".shared"
+    if not jax.process_index():
+        mark.write_text("")
+    multihost_utils.sync_global_devices("shared folder")
+    for _ in range(_PATIENCE):  # a network disk may take seconds
+        if there := mark.exists():
+            break
+        time.sleep(1)
+    seen, steps = multihost_utils.process_allgather(np.array([there, start])).T
+    if not jax.process_index():
+        mark.unlink()
+    if not seen.all():
+        raise ValueError(
+            f"hosts do not share {out}, where they save together: name a folder of all"
+        )
+    if len(set(steps.tolist())) > 1:
+        raise ValueError(
+            f"hosts see checkpoints up to steps {sorted(set(steps.tolist()))} in {out}: wait until "
+            "all see the same files, then start again"
+        )
 
 
 def _draws(config: TrainConfig, step: int, shard: tuple[int, int]) -> np.ndarray:

@@ -120,10 +120,15 @@ def write_targets(
                 local = next(batches)
                 if not everywhere[step - 1]:
                     found = teach(base, on_mesh(local, mesh))
-                    mine = multihost_utils.global_array_to_host_local_array(found, mesh, rows.spec)
                     if not path.is_file():
-                        _write(path, local, {name: np.asarray(x) for name, x in mine.items()})
+                        _write(path, local, jax.tree.map(_own_rows, found))
                 told(step)
+
+
+def _own_rows(x: jax.Array) -> np.ndarray:
+    """The rows of this host, in the order that they came to the devices in."""
+    parts = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
+    return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])
 
 
 def _asked(distill: DistillConfig, base: LlavaConfig, grown_on: str) -> dict[str, Any]:
