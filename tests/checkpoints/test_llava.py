@@ -347,6 +347,30 @@ def test_rotary_angles_under_their_older_name(folder, config):
     assert read_llava(folder)[0] == config
 
 
+def test_scaled_rotary_angles_are_refused_beside_others(folder):
+    """Where both names are there, transformers goes by the older one."""
+    scaled = {"rope_type": "linear", "factor": 4.0}
+    edit(folder, lambda content: content["text_config"].update(rope_scaling=scaled))
+    with pytest.raises(ValueError, match=r"rope_type is 'linear', supported is 'default'"):
+        read_llava(folder)
+
+
+@pytest.mark.parametrize(
+    ("fields", "positions"),
+    [({"sliding_window": 512}, 512), ({"sliding_window": None}, 32768), ({}, 4096)],
+)
+def test_no_prompt_is_longer_than_a_sliding_window(tmp_path, fields, positions):
+    """Up to there a window is no matter."""
+    content = {
+        "architectures": ["LlavaMistralForCausalLM"],
+        "max_position_embeddings": 32768,
+        "mm_vision_tower": "openai/clip-vit-large-patch14-336",
+        **fields,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    assert read_config(tmp_path).text.max_positions == positions
+
+
 def test_a_configuration_that_leaves_all_to_defaults(folder):
     """llava-1.5-7b as first published says this much and no more."""
     content = {

@@ -277,9 +277,9 @@ def test_requests_that_mean_nothing(changes, message) -> None:
         ({"top_p": 0.0}, "top_p must be above 0"),
         ({"top_k": -1}, "top_k must be at least 0"),
         ({"min_p": 2.0}, "min_p must be from 0 to 1"),
-        ({"repetition_penalty": 0.0}, "repetition_penalty must be above 0"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty must be between 1e-30 and 1e30"),
+        ({"repetition_penalty": float("inf")}, "repetition_penalty must be between"),
         ({"seed": -1}, "seed must be from 0"),
-        ({"stop": ("",)}, "stop must be"),
         ({"stop": ("x",)}, "needs a tokenizer"),
     ],
 )

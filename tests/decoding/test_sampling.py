@@ -121,6 +121,14 @@ def test_temperature_zero_takes_the_likeliest_token() -> None:
     assert (draw(Settings(repetition_penalty=2.0), 3, 5) == 0).all()
 
 
+@pytest.mark.parametrize("temperature", [1e-20, 1e-36, 3e-38, 1.2e-38])
+def test_the_lowest_temperatures_take_the_likeliest_token_too(temperature) -> None:
+    logits = jnp.array([[[12.0, 10.0, 30.0, 8.0]]])
+    found = filtered(controls([Settings(temperature=temperature)], eos=-1), logits)
+    assert jnp.isfinite(found[0, 0, 2]) and found[0, 0].argmax() == 2
+    assert jax.nn.softmax(found)[0, 0].tolist() == [0, 0, 1, 0]
+
+
 # Filters, against another implementation.
 
 V = 23

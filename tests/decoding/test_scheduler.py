@@ -2,6 +2,7 @@
 
 import dataclasses
 import random
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
@@ -140,6 +141,38 @@ def test_a_ticket_that_the_scheduler_lost_is_not_waited_for(monkeypatch) -> None
     monkeypatch.setattr(scheduler, "step", lambda: next(steps))
     with pytest.raises(RuntimeError, match="does not have this question"):
         list(ticket)
+
+
+def test_threads_may_share_a_scheduler() -> None:
+    """Each asks, and drives it until it has its answer."""
+    scheduler, asked = Scheduler(speaking(), SETTINGS, BUCKET, chunk=1), some(12)
+    with ThreadPoolExecutor(len(asked)) as pool:
+        found = list(pool.map(lambda one: "".join(scheduler.submit(one)), asked))
+    alone = speaking().generate_many(asked, SETTINGS, batch=4)
+    assert found == [result.text for result in alone]
+
+
+def test_an_interruption_ends_what_ran_and_nothing_else(monkeypatch) -> None:
+    model = speaking()
+    scheduler, asked = Scheduler(model, SETTINGS, BUCKET, chunk=1), some(5)
+    scheduler.submit(asked[0])
+    scheduler.run()
+    tickets = [scheduler.submit(one) for one in asked]
+
+    def interrupted(program, state, stop, most):
+        jax.tree.map(lambda x: x.delete(), state)  # as the program that was given it does
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as once, pytest.raises(KeyboardInterrupt):
+        once.setattr(model, "decode", interrupted)
+        scheduler.run()
+    assert [ticket.done for ticket in tickets] == [True] * 3 + [False] * 2
+    before = compiled_programs()
+    scheduler.run()
+    assert compiled_programs() == before
+    alone = [model.generate([one], SETTINGS)[0].tokens.tolist() for one in asked[3:]]
+    assert [ticket.result.tokens.tolist() for ticket in tickets[3:]] == alone
+    assert [ticket.result for ticket in tickets[:3]] == [None] * 3
 
 
 def test_a_result_holds_nothing_of_other_rows() -> None:

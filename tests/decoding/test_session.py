@@ -1,6 +1,7 @@
 """Several turns: the same tokens as decoding the whole conversation's ids from the beginning."""
 
 import dataclasses
+import gc
 import logging
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from tests.decoding.models import CALL, generator, request
+from twig_jax.decoding import session as session_module
 from twig_jax.decoding.buckets import Bucket
 from twig_jax.decoding.generate import Generator
 from twig_jax.decoding.session import Session
@@ -29,6 +31,39 @@ def whole(session: Session, pixels: list[np.ndarray], settings) -> list[int]:
     """The next answer, computed from the conversation's ids alone."""
     request = Request(session.ids, session.is_visual, pixels=np.concatenate(pixels))
     return model().generate([request], settings)[0].tokens.tolist()
+
+
+def test_a_session_that_chooses_anew_keeps_no_deep_layers() -> None:
+    """They run again over what the next question chooses."""
+
+    def held(reprune: bool) -> int:
+        session, turn = Session(model(), CALL, reprune=reprune), request(1, 1, 3, 4)
+        gc.collect()
+        before = sum(x.nbytes for x in jax.live_arrays())
+        session.ask(turn.ids, turn.is_visual, turn.pixels)
+        gc.collect()
+        return sum(x.nbytes for x in jax.live_arrays()) - before
+
+    held(True)  # what is made once for all
+    assert held(True) < 0.6 * held(False)
+
+
+def test_free_rows_of_a_later_turn_catch_up_with_nothing(monkeypatch) -> None:
+    told = []
+    catch_up = session_module.catch_up
+
+    def seen(program, weights, state, upto):
+        jax.debug.callback(lambda x: told.append(x.tolist()), upto)
+        return catch_up(program, weights, state, upto)
+
+    monkeypatch.setattr(session_module, "catch_up", seen)
+    several = generator(made={"buckets": [Bucket(rows=3, text=96, images=1, new=32)]})
+    session = Session(several, dataclasses.replace(CALL, max_new_tokens=9, min_new_tokens=9))
+    for turn in (request(1, 1, 2, 30), request(2, 0, 2, 3)):
+        session.ask(turn.ids, turn.is_visual, turn.pixels)
+    jax.effects_barrier()
+    ((answered, *free),) = told
+    assert answered > 0 and free == [0, 0]
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,12 @@ def obvious(scores, is_visual, length, retained):
     return kept + [P] * (N + R_MAX - len(kept))
 
 
+def test_there_may_be_fewer_slots_than_a_budget():
+    """As in a later turn of few tokens."""
+    one = jnp.ones((1, 3)), jnp.asarray([[False, True, False]]), jnp.asarray([3]), jnp.asarray([5])
+    assert select(*one, 3, 5)[0].tolist() == [0, 1, 2, 3, 3, 3]
+
+
 @settings(max_examples=80, deadline=None)
 @given(st.data())
 def test_equals_the_obvious_selection(data):

@@ -78,6 +78,7 @@ _ORIGINAL_MUST = {
     "attention_bias": False,
     "mlp_bias": False,
 }
+_MISTRAL_WINDOW = 4096  # of transformers' MistralConfig, where nothing is said
 _ORIGINALS = {"LlavaLlamaForCausalLM", "LlavaMistralForCausalLM"}
 # Whether the class token's feature is kept, by what either layout calls it.
 _CLASS_TOKEN = {"default": False, "full": True, "patch": False, "cls_patch": True}
@@ -166,6 +167,10 @@ def _original(path: Path, model: Json, vision_source: Path | None) -> LlavaConfi
             "folder as the vision source"
         )
     text = _TEXT | dict(model)
+    if "LlavaMistralForCausalLM" in (model.get("architectures") or ()):
+        # As long as a window of attention sees all tokens, there is none.
+        window = model.get("sliding_window", _MISTRAL_WINDOW) or text["max_position_embeddings"]
+        text["max_position_embeddings"] = min(text["max_position_embeddings"], window)
     vocabulary = text["vocab_size"]
     return _config(
         path,
@@ -289,7 +294,7 @@ def _eos(folder: Path, text: Json, prefix: str) -> tuple[str, Any]:
 
 def _rope(text: Json) -> dict[str, Any]:
     """rope_theta and rope_type, from rope_parameters or from the fields it replaced."""
-    found = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    found = text.get("rope_scaling") or text.get("rope_parameters") or {}  # as transformers has it
     return {
         "rope_theta": found.get("rope_theta", text.get("rope_theta", 10000.0)),
         "rope_type": found.get("rope_type", found.get("type", "default")),

@@ -56,6 +56,11 @@ class Running:
         """Whether any row goes on."""
         return any(row is not None and not row.done for row in self.rows)
 
+    @property
+    def lost(self) -> bool:
+        """Whether an interruption left nothing to go on with: programs reuse their arguments."""
+        return self.state.n.is_deleted()
+
     def run(self, iterations: int) -> None:
         """Lets every row decode for so many iterations, or until all are done."""
         stop, self._stop = self._stop, np.zeros_like(self._stop)

@@ -69,7 +69,8 @@ def filtered(controls: Controls, logits: jax.Array) -> jax.Array:
         ((c.top_k > 0) | (c.top_p < 1) | (c.min_p > 0)).any(),
         lambda x: jnp.where(_allowed(x, c), x, -jnp.inf),
         lambda x: x,
-        logits / jnp.where(c.temperature > 0, c.temperature, 1),
+        # Divided by less, several logits would be infinite.
+        logits / jnp.where(c.temperature > 0, jnp.maximum(c.temperature, 1e-30), 1),
     )
 
 

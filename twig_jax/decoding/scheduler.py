@@ -1,5 +1,6 @@
 """Continuous batching: questions arrive at any time, answers stream out, rows are used again."""
 
+import threading
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
@@ -28,8 +29,6 @@ class Ticket:
     @property
     def text(self) -> str:
         """What can be shown of the answer by now."""
-        if self.result is not None:
-            return self.result.text or ""
         return self._scheduler.text(self)
 
     def cancel(self) -> None:
@@ -39,11 +38,11 @@ class Ticket:
     def __iter__(self) -> Iterator[str]:
         said = 0
         while True:
-            text = self.text
+            done, text = self.done, self.text  # in this order: others may drive the scheduler too
             if len(text) > said:
                 yield text[said:]
                 said = len(text)
-            elif self.done:
+            elif done:
                 return
             elif not self._scheduler.step() and not self.done:
                 raise RuntimeError("the scheduler does not have this question")
@@ -54,8 +53,9 @@ class Scheduler:
 
     One shape serves all: a question is prefilled alone and takes a free row of the running batch;
     nothing is compiled after the first answer. settings: of requests without their own, and the
-    largest budget and gamma of any. chunk: iterations between two looks at who is through. Raises
-    ValueError for a chunk below 1, and as `Generator.idle` does.
+    largest budget and gamma of any. chunk: iterations between two looks at who is through. Threads
+    may share it: one at a time is in it. Raises ValueError for a chunk below 1, and as
+    `Generator.idle` does.
     """
 
     def __init__(
@@ -71,6 +71,7 @@ class Scheduler:
         self._batch: Running = generator.idle(settings, bucket)
         self._queue: deque[Ticket] = deque()
         self._rows: list[Ticket | None] = [None] * bucket.rows
+        self._lock = threading.RLock()
 
     def submit(self, request: Request) -> Ticket:
         """Takes a question into the queue.
@@ -78,12 +79,13 @@ class Scheduler:
         Raises ValueError for one that is bad or larger than the bucket, before anything runs.
         """
         prepared = self.generator.batches.prepare([request], self.settings, bucket=self._one)
-        if prepared.program != self._batch.program:
-            raise ValueError(
-                "a request may not have a larger budget or gamma than the scheduler's settings"
-            )
-        ticket = Ticket(self, request)
-        self._queue.append(ticket)
+        with self._lock:
+            if prepared.program != self._batch.program:
+                raise ValueError(
+                    "a request may not have a larger budget or gamma than the scheduler's settings"
+                )
+            ticket = Ticket(self, request)
+            self._queue.append(ticket)
         return ticket
 
     @property
@@ -92,24 +94,41 @@ class Scheduler:
         return [ticket for ticket in self._rows if ticket is not None]
 
     def text(self, ticket: Ticket) -> str:
-        """What can be shown of the answer to a question that waits or runs."""
-        return self._batch.text(self._rows.index(ticket)) if ticket in self._rows else ""
+        """What can be shown of the answer to a question by now."""
+        with self._lock:
+            if ticket.result is not None:
+                return ticket.result.text or ""
+            return self._batch.text(self._rows.index(ticket)) if ticket in self._rows else ""
 
     def cancel(self, ticket: Ticket) -> None:
         """Ends a question, waiting or running."""
-        if ticket in self._queue:
-            self._queue.remove(ticket)
-            ticket.done = True
-        elif ticket in self._rows:
-            self._batch.cancel(self._rows.index(ticket))
-            self._deliver()
+        with self._lock:
+            if ticket in self._queue:
+                self._queue.remove(ticket)
+                ticket.done = True
+            elif ticket in self._rows:
+                self._batch.cancel(self._rows.index(ticket))
+                self._deliver()
 
     def step(self) -> bool:
         """Fills free rows, decodes one chunk, delivers; False where there was nothing to do.
 
         Raises as `Generator.generate` does where a question cannot start: it is done, without a
-        result, and the others go on with the next step.
+        result, and the others go on with the next step. So do those that wait where a program is
+        interrupted, as by Ctrl-C; those that ran are done then, without a result.
         """
+        with self._lock:
+            try:
+                return self._step()
+            except BaseException:
+                if self._batch.lost:
+                    for ticket in self.running:
+                        ticket.done = True
+                    self._rows = [None] * self.bucket.rows
+                    self._batch = self.generator.idle(self.settings, self.bucket)
+                raise
+
+    def _step(self) -> bool:
         for b, ticket in enumerate(self._rows):
             if ticket is None and self._queue:
                 following = self._queue.popleft()

@@ -85,6 +85,9 @@ class Session:
             past=None if earlier is None else lambda program: self._past(earlier, program),
         )
         (result,) = self.generator.finish(running, watch)
+        if own.prune and self.reprune:  # the next turn chooses anew, and runs these layers again
+            caches = running.state.caches._replace(deep=())
+            running.state = running.state._replace(caches=caches)
         appended = earlier is not None and (keeps or not own.prune)
         kept = np.concatenate([self._kept, result.kept]) if appended else result.kept
         emitted = result.tokens
@@ -126,7 +129,7 @@ def repack(
     signals: of the prompt; lengths int32 [B].
     """
     asked = state.prompt.lengths
-    answered = lengths - asked
+    answered = jnp.where(state.controls.max_new > 0, lengths - asked, 0)  # not of free rows
     if old.keeps_twig:
         if weights.int8 is not None:
             # What is kept next must not depend on it: the answer runs through the exact twig.

@@ -88,7 +88,11 @@ class Settings:
             ("top_k", self.top_k >= 0, "at least 0, which is all"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("min_p", 0 <= self.min_p <= 1, "from 0 to 1"),
-            ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
+            (
+                "repetition_penalty",
+                1e-30 <= self.repetition_penalty <= 1e30,
+                "between 1e-30 and 1e30",
+            ),
             ("seed", 0 <= self.seed < 2**32, "from 0 to 2**32 - 1"),
             ("stop", _are_stops(self.stop), "several texts or sequences of token ids, none empty"),
         ):

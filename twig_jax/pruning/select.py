@@ -16,14 +16,16 @@ def select(
 
     scores float32 [B, P] (read at visual slots only), is_visual bool [B, P], lengths int32 [B],
     retained int32 [B] (R of each row, at most `retained_slots`) -> int32 [B, Q] with
-    Q = text_slots + retained_slots; unused slots hold P and come last. Of equal scores the lower
-    slot wins. Slots with NaN or -inf are never kept, however many there is room for.
+    Q = text_slots + retained_slots, of either at most P; unused slots hold P and come last. Of
+    equal scores the lower slot wins. Slots with NaN or -inf are never kept, however many there is
+    room for.
     """
     P = scores.shape[1]
     real = jnp.arange(P) < lengths[:, None]
     text = first_of(real & ~is_visual, text_slots)
     if retained_slots == 0:
         return text
+    retained_slots = min(retained_slots, P)
     ranked = jnp.where(is_visual & real & ~jnp.isnan(scores), scores, -jnp.inf)
     best, visual = jax.lax.top_k(ranked, retained_slots)  # [B, R_max]
     keep = (jnp.arange(retained_slots) < retained[:, None]) & (best > -jnp.inf)
