@@ -3,7 +3,9 @@
 import math
 import os
 import signal
+import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from absl import app, flags, logging
 
@@ -14,9 +16,29 @@ def run(main: Callable[[list[str]], None]) -> None:
     def quiet(argv: list[str]) -> None:
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)
-        main(argv)
+        name = Path(sys.argv[0]).stem
+        _expand_home()
+        try:
+            main(argv)
+        except app.UsageError as error:
+            sys.exit(f"{name}: {error} (--help lists the flags)")
+        except KeyboardInterrupt:
+            print(f"\n{name}: interrupted", file=sys.stderr)
+            sys.exit(128 + signal.SIGINT)
 
     app.run(quiet)
+
+
+def _expand_home() -> None:
+    """Home folders in flags, which shells leave alone behind an equals sign."""
+    for name in flags.FLAGS:
+        flag = flags.FLAGS[name]
+        if name in ("prompt", "raw_prompt", "stop"):
+            continue
+        if isinstance(flag.value, str):
+            flag.value = os.path.expanduser(flag.value)
+        elif isinstance(flag.value, list):
+            flag.value = [os.path.expanduser(x) if isinstance(x, str) else x for x in flag.value]
 
 
 def stop_at_sigterm() -> None:

@@ -76,6 +76,10 @@ def ablate() -> None:
 
     use_compilation_cache()
     config = override(read_config(_CONFIG.value or ""), _SET.value)
+    if config.stage != "twig":
+        raise ValueError(f"--config {_CONFIG.value} trains no twig, but the {config.stage} stage")
+    if not all(seed.isdecimal() for seed in _SEEDS.value):
+        raise ValueError(f"--seeds takes whole numbers, not {','.join(_SEEDS.value)!r}")
     base_config, twig_config = config.model()
     reinforced = None if _REINFORCED.value is None else read_config(_REINFORCED.value)
     if reinforced is not None and not reinforced.reinforce.actions:

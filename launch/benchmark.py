@@ -83,7 +83,7 @@ def main(argv: list[str]) -> None:
     file = None if _JSON.value == "-" else _JSON.value
     try:
         results = measure(batches, lengths, lambda so_far: write_json(file, so_far))
-    except (FileNotFoundError, ValueError, MemoryError) as error:
+    except (OSError, ValueError, MemoryError) as error:
         sys.exit(f"benchmark: {error}")
     if _JSON.value == "-":
         write_json("-", results)

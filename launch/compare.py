@@ -43,7 +43,9 @@ _AVG_RETAINED = flags.DEFINE_float("avg_retained", None, "R̄ of the image; defa
 _TEXT = flags.DEFINE_integer("text_tokens", 40, "text tokens of the prompt", lower_bound=3)
 _NEW = flags.DEFINE_integer("max_new_tokens", 64, "tokens of an answer", lower_bound=2)
 _REPEATS = flags.DEFINE_integer("repeats", 7, "interleaved measurements of each", lower_bound=1)
-_THREADS = flags.DEFINE_integer("threads", os.cpu_count() or 1, "torch's; XLA takes all cores")
+_THREADS = flags.DEFINE_integer(
+    "threads", os.cpu_count() or 1, "torch's; XLA takes all cores", lower_bound=1
+)
 _DTYPE = flags.DEFINE_enum("dtype", "float32", DTYPES, "of weights and computation")
 _JSON = flags.DEFINE_string("json", None, "write results here; - is standard output")
 
@@ -91,11 +93,11 @@ def main(argv: list[str]) -> None:
     use_compilation_cache()
     try:
         results = measure()
-    except (ValueError, MemoryError) as error:
+        if _JSON.value != "-":
+            print(comparison(results))
+        write_json(_JSON.value, results)
+    except (OSError, ValueError, MemoryError) as error:
         sys.exit(f"compare: {error}")
-    write_json(_JSON.value, results)
-    if _JSON.value != "-":
-        print(comparison(results))
 
 
 def measure() -> dict[str, Any]:

@@ -110,7 +110,7 @@ def grow() -> None:
         validation_samples=32,
         out=_OUT.value,
     )
-    train(config, say=say)
+    train(config, export=f"{_OUT.value}/twig", say=say)
 
 
 def compare() -> None:

@@ -14,6 +14,7 @@ output:   --json
 """
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -31,7 +32,9 @@ _IMAGE = flags.DEFINE_multi_string("image", [], "image file; repeatable, in the 
 _PROMPT = flags.DEFINE_string("prompt", None, "question; <image> marks an image's place")
 _RAW_PROMPT = flags.DEFINE_string("raw_prompt", None, "prompt used as it is, without a template")
 _BATCH_FILE = flags.DEFINE_string(
-    "batch_file", None, "JSON lines with question_id, image (one, several or none) and text"
+    "batch_file",
+    None,
+    "JSON lines of question_id, image (one, several or none) and text; - is stdin",
 )
 _IMAGE_FOLDER = flags.DEFINE_string("image_folder", None, "where its images are; else beside it")
 
@@ -99,11 +102,26 @@ def main(argv: list[str]) -> None:
 
 def generate() -> None:
     """Loads the model, answers, prints."""
-    from twig_jax import api
-    from twig_jax.runtime import cache_folder, use_compilation_cache
+    from twig_jax.runtime import use_compilation_cache
 
     asked = questions()
-    use_compilation_cache()
+    with lines_to(_JSON.value, many=_BATCH_FILE.value is not None) as out:
+        use_compilation_cache()
+        model, settings = ready(asked)
+        failed = 0
+        if _BATCH_FILE.value is None:
+            answer_one(model, settings, asked[0], out)
+        else:
+            failed = answer_all(model, settings, asked, out)
+    if failed:
+        raise ValueError(f"{failed} of {len(asked)} questions could not be answered, see above")
+
+
+def ready(asked: list[dict[str, Any]]) -> tuple[Any, Any]:
+    """The model, and how it is to decode."""
+    from twig_jax import api
+    from twig_jax.runtime import cache_folder
+
     model = api.load(
         _CHECKPOINT.value,
         _TWIG.value,
@@ -117,13 +135,26 @@ def generate() -> None:
     )
     changes: dict[str, Any] = {n: f.value for n, f in _DECODING.items() if f.value is not None}
     settings = replace(model.settings, stop=tuple(_STOP.value), **changes)
+    check_used(settings)
     if _FIT_TREE.value:
         settings = with_fitted_tree(model, settings, asked[: _BATCH.value], cache_folder())
-    with lines_to(_JSON.value, many=_BATCH_FILE.value is not None) as out:
-        if _BATCH_FILE.value is None:
-            answer_one(model, settings, asked[0], out)
-        else:
-            answer_all(model, settings, asked, out)
+    return model, settings
+
+
+def check_used(settings: Any) -> None:
+    """Raises ValueError for flags that say nothing with the others."""
+    for of, used, flags_of in (
+        (f"--mode {settings.mode} prunes nothing", settings.prune, (_RETAINED,)),
+        (
+            f"--mode {settings.mode} drafts nothing",
+            settings.draft or settings.gamma == 0,
+            (_GAMMA, _THETA, _CHILDREN, _EXPANDED, _NODES, _ADAPTIVE),
+        ),
+        ("nothing is drawn at temperature 0", settings.temperature, (_TOP_K, _TOP_P, _MIN_P)),
+    ):
+        given = [f"--{flag.name}" for flag in flags_of if flag.value is not None]
+        if given and not used:
+            raise ValueError(f"{of}: leave {', '.join(given)} out, or change that")
 
 
 def with_fitted_tree(model: Any, settings: Any, few: list[dict[str, Any]], folder: Path) -> Any:
@@ -165,11 +196,10 @@ def answer_one(model: Any, settings: Any, question: dict[str, Any], out: TextIO 
         print(json.dumps(described(question, result)), file=out, flush=True)
 
 
-def answer_all(model: Any, settings: Any, asked: list[dict[str, Any]], out: TextIO | None) -> None:
+def answer_all(model: Any, settings: Any, asked: list[dict[str, Any]], out: TextIO | None) -> int:
     """Answers a file of questions in batches of like lengths; lines come in the file's order.
 
-    A question that cannot be answered is a line with its error. Raises ValueError at the end if
-    there was any.
+    A question that cannot be answered is a line with its error; gives how many there were.
     """
     from tqdm import tqdm
 
@@ -177,28 +207,45 @@ def answer_all(model: Any, settings: Any, asked: list[dict[str, Any]], out: Text
     with tqdm(total=len(asked), unit="question", disable=None) as bar:
         # A window at a time: the images of a long file do not fit into memory together.
         for first in range(0, len(asked), window):
-            part = asked[first : first + window]
-            lines: list[dict[str, Any]] = [{} for _ in part]
-            requests = {}
-            for i, question in enumerate(part):
-                try:
-                    requests[i] = model.request(question["text"], question["images"])
-                    model.generator.batches.prepare([requests[i]], settings)
-                except (MemoryError, ValueError) as error:
-                    requests.pop(i, None)
-                    failed += 1
-                    lines[i] = {"question_id": question["question_id"], "error": str(error)}
-                    print(f"question {question['question_id']}: {error}", file=sys.stderr)
-                    bar.update()
-            results = model.generator.generate_many(
-                list(requests.values()), settings, _BATCH.value, told=lambda *_: bar.update()
-            )
-            for i, result in zip(requests, results, strict=True):
-                lines[i] = described(part[i], result)
-            for line in lines:
-                print(json.dumps(line), file=out, flush=True)
-    if failed:
-        raise ValueError(f"{failed} of {len(asked)} questions could not be answered, see above")
+            failed += answer_part(model, settings, asked[first : first + window], out, bar)
+    return failed
+
+
+def answer_part(
+    model: Any, settings: Any, part: list[dict[str, Any]], out: TextIO | None, bar: Any
+) -> int:
+    """Answers some questions; a line is written as soon as all before it are."""
+    lines: dict[int, dict[str, Any]] = {}
+    requests: dict[int, Any] = {}
+    failed = written = 0
+
+    def told(i: int, line: dict[str, Any]) -> None:
+        nonlocal written
+        lines[i] = line
+        while written in lines:
+            bar.write(json.dumps(lines.pop(written)), file=out)
+            written += 1
+        if out is not None:
+            out.flush()
+        bar.update()
+
+    for i, question in enumerate(part):
+        try:
+            request = model.request(question["text"], question["images"])
+            model.generator.batches.prepare([request], settings)
+            requests[i] = request
+        except (MemoryError, ValueError) as error:
+            failed += 1
+            bar.write(f"question {question['question_id']}: {error}", file=sys.stderr)
+            told(i, {"question_id": question["question_id"], "error": str(error)})
+    places = list(requests)
+    model.generator.generate_many(
+        list(requests.values()),
+        settings,
+        _BATCH.value,
+        told=lambda n, result: told(places[n], described(part[places[n]], result)),
+    )
+    return failed
 
 
 def questions() -> list[dict[str, Any]]:
@@ -208,16 +255,23 @@ def questions() -> list[dict[str, Any]]:
         return [{"question_id": 0, "text": text, "images": _IMAGE.value}]
     path = Path(_BATCH_FILE.value)
     folder = path.parent if _IMAGE_FOLDER.value is None else Path(_IMAGE_FOLDER.value)
+    if _JSON.value not in (None, "-") and Path(_JSON.value).absolute() == path.absolute():
+        raise ValueError(f"--json {path} would be written over the questions: name another file")
+    try:
+        content = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no UTF-8 text: {error}") from None
     asked = []
-    for number, line in enumerate(path.read_text("utf-8-sig").split("\n"), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
             images = row.get("image") or []
             images = [images] if isinstance(images, str) else images
-            if not isinstance(row["text"], str):
-                raise TypeError(f"text is {row['text']!r}")
+            if not isinstance(images, list) or not isinstance(row.get("text"), str):
+                raise TypeError(f"it is {line.strip()[:80]}")
             asked.append(
                 {
                     "question_id": row.get("question_id", number),
@@ -225,10 +279,10 @@ def questions() -> list[dict[str, Any]]:
                     "images": [folder / image for image in images],
                 }
             )
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{path}, line {number}: needs a JSON object with text, and image where there is "
-                f"one ({error!r})"
+                f"one ({error})"
             ) from error
     if not asked:
         raise ValueError(f"{path} has no questions")
@@ -253,12 +307,19 @@ def described(question: dict[str, Any], result: Any) -> dict[str, Any]:
 
 @contextmanager
 def lines_to(path: str | None, many: bool) -> Iterator[TextIO | None]:
-    """Where JSON lines go: a file, standard output, or nowhere for one question without --json."""
+    """Where JSON lines go: a file, standard output, or nowhere for one question without --json.
+
+    Until all are written they are in FILE.part, and a file that was there stays.
+    """
     if path is None or path == "-":
         yield sys.stdout if path == "-" or many else None
-    else:
-        with open(path, "w") as file:
-            yield file
+        return
+    if Path(path).is_dir():
+        raise IsADirectoryError(f"--json {path} is a folder")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{path}.part", "w") as file:
+        yield file
+    os.replace(f"{path}.part", path)
 
 
 if __name__ == "__main__":

@@ -58,6 +58,7 @@ def answer(out: Path) -> None:
 
     from twig_jax import api
     from twig_jax.data.sources import BadSample, open_source
+    from twig_jax.evaluation.answers import digest, keep_settings
     from twig_jax.runtime import use_compilation_cache
 
     use_compilation_cache()
@@ -76,6 +77,12 @@ def answer(out: Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     out.open("a").close()  # it fails now, or not after long work
     model = api.load(_CHECKPOINT.value, _TWIG.value, _DTYPE.value, conventions=_CONVENTIONS.value)
+    asked = {
+        "weights": digest(model.generator.weights.base),
+        "template": model.conventions.template,
+        "max_new_tokens": _NEW.value,
+    }
+    keep_settings(out.with_suffix(".run.json"), asked, of=out)
     size, answered, bad, cut = _AT_ONCE * _BATCH.value, 0, 0, 0
     empty = set()
     with tqdm(total=len(todo), unit="conversation", disable=None) as bar, out.open("a") as file:

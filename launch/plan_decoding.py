@@ -46,11 +46,11 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     try:
         plans = planned(whole("batch", _BATCH.value))
-    except ValueError as error:
+        if _JSON.value != "-":
+            report(plans)
+        write_json(_JSON.value, [plan.as_json() for plan in plans])
+    except (OSError, ValueError) as error:
         sys.exit(f"plan_decoding: {error}")
-    if _JSON.value != "-":
-        report(plans)
-    write_json(_JSON.value, [plan.as_json() for plan in plans])
 
 
 def planned(batches: list[int]) -> list[Any]:

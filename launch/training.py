@@ -39,20 +39,24 @@ def train(
     from jax.experimental import multihost_utils
 
     from twig_jax.checkpoints.llava import write_llava
-    from twig_jax.checkpoints.twig import write_twig
+    from twig_jax.checkpoints.twig import TWIG_FILE, write_twig
     from twig_jax.models.twig import feeding
     from twig_jax.sharding.mesh import make_mesh
     from twig_jax.sharding.placement import gather
     from twig_jax.training.loop import fit
     from twig_jax.training.start import start_base, start_twig
 
+    grows = config.stage == "twig"
     if export and "://" not in export and not jax.process_index():
+        other = Path(export) / ("config.json" if grows else TWIG_FILE)
+        if other.is_file():
+            what = ("base", "twig") if grows else ("twig", "base")
+            raise ValueError(f"{export} holds a {what[0]}: export the {what[1]} to another folder")
         Path(export).mkdir(parents=True, exist_ok=True)  # or it is known now that it cannot be
     base_config, twig_config = config.model()
     mesh = make_mesh(*config.mesh)
     first = not jax.process_index()
     base = start_base(config, mesh)
-    grows = config.stage == "twig"
     answers = config.holds_out and config.whole_base and config.stage != "vision"
     callback = None
     if answers:
@@ -76,6 +80,8 @@ def train(
     elif export and first:
         with _local(export) as folder:
             write_llava(folder, trained, base_config, tokenizer=config.reads_as())
+    if export and first:
+        say(f"exported to {export}")
     # jax aborts all processes, the one that writes too, five minutes after the first has ended.
     multihost_utils.sync_global_devices("exported")
 

@@ -77,7 +77,7 @@ def find_topology(name: str) -> tuple[Chip, int, Any]:
     a topology that is not known, and for TPUs without their compiler.
     """
     chip, _, size = name.partition(":")
-    if chip not in CHIPS or not re.fullmatch(r"\d+(x\d+)*", size):
+    if chip not in CHIPS or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", size):
         raise ValueError(
             f"no topology {name!r}; write a TPU slice as v5e:2x4 or a number of GPUs as h100:8;"
             f" there are: {', '.join(CHIPS)}"

@@ -279,6 +279,12 @@ def test_large_images_load_up_to_pillow_s_limit(monkeypatch):
         images.load_image(encoded(picture(40, 12)))
 
 
+def test_pixels_of_floats_are_refused():
+    """Pillow would clip them at 255, to black where they are shares."""
+    with pytest.raises(ValueError, match="its pixels are floats"):
+        images.load_image(Image.new("F", (4, 4), 0.5))
+
+
 def test_normalize_has_one_value_per_channel():
     pixels = np.arange(24, dtype=np.uint8).reshape(2, 4, 3)
     got = images.normalize(pixels, (0.0, 0.5, 1.0), (1.0, 2.0, 4.0))

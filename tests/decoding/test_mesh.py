@@ -17,6 +17,7 @@ from tests.decoding.worker import model
 from twig_jax.decoding import batch, buckets
 from twig_jax.decoding.generate import compiled_programs
 from twig_jax.decoding.images import encode
+from twig_jax.programs import device_bytes
 from twig_jax.sharding.mesh import make_mesh
 
 
@@ -82,7 +83,7 @@ def test_memory_is_that_of_each_device(monkeypatch) -> None:
     mesh = make_mesh(2, 2, 2)
     spread = model(mesh)
     program = spread.batches.prepare(mixed(), CALL).program
-    room = buckets.nbytes(spread.weights) + 1.5 * buckets.state_bytes(program, 1, 4, split=2)
+    room = device_bytes(spread.weights) + 1.5 * buckets.state_bytes(program, 1, 4, split=2)
     monkeypatch.setattr(batch, "device_memory", lambda _: room)
     assert len(spread.generate(mixed(), CALL)) == 4
     with pytest.raises(MemoryError, match="about 4 rows of this shape"):

@@ -89,6 +89,16 @@ def test_costs_are_measured_once(few, ranked, tmp_path, monkeypatch) -> None:
         fitted(model, few, dataclasses.replace(CALL, mode="plain"), cache)
 
 
+def test_a_cache_that_cannot_be_used_costs_no_answer(few, tmp_path, monkeypatch, caplog) -> None:
+    made_up = ({1: 1.0, 4: 1.0}, {2: 5.0, 8: 5.0})
+    monkeypatch.setattr(shape, "_timed", lambda *_: made_up)
+    (tmp_path / "file").write_text("{damaged")
+    for cache in (tmp_path / "file" / "costs.json", tmp_path / "file"):
+        assert shape.measure(generator(), few, CALL, cache).iteration(Tree.of(1)) > 0
+    assert "what was timed is not kept" in caplog.text
+    assert json.loads((tmp_path / "file").read_text())
+
+
 def test_short_answers_are_no_measure_of_compiling(few, tmp_path, monkeypatch) -> None:
     """A twig that is always right ends answers of four tokens with their prompts."""
     monkeypatch.setattr(shape, "_TIMED_WIDTHS", (1,))

@@ -21,7 +21,6 @@ RESULT = Result(
     matched=np.array([2, 3]),
     kept=np.zeros(0),
     scores=np.zeros(0),
-    logits=np.zeros(0),
     prefill_s=0.5,
     decode_s=1.5,
 )

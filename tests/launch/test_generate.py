@@ -1,5 +1,6 @@
 """launch.generate: one question, a file of questions, and what goes wrong."""
 
+import contextlib
 import io
 import json
 from dataclasses import replace
@@ -11,10 +12,18 @@ from absl.flags import FLAGS
 from PIL import Image
 
 import twig_jax
-from launch.generate import answer_all, questions, with_fitted_tree
+from launch.generate import (
+    _DECODING,
+    answer_all,
+    check_used,
+    lines_to,
+    questions,
+    with_fitted_tree,
+)
 from tests.launch.process import ROOT, launch, python
 from twig_jax.data import digits
 from twig_jax.decoding import batch, buckets, shape
+from twig_jax.programs import device_bytes
 
 PAGE = ROOT / "docs" / "page.png"
 ASK = "What digit is in row B, column 3?"
@@ -111,11 +120,10 @@ def test_a_question_too_large_for_the_memory_is_reported(model, monkeypatch):
     asked = [{"question_id": len(x), "text": ASK, "images": x} for x in ([], [PAGE])]
     settings = replace(model.settings, mode="plain", max_new_tokens=4)
     small = model.generator.batches.prepare([model.request(ASK)], settings).program
-    most = buckets.nbytes(model.generator.weights) + buckets.state_bytes(small, 1, 4)
+    most = device_bytes(model.generator.weights) + buckets.state_bytes(small, 1, 4)
     monkeypatch.setattr(batch, "device_memory", lambda _: most)
     out = io.StringIO()
-    with pytest.raises(ValueError, match="1 of 2 questions could not be answered"):
-        answer_all(model, settings, asked, out)
+    assert answer_all(model, settings, asked, out) == 1
     answer, error = map(json.loads, out.getvalue().splitlines())
     assert answer["ids"] and "not even one row fits" in error["error"]
 
@@ -140,6 +148,59 @@ def test_a_file_of_questions(tmp_path):
     assert "not Unicode" in lines[3]["error"]
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (
+            ("--mode", "ttp", "--gamma", "3", "--theta", "0.1"),
+            "drafts nothing: leave --gamma, --th",
+        ),
+        (("--top_p", "0.5"), "nothing is drawn at temperature 0: leave --top_p out"),
+        (("--temperature", "1", "--top_p", "0.5", "--gamma", "0", "--theta", "0.1"), None),
+    ],
+)
+def test_flags_that_say_nothing_are_refused(model, flags, said):
+    FLAGS.unparse_flags()
+    FLAGS(["generate", "--prompt", ASK, *flags])
+    given = {name: flag.value for name, flag in _DECODING.items() if flag.value is not None}
+    try:
+        with pytest.raises(ValueError, match=said) if said else contextlib.nullcontext():
+            check_used(replace(model.settings, **given))
+    finally:
+        for name in given:
+            FLAGS[name].unparse()
+
+
+def test_an_interrupted_run_leaves_the_answers_that_were_there(tmp_path):
+    file = tmp_path / "new" / "answers.jsonl"
+    with lines_to(str(file), many=True) as out:
+        print("first", file=out)
+    with pytest.raises(KeyboardInterrupt), lines_to(str(file), many=True) as out:
+        print("second", file=out)
+        raise KeyboardInterrupt
+    assert file.read_text() == "first\n"
+    assert (tmp_path / "new" / "answers.jsonl.part").read_text() == "second\n"
+
+
+def test_a_line_is_written_as_soon_as_those_before_it_are(model, monkeypatch):
+    FLAGS(["generate", "--prompt", ASK])
+    asked = [{"question_id": i, "text": ASK, "images": x} for i, x in enumerate(([], [PAGE]))]
+    results = model.generator.generate_many(
+        [model.request(ASK), model.request(ASK, [PAGE])], replace(model.settings, max_new_tokens=2)
+    )
+    out, there = io.StringIO(), []
+
+    def answers(requests, settings, batch, told):
+        for i in (1, 0):  # as the longest come first
+            told(i, results[i])
+            there.append(len(out.getvalue().splitlines()))
+
+    monkeypatch.setattr(model.generator, "generate_many", answers)
+    assert answer_all(model, model.settings, asked, out) == 0
+    assert there == [0, 2]
+    assert [json.loads(x)["question_id"] for x in out.getvalue().splitlines()] == [0, 1]
+
+
 @pytest.mark.parametrize("row", [{"image": "page.png"}, {"text": None}, {"text": ["a"]}, ["text"]])
 def test_a_bad_line_is_named_before_anything_is_asked(tmp_path, row):
     (tmp_path / "ask.jsonl").write_text(f'{{"text": "Who?"}}\n{json.dumps(row)}\n')
@@ -157,6 +218,12 @@ def test_a_bad_line_is_named_before_anything_is_asked(tmp_path, row):
         (("--prompt", ASK, "--template", "vicuna"), "vicuna_v1"),
         (("--batch_file", "pyproject.toml"), "pyproject.toml, line 1"),
         (("--batch_file", "ask.jsonl", "--image", str(PAGE)), "leave --image out"),
+        (("--batch_file", "README.md", "--json", "./README.md"), "over the questions"),
+        (("--prompt", ASK, "--json", "docs"), "--json docs is a folder"),
+        (
+            ("--prompt", ASK, "--mode", "ssd", "--avg_retained", "16"),
+            "--mode ssd prunes nothing: leave --avg_retained out",
+        ),
     ],
 )
 def test_bad_arguments(arguments, message):

@@ -98,6 +98,9 @@ def test_an_answer_that_is_cut_off_ends_its_conversation(asked, tmp_path):
     done = own_answers(*few)
     assert f"{out} has all 4 conversations but 2 without an answer" in done.stdout
     assert len(open_source(out)) == 2
+    rest.unlink()
+    done = own_answers(*few[:-1], 9)
+    assert done.returncode == 1 and "was made with max_new_tokens 8, not 9" in done.stderr
 
 
 def test_a_conversation_ends_before_what_cannot_be_asked(asked, tmp_path):

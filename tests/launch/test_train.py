@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from functools import partial
+from pathlib import Path
 
 import pytest
 from absl.app import UsageError
@@ -115,6 +116,25 @@ def test_an_export_that_cannot_be_written_is_told_at_once(tmp_path):
     done = train(*run, "--export", tmp_path / "taken")
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "taken" in done.stderr and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("main", "status", "said"),
+    [
+        ("raise app.UsageError('give more')", 1, "tool: give more (--help lists the flags)\n"),
+        ("raise KeyboardInterrupt", 130, "\ntool: interrupted\n"),
+        ("sys.exit(flags.FLAGS.out)", 1, f"{Path.home()}/runs\n"),
+    ],
+)
+def test_launchers_end_with_a_line(main, status, said):
+    program = (
+        "import sys; from absl import app, flags; from launch import run; "
+        "flags.DEFINE_string('out', None, ''); sys.argv = ['tool.py', '--out=~/runs']\n"
+        f"def main(argv):\n    {main}\n"
+        "run(main)"
+    )
+    done = python("-c", program)
+    assert (done.returncode, done.stderr) == (status, said)
 
 
 def test_one_of_several_that_fails_does_not_wait_for_the_others():

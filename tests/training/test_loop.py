@@ -31,7 +31,7 @@ from twig_jax.training.loop import fit
 from twig_jax.training.losses import twig_loss
 from twig_jax.training.optim import schedule
 from twig_jax.training.plots import curves
-from twig_jax.training.preemption import Preempted
+from twig_jax.training.preemption import Preempted, preemption
 from twig_jax.training.step import make_step
 
 CONVERSATIONS = ("data.source=digits", "data.row_tokens=400", "data.row_images=1")
@@ -145,9 +145,21 @@ def test_told_to_stop_it_saves_and_goes_on_later(tmp_path):
     assert signal.getsignal(signal.SIGTERM) is handler
     resumed = fit(config(tmp_path / "told"), *start(), progress=False)
     assert_same(resumed, fit(config(tmp_path / "whole"), *start(), progress=False))
+    with pytest.raises(ValueError, match="has been trained for 20 steps, not 19"):
+        fit(config(tmp_path / "told", "steps=19"), *start(), progress=False)
     # A run that is complete has nothing left to do.
     assert_same(resumed, fit(config(tmp_path / "told"), *start(), progress=False))
     assert steps(tmp_path / "told") == list(range(1, 21))
+
+
+def test_an_interruption_is_a_notice_the_first_time():
+    handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(KeyboardInterrupt), preemption() as told:
+        assert not told(1)
+        signal.raise_signal(signal.SIGINT)
+        assert told(2)
+        signal.raise_signal(signal.SIGINT)
+    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
 
 
 def test_told_to_stop_while_it_saves_the_end_it_does_so(tmp_path, monkeypatch):

@@ -124,7 +124,9 @@ def test_a_plan_says_what_it_is():
     assert not small.collectives
 
 
-@pytest.mark.parametrize("topology", ["v5e", "h100", "h100:", "b9:8", "h100:x", "", "v5e:2x"])
+@pytest.mark.parametrize(
+    "topology", ["v5e", "h100", "h100:", "b9:8", "h100:x", "h100:0", "", "v5e:2x"]
+)
 def test_unknown_topologies(topology):
     with pytest.raises(ValueError, match=r"no topology .* there are: v4, v5e"):
         plan(tiny(), topology)

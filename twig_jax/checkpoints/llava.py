@@ -41,7 +41,7 @@ def local_folder(name: str | Path) -> Path:
 
     Raises FileNotFoundError for what is neither, or where the hub cannot be reached.
     """
-    folder = Path(name)
+    folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):

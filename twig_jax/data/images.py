@@ -37,7 +37,9 @@ def load_image(source: ImageSource) -> Image.Image:
     try:
         if isinstance(source, Image.Image):
             return _to_rgb(source)
-        with _open(source if isinstance(source, bytes) else Path(source).read_bytes()) as image:
+        if not isinstance(source, bytes):
+            source = Path(source).expanduser().read_bytes()
+        with _open(source) as image:
             return _to_rgb(image)
     except UnidentifiedImageError:
         raise ValueError(f"cannot read {name}: it is of no format that Pillow knows") from None
@@ -126,6 +128,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     # Turned in place, as the EXIF that is written anew behind it may be damaged elsewhere.
     with contextlib.suppress(Exception):
         ImageOps.exif_transpose(image, in_place=True)
+    if image.mode == "F":
+        raise ValueError("its pixels are floats, of which nothing says what is white")
     if image.mode == "I" or image.mode.startswith("I;16"):
         # Pillow would clip 16-bit grey values at 255. Some formats give them as 32-bit ones.
         grey = np.asarray(image).clip(0, 65535) >> 8

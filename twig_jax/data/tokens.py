@@ -1,5 +1,6 @@
 """From a conversation's text to token ids with image slots, as a checkpoint needs them."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -102,6 +103,8 @@ def load_tokenizer(path: str | Path) -> Any:
         )
     if not (folder / "tokenizer.json").is_file():
         return _load_sentencepiece(folder)
+    # It says that there is no PyTorch, which nothing here needs.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import AutoTokenizer  # slow, and not needed where ids are given
 
     return AutoTokenizer.from_pretrained(folder)

@@ -118,7 +118,7 @@ class Generator:
             mesh,
         )
         self.draft_cost = draft_cost
-        self.images = ImageEncoder(config, weights.base, weights.dtype, remembered_images)
+        self.images = ImageEncoder(config, weights, remembered_images)
         self._costs: dict[tuple[Program, int], np.ndarray] = {}
         self._known: set[tuple[Program, tuple[int, ...], bool]] = set()
 

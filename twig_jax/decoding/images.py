@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from twig_jax.config import LlavaConfig
+from twig_jax.decoding.network import Weights
 from twig_jax.decoding.settings import Request
 from twig_jax.hardware import runs_triton
 from twig_jax.models.attention import attend
@@ -25,10 +26,8 @@ PROGRAMS = 1, 2, 4, 8  # images of each program
 class ImageEncoder:
     """Encodes images, and remembers up to `remembered` of them by the hash of their pixels."""
 
-    def __init__(
-        self, config: LlavaConfig, base: Params, dtype: jnp.dtype, remembered: int = 0
-    ) -> None:
-        self.config, self.base, self.dtype = config, base, dtype
+    def __init__(self, config: LlavaConfig, weights: Weights, remembered: int = 0) -> None:
+        self.config, self.weights = config, weights
         self.remembered = remembered
         self.encoded = 0  # images that went through the vision tower
         self._known: OrderedDict[bytes, jax.Array] = OrderedDict()
@@ -56,7 +55,7 @@ class ImageEncoder:
         """Visual embeddings [rows, images * M, d]; what has fewer images is padded at its end."""
         d, M = self.config.text.hidden_size, self.config.vision.num_tokens
         if not images:
-            return np.zeros((rows, 0, d), self.dtype)
+            return np.zeros((rows, 0, d), self.weights.dtype)
         # Rows that only fill a batch up are one request several times.
         pixels = {id(r.pixels): r.pixels for r in requests if r.pixels is not None}
         encoded = iter(self([x for one in pixels.values() for x in one]))
@@ -65,8 +64,8 @@ class ImageEncoder:
         for request in requests:
             row: list[jax.Array] = []
             if request.visual is not None:
-                whole = np.zeros((-(-len(request.visual) // M) * M, d), self.dtype)
-                whole[: len(request.visual)] = np.asarray(request.visual).astype(self.dtype)
+                whole = np.zeros((-(-len(request.visual) // M) * M, d), self.weights.dtype)
+                whole[: len(request.visual)] = np.asarray(request.visual).astype(self.weights.dtype)
                 row += [upload(x) for x in whole.reshape(-1, M, d)]
             row += found.get(id(request.pixels), [])
             table.append(row + [self._nothing] * (images - len(row)))
@@ -85,7 +84,7 @@ class ImageEncoder:
     def _nothing(self) -> jax.Array:
         """Embeddings [M, d] in an image's place, for rows that have fewer than others."""
         shape = self.config.vision.num_tokens, self.config.text.hidden_size
-        return upload(np.zeros(shape, self.dtype))
+        return upload(np.zeros(shape, self.weights.dtype))
 
     def _encode(self, images: list[np.ndarray]) -> list[jax.Array]:
         out: list[jax.Array] = []
@@ -96,7 +95,7 @@ class ImageEncoder:
             pixels = np.zeros((size, *part[0].shape), np.float32)
             for i, image in enumerate(part):
                 pixels[i] = image
-            visual = encode(self.config, self.base, pixels, self.dtype, gpu)
+            visual = encode(self.config, self.weights.base, pixels, self.weights.dtype, gpu)
             out += visual[: len(part)]
             self.encoded += len(part)
         return out

@@ -81,6 +81,7 @@ class Settings:
             ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
             ("min_new_tokens", self.min_new_tokens >= 0, "at least 0"),
             ("gamma", self.gamma >= 0, "at least 0"),
+            ("theta", self.theta >= 0, "0 or more"),
             ("children", self.children >= 1, "at least 1"),
             ("expanded", self.expanded >= 1, "at least 1"),
             ("nodes", self.nodes >= 0, "at least 0, which is all"),

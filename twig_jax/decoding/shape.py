@@ -1,12 +1,15 @@
 """Which tree of drafts is fastest: what width and depth cost on this device, and what they win."""
 
+import contextlib
 import json
+import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,6 +18,8 @@ from twig_jax.decoding.generate import Generator
 from twig_jax.decoding.settings import Request, Result, Settings
 from twig_jax.decoding.tree import Tree
 from twig_jax.programs import device_bytes
+
+_log = logging.getLogger(__name__)
 
 RANKS = 10  # children that are tried at most
 _SIZES = (1, 2, 3, 4, 6, RANKS)  # children, and nodes of a level
@@ -141,13 +146,19 @@ def measure(
             "slots": (len(requests), program.prompt_slots, program.max_new),
         }
     )
-    known = json.loads(cache.read_text()) if cache.exists() else {}
+    known: dict[str, Any] = {}
+    with contextlib.suppress(OSError, ValueError):  # it can be measured again
+        known = json.loads(cache.read_text())
     if key not in known:
+        _log.warning("timing trees of several sizes, which takes minutes and is kept in %s", cache)
         known[key] = _timed(generator, requests, settings)
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        part = cache.with_name(f"{cache.name}.{os.getpid()}")
-        part.write_text(json.dumps(known, indent=1))
-        os.replace(part, cache)  # whole, whatever ends this process, and whoever reads beside it
+        try:
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            part = cache.with_name(f"{cache.name}.{os.getpid()}")
+            part.write_text(json.dumps(known, indent=1))
+            os.replace(part, cache)  # whole, whatever ends this process, whoever reads beside it
+        except OSError as error:
+            _log.warning("what was timed is not kept: %s", error)
     return Costs(*({int(n): s for n, s in part.items()} for part in known[key]))
 
 

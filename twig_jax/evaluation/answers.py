@@ -122,18 +122,24 @@ def answer_share(
     return lines
 
 
-def keep_settings(path: Path, settings: dict[str, Any]) -> None:
-    """Keeps settings, as JSON, in a file; ValueError, naming both, where other ones are there."""
+def keep_settings(path: Path, settings: dict[str, Any], of: Path | None = None) -> None:
+    """Keeps settings, as JSON, in a file; ValueError, naming both, where other ones are there.
+
+    of: what was made with them, None for the file's folder.
+    """
     settings = json.loads(json.dumps(settings))
     if not path.exists():
         part = path.with_name(f"{path.name}.{os.getpid()}")
         part.write_text(json.dumps(settings, indent=1) + "\n")
         os.replace(part, path)
-    there = json.loads(path.read_text())
+    try:
+        there = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
     other = {k for k in {*there, *settings} if there.get(k) != settings.get(k)}
     if other:
         said = ", ".join(f"{k} {there.get(k)!r}, not {settings.get(k)!r}" for k in sorted(other))
-        raise ValueError(f"{path.parent} was made with {said}; remove it or choose another folder")
+        raise ValueError(f"{of or path.parent} was made with {said}; remove it or name another")
 
 
 def digest(weights: Any) -> str:

@@ -147,6 +147,11 @@ def fit(
         stack.callback(batches.close)
         start = manager.latest() or 0
         _check_shared(out, start)
+        if start > config.steps:
+            raise ValueError(
+                f"{out} has been trained for {start} steps, not {config.steps}: name another out, "
+                "or ask for as many"
+            )
         if start:
             notes = manager.notes(start)
             _check_notes(notes, config, grown_on)

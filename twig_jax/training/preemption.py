@@ -17,6 +17,8 @@ class Preempted(Exception):
 def preemption() -> Iterator[Callable[[int], bool]]:
     """Gives told(step): whether SIGTERM has come, so that the run is to stop after this step.
 
+    In a single process Ctrl-C is one, too, the first time.
+
     Hosts call it with the same steps and get the same answer, even if one alone was told: it is
     yes at a step that none of them has passed. To be entered in the main thread.
     """
@@ -25,13 +27,18 @@ def preemption() -> Iterator[Callable[[int], bool]]:
         yield multihost_utils.reached_preemption_sync_point
         return
     came = False
+    before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
 
-    def note(*_: Any) -> None:
+    def note(received: int, _: Any) -> None:
         nonlocal came
         came = True
+        if received == signal.SIGINT:
+            signal.signal(signal.SIGINT, before[signal.SIGINT])
 
-    before = signal.signal(signal.SIGTERM, note)
+    for each in before:
+        signal.signal(each, note)
     try:
         yield lambda step: came
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for each, handler in before.items():
+            signal.signal(each, handler)
