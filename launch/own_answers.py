@@ -82,7 +82,10 @@ def answer(out: Path) -> None:
         "template": model.conventions.template,
         "max_new_tokens": _NEW.value,
     }
-    keep_settings(out.with_suffix(".run.json"), asked, of=out)
+    notes = out.with_suffix(".run.json")
+    if not there:  # what it was made with has gone with it
+        notes.unlink(missing_ok=True)
+    keep_settings(notes, asked, of=out)
     size, answered, bad, cut = _AT_ONCE * _BATCH.value, 0, 0, 0
     empty = set()
     with tqdm(total=len(todo), unit="conversation", disable=None) as bar, out.open("a") as file:

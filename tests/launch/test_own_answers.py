@@ -101,6 +101,8 @@ def test_an_answer_that_is_cut_off_ends_its_conversation(asked, tmp_path):
     rest.unlink()
     done = own_answers(*few[:-1], 9)
     assert done.returncode == 1 and "was made with max_new_tokens 8, not 9" in done.stderr
+    out.unlink()
+    assert own_answers(*few[:-1], 9).returncode == 0
 
 
 def test_a_conversation_ends_before_what_cannot_be_asked(asked, tmp_path):
