@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from twig_jax.models.attention import KV
+from twig_jax.models.attention import KV, attend
 from twig_jax.models.llama import Decoder
 from twig_jax.models.llava import Llava
 
@@ -122,3 +122,25 @@ def test_logits_are_float32_in_bfloat16_models(config, base):
     out, kvs = decoder.apply({"params": half}, x, jnp.arange(2)[None], causal(2)[:1], method="run")
     assert out.dtype == kvs[0].k.dtype == jnp.bfloat16
     assert decoder.apply({"params": half}, out, method="logits").dtype == jnp.float32
+
+
+def test_layers_are_traced_once_and_can_still_be_looked_into(config, base, inputs, whole):
+    """Tracing each of LLaVA's 24 and 32 layers would be most of a start from compiled programs."""
+    traced = []
+
+    def attention(q, context):
+        traced.append(q.shape)
+        return attend(q, context)
+
+    model, layers = Llava(config), config.text.num_layers
+    given = {"params": base}, *inputs, causal(S)
+    jax.eval_shape(lambda *args: model.apply(*args, method="run", attention=attention), *given)
+    pixels = jnp.zeros((1, 1, config.vision.image_size, config.vision.image_size, 3))
+    jax.eval_shape(
+        lambda *args: model.apply(*args, method="encode", attention=attention), given[0], pixels
+    )
+    assert len(traced) == 2 < layers
+    out, kept = model.apply(*given, method="run", capture_intermediates=True, mutable=True)
+    close(out, whole)
+    states = [kept["intermediates"]["text"][f"layers_{i}"]["__call__"][0][0] for i in range(layers)]
+    close(states[-1], whole[0])

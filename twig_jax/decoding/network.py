@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from twig_jax.config import LlavaConfig, TwigConfig
 from twig_jax.decoding.cache import Cache
 from twig_jax.decoding.tree import Tree
-from twig_jax.models.attention import attend
+from twig_jax.models.attention import attend, causal_attend
 from twig_jax.models.fused_attention import fused_attend, fuses
 from twig_jax.models.int8 import quantised
 from twig_jax.models.llava import Llava, Params
@@ -150,7 +150,7 @@ class Program:
         if method == "run":
             # No token sees what is behind it; but a scratch block has slots of its own.
             causal = kwargs.get("scratch") is None
-            attention = fused_attend if self.fused else partial(attend, causal=causal)
+            attention = fused_attend if self.fused else causal_attend if causal else attend
             apply = partial(apply, attention=attention)
         if not self.gpu or method not in ("run", "logits"):
             return apply(*args, **kwargs)

@@ -106,6 +106,9 @@ def attend(q: jax.Array, context: Sequence[Context], causal: bool = False) -> ja
     return rearrange(out, "n B c H D -> B (n c) H D")[:, :Q]
 
 
+causal_attend = functools.partial(attend, causal=True)
+
+
 def _seen_by(queries: slice, context: Sequence[Context], causal: bool) -> list[Context]:
     """What some queries see of it."""
     found = [Context(c.kv, c.mask[:, queries]) for c in context]

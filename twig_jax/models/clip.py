@@ -7,7 +7,7 @@ from flax import linen as nn
 
 from twig_jax.config import VisionConfig
 from twig_jax.models.attention import KV, Attention, Context, attend
-from twig_jax.models.layers import Dense, LayerNorm, quick_gelu
+from twig_jax.models.layers import Dense, LayerNorm, quick_gelu, traced_once
 
 
 class EncoderLayer(nn.Module):
@@ -64,7 +64,7 @@ class VisionTower(nn.Module):
         for i, layer in enumerate(self.layers):
             # Layers above the feature layer exist in published checkpoints but never run.
             if i < c.layers_used or self.is_initializing():
-                x = layer(x, attention)
+                x = traced_once(layer, x, attention=attention)
         if self.is_initializing():
             self.post_layernorm(x)
         return x if c.class_token else x[:, 1:]

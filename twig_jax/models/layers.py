@@ -1,5 +1,8 @@
 """Small layers shared by the models."""
 
+from functools import partial
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -67,3 +70,20 @@ class LayerNorm(nn.Module):
 def quick_gelu(x: jax.Array) -> jax.Array:
     """CLIP's approximation of GELU."""
     return x * jax.nn.sigmoid(1.702 * x)
+
+
+def traced_once(layer: nn.Module, *args: Any, attention: Any) -> Any:
+    """layer(*args, attention=attention), traced once for all layers and arguments of its shapes.
+
+    Compilers get the same program: they put such calls in their place first. A layer whose
+    parameters are made, or whose intermediates are captured, is called itself.
+    """
+    if layer.is_initializing() or layer.is_mutable_collection("intermediates"):
+        return layer(*args, attention=attention)
+    alone = layer.clone(parent=None, name=None)
+    return _applied(alone, layer.variables, *args, attention=attention)
+
+
+@partial(jax.jit, static_argnums=0, static_argnames="attention")
+def _applied(layer: nn.Module, variables: Any, *args: Any, attention: Any) -> Any:
+    return layer.apply(variables, *args, attention=attention)

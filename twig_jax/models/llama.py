@@ -17,7 +17,7 @@ from twig_jax.models.attention import (
     attention_rows,
     rope_angles,
 )
-from twig_jax.models.layers import Dense, Embed, RMSNorm
+from twig_jax.models.layers import Dense, Embed, RMSNorm, traced_once
 
 Rope = tuple[jax.Array, jax.Array]
 
@@ -140,13 +140,14 @@ class Decoder(nn.Module):
         layers = self.layers[first:last]
         out = []
         for i, layer in enumerate(layers):
-            x, kv = layer(
+            x, kv = traced_once(
+                layer,
                 x,
                 rope,
                 mask,
                 None if cached is None or cached_mask is None else Context(cached[i], cached_mask),
                 None if scratch is None else (scratch[i], jnp.asarray(index)),
-                attention,
+                attention=attention,
             )
             out.append(kv)
         return x, tuple(out)
