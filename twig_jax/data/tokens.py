@@ -105,9 +105,14 @@ def load_tokenizer(path: str | Path) -> Any:
         return _load_sentencepiece(folder)
     # It says that there is no PyTorch, which nothing here needs.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    from transformers import AutoTokenizer  # slow, and not needed where ids are given
+    import transformers  # slow, and not needed where ids are given
 
-    return AutoTokenizer.from_pretrained(folder)
+    # AutoTokenizer imports PyTorch where there is one, which takes seconds.
+    settings = folder / "tokenizer_config.json"
+    named = read_json(settings).get("tokenizer_class") if settings.is_file() else None
+    if named in ("PreTrainedTokenizerFast", "TokenizersBackend"):  # of transformers 4 and 5
+        return transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+    return transformers.AutoTokenizer.from_pretrained(folder)
 
 
 def prompt_ids(
