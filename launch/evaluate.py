@@ -92,6 +92,7 @@ def evaluate() -> None:
 
     from twig_jax import api
     from twig_jax.decoding.settings import Settings
+    from twig_jax.evaluation.answers import failure
     from twig_jax.evaluation.benchmarks.files import write_upload
     from twig_jax.evaluation.judge import Judge, said, ways
     from twig_jax.evaluation.validation import BUDGETS
@@ -145,8 +146,12 @@ def evaluate() -> None:
         return
     found: dict[Any, dict[str, Any]] = {}
     base = None
+    failures: dict[str, None] = {}
     for way in done:  # one at a time: the answers of all may be too many to hold
         lines = judge.answered(way)
+        for key, line in lines.items():
+            if (error := failure(line)) is not None:
+                failures[f"question {key.id} cannot be asked: {error}"] = None
         found[way], score = judge.row(way, lines, base)
         base = score if way.mode == "plain" else base
         upload = benchmark.upload(said(lines))
@@ -165,6 +170,10 @@ def evaluate() -> None:
     write_json(str(judge.folder / "results.json"), content)
     write_json(_JSON.value, content)
     print(_table(list(found.values())), file=screen)
+    for told in [*failures][:10]:
+        print(told, file=screen)
+    if len(failures) > 10:
+        print(f"and {len(failures) - 10} more: {judge.folder}/*/answers.jsonl", file=screen)
 
 
 def check_files(benchmark: Any) -> None:

@@ -14,7 +14,7 @@ import pytest
 import twig_jax
 from twig_jax.decoding.generate import Generator
 from twig_jax.decoding.settings import Settings
-from twig_jax.evaluation.answers import answer_share, digest, failed
+from twig_jax.evaluation.answers import answer_share, digest, failure
 from twig_jax.evaluation.benchmarks.files import Question, Score, answer_line
 from twig_jax.evaluation.benchmarks.pages import Digits
 from twig_jax.evaluation.judge import Judge, Way
@@ -142,7 +142,7 @@ def test_another_number_of_processes_goes_on(tmp_path, whole):
 def test_what_cannot_be_asked_is_told_and_tried_again(tmp_path, whole):
     folder = tmp_path / "bad"
     lines = Model(bad=(3, 22)).run(folder)
-    found = [json.loads(line) for line in lines.values() if failed(line)]
+    found = [json.loads(line) for line in lines.values() if failure(line)]
     assert [(x["question_id"], x["text"]) for x in found] == [(3, ""), (22, "")]
     errors = [x["metadata"]["error"] for x in found]
     assert errors == ["no image of 3", "no image of 22"]

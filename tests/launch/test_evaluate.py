@@ -107,15 +107,18 @@ def test_files_of_the_score_are_looked_for_first(tmp_path):
 
 def test_standard_output_is_json_alone(tmp_path):
     """Also where there is a file for an official judge."""
-    line = {"question_id": 0, "image": "0.png", "text": "Is it?"}
-    (tmp_path / "llava_gqa_testdev_balanced.jsonl").write_text(json.dumps(line) + "\n")
+    lines = [{"question_id": i, "image": f"{i}.png", "text": "Is it?"} for i in range(2)]
+    questions = "\n".join(map(json.dumps, lines))
+    (tmp_path / "llava_gqa_testdev_balanced.jsonl").write_text(questions)
     (tmp_path / "data" / "images").mkdir(parents=True)
     Image.new("RGB", (96, 96)).save(tmp_path / "data" / "images" / "0.png")
     known = tmp_path / "data" / "testdev_balanced_questions.json"
-    known.write_text(json.dumps({"0": {"answer": "yes"}}))
+    known.write_text(json.dumps({str(i): {"answer": "yes"} for i in range(2)}))
     task = ("--task", "gqa", "--data", tmp_path, "--modes", "plain", "--batch", "4")
     done = evaluate(*task, "--timed_samples", "0", "--out", tmp_path / "out", "--json", "-")
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["results"][0]["samples"] == 1
+    (plain,) = json.loads(done.stdout)["results"]
+    assert (plain["samples"], plain["unanswered"]) == (2, ["1"])
+    assert "question 1 cannot be asked: " in done.stderr and "1.png" in done.stderr
     assert "for the official judge: " in done.stderr
     assert " - " not in done.stderr  # there is no RelAcc of a base without a right answer

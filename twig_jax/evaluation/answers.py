@@ -65,7 +65,7 @@ def answer_share(
     keep_settings(folder / "run.json", {"model_id": model_id, **settings})
     i, n = share
     own = folder / f"answers.{i}-of-{n}.jsonl"
-    there = {k: line for k, line in answered(folder, questions).items() if not failed(line)}
+    there = {k: line for k, line in answered(folder, questions).items() if failure(line) is None}
     # What a kill left of a line goes, and what failed.
     written = read_answers(own, questions) if own.exists() else {}
     write_answers(own, questions, {k: v for k, v in written.items() if k in there})
@@ -153,9 +153,9 @@ def digest(weights: Any) -> str:
     return found.hexdigest()[:16]
 
 
-def failed(line: str) -> bool:
-    """Whether a line stands for a question that could not be asked."""
-    return "error" in json.loads(line)["metadata"]
+def failure(line: str) -> str | None:
+    """Why the question could not be asked that a line stands for; None where it has an answer."""
+    return json.loads(line)["metadata"].get("error")
 
 
 def answered(folder: Path, questions: Sequence[Question]) -> dict[Key, str]:
@@ -163,7 +163,7 @@ def answered(folder: Path, questions: Sequence[Question]) -> dict[Key, str]:
     found: dict[Key, str] = {}
     for path in sorted(folder.glob("answers.*-of-*.jsonl")):
         for key, line in read_answers(path, questions).items():
-            if key not in found or failed(found[key]):
+            if key not in found or failure(found[key]):
                 found[key] = line
     return found
 

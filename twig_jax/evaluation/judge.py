@@ -14,7 +14,7 @@ from twig_jax.config import MODES
 from twig_jax.decoding.buckets import state_bytes
 from twig_jax.decoding.generate import Generator
 from twig_jax.decoding.settings import Request, Result, Settings
-from twig_jax.evaluation.answers import answer_share, answered, digest, failed
+from twig_jax.evaluation.answers import answer_share, answered, digest, failure
 from twig_jax.evaluation.benchmarks.files import Benchmark, Key, Question, Score, mean, texts
 from twig_jax.evaluation.pruners.answering import Rival
 from twig_jax.evaluation.scoring import relacc
@@ -256,4 +256,4 @@ def _memory(generator: Generator, settings: Settings, requests: Sequence[Request
 
 def said(lines: Mapping[Key, str]) -> dict[Key, str]:
     """The answers' texts, without those of questions that could not be asked."""
-    return texts({key: line for key, line in lines.items() if not failed(line)})
+    return texts({key: line for key, line in lines.items() if failure(line) is None})
