@@ -153,6 +153,8 @@ def test_told_to_stop_it_saves_and_goes_on_later(tmp_path):
 
 
 def test_an_interruption_is_a_notice_the_first_time():
+    # Shells start what runs in the background with interruptions ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
     with pytest.raises(KeyboardInterrupt), preemption() as told:
         assert not told(1)
