@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -14,7 +15,9 @@ from PIL import Image
 from twig_jax import api
 from twig_jax.checkpoints.twig import write_twig
 from twig_jax.config import INT8
+from twig_jax.data import conversation
 from twig_jax.data.digits import ASSETS
+from twig_jax.data.tokens import Conventions, load_tokenizer, prompt_ids
 from twig_jax.models.int8 import quantised
 from twig_jax.models.twig import fresh_p_head
 from twig_jax.sharding.mesh import make_mesh
@@ -71,6 +74,23 @@ def test_images_in_one_array(model):
 
 def without(tree, name):
     return {other: part for other, part in tree.items() if other != name}
+
+
+@pytest.mark.parametrize("name", conversation.TEMPLATES)
+def test_a_question_behind_an_answer_that_was_cut_off(model, llama, name):
+    """Its tokens are those of the whole conversation's text."""
+
+    def ids(text):
+        return prompt_ids(tokenizer, text, 777, 0)[0].tolist()
+
+    tokenizer = load_tokenizer(llama)
+    read = Conventions("llava", False, name)
+    model = dataclasses.replace(model, tokenizer=tokenizer, conventions=read)
+    said = conversation.prompt(name, [("What", None)])
+    said += conversation.template(name).answer_start + "the cat"
+    session = SimpleNamespace(ids=ids(said), ask=lambda asked, *_, **__: asked.tolist())
+    asked = api.Chat(model, session).ask("in a picture")
+    assert ids(said) + asked == ids(said + conversation.following(name, "in a picture"))
 
 
 @pytest.mark.parametrize("p_head", [False, True])

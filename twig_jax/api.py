@@ -135,8 +135,10 @@ class Chat:
         else:
             name, eos = model.conventions.template, model.config.eos_token_id
             text = conversation.following(name, prompt, _count(images))
-            request = model._request(text, images)
-            first = int(request.ids[0] == model.tokenizer.bos_token_id)
+            # As behind an answer: tokenizers may put a space before a text that begins.
+            before = "a"
+            request = model._request(before + text, images)
+            first = len(model.tokenizer.encode(before))
             # The text starts with the end of the last answer, of which the model may have said EOS.
             end = conversation.template(name).answer_end
             if so_far[-1] == eos and eos in model.tokenizer.encode(end, add_special_tokens=False):
