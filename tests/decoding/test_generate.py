@@ -9,11 +9,12 @@ import jax
 import numpy as np
 import pytest
 
-from tests.decoding.models import CALL, CONFIG, generator, mixed, request
+from tests.decoding.models import CALL, CONFIG, generator, mixed, request, tokens
 from twig_jax.config import TwigConfig
 from twig_jax.decoding import buckets, images
 from twig_jax.decoding.buckets import Bucket
 from twig_jax.decoding.generate import Generator, compiled_programs
+from twig_jax.decoding.session import Session
 from twig_jax.decoding.settings import Request, Settings
 from twig_jax.programs import device_bytes
 
@@ -146,6 +147,18 @@ def test_a_bucket_of_more_images_than_fit_is_warmed_up() -> None:
     model = generator(text=dataclasses.replace(CONFIG.text, max_positions=16))
     (report,) = model.warm_up(CALL, [Bucket(rows=1, text=32, images=2, new=32)])
     assert report.programs > 0
+
+
+def test_64_bits_as_a_default_change_nothing() -> None:
+    model = speaking()
+    answers = tokens(ask(LONG, model=model))
+    before = compiled_programs()
+    with jax.enable_x64(True):
+        assert tokens(ask(LONG, model=model)) == answers
+        assert compiled_programs() == before
+        turns = Session(speaking(), dataclasses.replace(LONG, max_new_tokens=9))
+        for row in (request(20, 1, 3, 4), request(21, 0, 3, 4)):
+            assert len(turns.ask(row.ids, row.is_visual, row.pixels).tokens) == 9
 
 
 def test_an_answer_ends_where_the_positions_do() -> None:

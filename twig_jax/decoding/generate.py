@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -306,8 +306,13 @@ class Generator:
             rows = self._spread(prepared.controls)
         return prepared.program, self.weights, inputs, rows, cost, past
 
-    def context(self) -> Any:
-        return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
+    @contextlib.contextmanager
+    def context(self) -> Iterator[None]:
+        """Where programs are traced and run: on the mesh, with 32 bits whatever the default is."""
+        with jax.enable_x64(False), contextlib.ExitStack() as stack:
+            if self.mesh is not None:
+                stack.enter_context(jax.set_mesh(self.mesh))
+            yield
 
     def _spread(self, tree: Any) -> Any:
         """Host arrays, their rows over the mesh's data axes."""
