@@ -56,10 +56,8 @@ def accept(
     # Trunk and twig have the nodes in slots of their own.
     t = program.tree
     in_trunk = jnp.full((B, t.size), _NOWHERE).at[rows, drafts.slots].set(cached, mode="drop")
-    # What a row that did not draft has in the scratch block was computed beside its companions.
-    drew = (drafts.drafted > 0)[:, None]
+    # Of a row that did not draft nobody reads this: it catches up before it drafts again.
     in_twig = jnp.concatenate([before, in_trunk[:, : t.slots]], axis=1)
-    in_twig = jnp.where(drew, in_twig, _NOWHERE)
     P = state.prompt.trunk.shape[1]
     caches = Caches(
         commit(state.caches.trunk, drafts.trunk, P + in_trunk),

@@ -41,7 +41,7 @@ def settle(
     done: jax.Array,
     cost: jax.Array,
 ) -> jax.Array:
-    """Balances after an iteration; all [B] but cost [D + 1]. Rows that were done keep theirs.
+    """Balances after an iteration; all [B] but cost [D + 1].
 
     After the prompt, where all rows draft, rows that do not may leave a debt to those that do: it
     is no more than what they themselves started with.
@@ -50,5 +50,4 @@ def settle(
     purse = jnp.where((levels > 0) & ~done, balance, 0)
     share = bill * purse / jnp.maximum(purse.sum(), jnp.finfo(cost.dtype).tiny)
     won = matched.astype(cost.dtype) + TAX * emitted.astype(cost.dtype)
-    new = balance + won - share
-    return jnp.where(done, balance, jnp.minimum(new, _DEEPEST * cost.max()))
+    return jnp.minimum(balance + won - share, _DEEPEST * cost.max())

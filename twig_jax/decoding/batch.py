@@ -152,8 +152,6 @@ class Batches:
         if len(request.ids) == 0 or len(request.ids) != len(request.is_visual):
             raise ValueError(f"request {i}: ids and is_visual must have one length above 0")
         M = self.config.vision.num_tokens
-        if not 0 <= request.before < len(request.ids):
-            raise ValueError(f"request {i}: of {len(request.ids)} ids, {request.before} are before")
         V, d = self.config.text.vocab_size, self.config.text.hidden_size
         size = self.config.vision.image_size
         words = request.ids[~request.is_visual]
