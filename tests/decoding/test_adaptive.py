@@ -90,6 +90,28 @@ def test_rows_pay_in_proportion_to_what_they_have() -> None:
     np.testing.assert_allclose(left, [3 - 4 * 3 / 4.5, 1.5 - 4 * 1.5 / 4.5, 0.2, 0.1], rtol=1e-5)
 
 
+def test_rows_draft_that_can_afford_a_try_together() -> None:
+    """A try of one step costs two rows two steps. Who has only a last token to emit, or less than
+    one step, neither drafts nor pays."""
+    cost, c = np.float32([0, 0.5, 1]), controls([Settings(max_new_tokens=9)] * 2, eos=-1)
+    state = State(*[None] * len(State._fields))._replace(controls=c, done=np.zeros(2, bool))
+    for n, balance, draws in (
+        ([3, 7], [1.5, 1], [True, True]),
+        ([3, 8], [1.5, 1], [False, False]),
+        ([3, 8], [2, 1], [True, False]),
+        ([3, 7], [2, 0.5], [True, False]),
+    ):
+        one = state._replace(n=np.int32(n), balance=np.float32(balance))
+        assert _drafting(one, cost).tolist() == draws
+
+
+def test_bad_times_are_soon_noticed() -> None:
+    """Whatever was won before, it pays for no more than four tries of two steps."""
+    luck = np.repeat([1.0, 0.0], 50)[:, None] * np.ones(B)
+    paid, *_ = account([4] * B, [10_000] * B, [0.5] * 4, luck)
+    assert paid / B / 2 == 50 + 4
+
+
 def test_drafting_goes_on_while_it_pays() -> None:
     gammas, news = [4] * B, [10_000] * B
     luck = np.ones((100, B))

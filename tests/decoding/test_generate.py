@@ -105,10 +105,24 @@ def test_watching_changes_nothing_and_sees_text_grow() -> None:
     assert [r.text for r in results] == [r.text for r in alone]
     assert [r.matched.tolist() for r in results] == [r.matched.tolist() for r in alone]
     assert "stop" in {r.stopped_by for r in alone}
-    assert len(seen) > 3
+    assert len(seen) == max(len(r.matched) for r in results) > 3  # after every iteration
     assert all(b.startswith(a) for a, b in itertools.pairwise(seen))
     assert seen[-1] == results[0].text
     assert 0 < taken[0] < taken[-1] == results[0].decode_s
+
+
+def test_a_row_that_was_ended_decodes_no_further() -> None:
+    """Also one that comes from another batch."""
+    model = speaking(buckets=(BUCKET, dataclasses.replace(BUCKET, rows=1)))
+    running = model.start([request(20 + i, 1, 3, 4) for i in range(2)], LONG)
+    other = model.start([request(22, 1, 3, 4)], LONG)
+    running.cancel(0)
+    other.cancel(0)
+    running.insert(2, other)
+    before = running.state.n.tolist()
+    running.run(2)
+    went_on = [b > a for a, b in zip(before, running.state.n.tolist(), strict=True)]
+    assert went_on == [False, True, False, False]
 
 
 def test_half_a_character_is_never_shown() -> None:
@@ -173,6 +187,16 @@ def test_an_answer_ends_where_the_positions_do() -> None:
         assert [(len(r.tokens), r.stopped_by) for r in found] == [(n, "length") for n in (4, 3, 2)]
 
 
+def test_the_smallest_bucket_that_is_large_enough_is_taken() -> None:
+    """By rows, then images, text and new tokens; without any, shapes are rounded up."""
+    declared = [Bucket(*shape) for shape in ((4, 32, 1, 32), (1, 32, 2, 32), (1, 64, 1, 64))]
+    need = Bucket(1, 20, 1, 14)
+    assert buckets.fit(need, declared) == declared[2]
+    smaller = [Bucket(1, 64, 1, 32), Bucket(1, 32, 1, 64)]
+    assert buckets.fit(need, declared + smaller) == smaller[1]
+    assert buckets.fit(Bucket(3, 33, 1, 32), ()) == Bucket(3, 64, 1, 32)
+
+
 def test_a_prompt_longer_than_every_bucket_is_refused() -> None:
     with pytest.raises(ValueError, match=r"fits into none.*4 rows x \(32 text, 2 images"):
         speaking().generate([request(1, 1, 20, 20)], CALL)
@@ -190,6 +214,28 @@ def test_images_are_encoded_once() -> None:
     assert model.images.encoded == 4
     fresh = generator().generate(rows, CALL)
     assert [r.tokens.tolist() for r in known] == [r.tokens.tolist() for r in fresh]
+
+
+def test_the_image_that_was_asked_for_longest_ago_is_forgotten() -> None:
+    model = generator()
+    model.images.remembered = 2
+    a, b, c = (request(i, 1, 2, 3).pixels[0] for i in range(3))
+    for x, encoded in ((a, 1), (b, 2), (a, 2), (c, 3), (a, 3), (b, 4)):
+        model.images([x])
+        assert model.images.encoded == encoded
+
+
+def test_visual_tokens_that_are_given() -> None:
+    """Of no whole images: embeddings of words are answered as the words are."""
+    model, plain = generator(), dataclasses.replace(CALL, mode="plain")
+    text = request(1, 0, 8, 9)
+    is_visual = (np.arange(17) > 1) & (np.arange(17) < 14)
+    table = np.asarray(model.weights.base["text"]["embed_tokens"]["embedding"])
+    given = dataclasses.replace(text, is_visual=is_visual, visual=table[text.ids[is_visual]])
+    rows = [given, request(2, 1, 2, 3), text]
+    first, _, last = model.generate(rows, plain)
+    assert first.tokens.tolist() == last.tokens.tolist()
+    assert first.kept.tolist() == np.flatnonzero(is_visual).tolist()
 
 
 def test_an_image_that_another_thread_forgets_meanwhile(monkeypatch) -> None:
@@ -260,7 +306,7 @@ def test_the_estimate_covers_the_state() -> None:
         ({"ids": np.array([3, 4, 1000, 5])}, "ids of words must be from 0 to 36"),
         ({"ids": np.array([3, 4, -1, 5])}, "ids of words must be from 0 to 36"),
         (
-            {"ids": np.full(5000, 3), "is_visual": np.zeros(5000, bool)},
+            {"ids": np.full(4096, 3), "is_visual": np.zeros(4096, bool)},
             "no room .* the 4096 positions",
         ),
         ({"pixels": np.zeros((1, 9, 9, 3), np.float32)}, r"pixels must be of shape \[.., \d+, \d+"),
@@ -268,6 +314,10 @@ def test_the_estimate_covers_the_state() -> None:
         (
             {"pixels": np.zeros((1, 12, 12, 3)), "visual": np.zeros((5, 32))},
             "both pixels and visual",
+        ),
+        (
+            {"visual": np.zeros((2, 32)), "is_visual": np.array([False, True, True, False])},
+            "2 visual tokens are no whole images of 9",
         ),
         ({"scores": np.zeros(3, np.float32)}, "3 scores for 4 tokens"),
         ({"is_visual": np.zeros(3, bool)}, "must have one length"),
@@ -286,13 +336,19 @@ def test_requests_that_mean_nothing(changes, message) -> None:
         ({"stop": "USER:"}, "stop must be several texts"),
         ({"stop": ("",)}, "stop must be several texts"),
         ({"stop": (5,)}, "stop must be several texts"),
+        ({"gamma": -1}, "gamma must be at least 0"),
+        ({"theta": -0.1}, "theta must be 0 or more"),
+        ({"min_new_tokens": -1}, "min_new_tokens must be at least 0"),
         ({"temperature": -1.0}, "temperature must be 0 or more"),
+        ({"temperature": float("inf")}, "temperature must be 0 or more"),
         ({"top_p": 0.0}, "top_p must be above 0"),
+        ({"top_p": 1.1}, "top_p must be above 0 and at most 1"),
         ({"top_k": -1}, "top_k must be at least 0"),
         ({"min_p": 2.0}, "min_p must be from 0 to 1"),
         ({"repetition_penalty": 0.0}, "repetition_penalty must be between 1e-30 and 1e30"),
         ({"repetition_penalty": float("inf")}, "repetition_penalty must be between"),
         ({"seed": -1}, "seed must be from 0"),
+        ({"seed": 2**32}, "seed must be from 0"),
         ({"stop": ("x",)}, "needs a tokenizer"),
     ],
 )

@@ -97,6 +97,7 @@ def test_cancelling_ends_one_and_disturbs_nobody() -> None:
     scheduler.step()
     tickets[1].cancel()
     tickets[4].cancel()
+    assert [ticket.done for ticket in tickets] == [False, True, False, False, True]
     scheduler.run()
     assert tickets[1].result.stopped_by == "cancelled"
     assert len(tickets[1].result.tokens) < 20

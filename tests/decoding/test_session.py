@@ -89,6 +89,8 @@ def test_turns_equal_the_whole_conversation(mode, changes) -> None:
         asked.is_visual = np.concatenate([session.is_visual, turn.is_visual])
         result = session.ask(turn.ids, turn.is_visual, turn.pixels)
         assert result.tokens.tolist() == whole(asked, pixels, settings)
+        if not settings.prune:
+            assert result.kept.tolist() == np.flatnonzero(session.is_visual).tolist()
         assert len(session.ids) == len(asked.ids) + len(result.tokens) + (
             result.stopped_by == "eos"
         )

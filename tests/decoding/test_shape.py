@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -70,6 +71,17 @@ def test_candidates_are_counted_by_what_the_base_chose(ranked) -> None:
     assert 0.1 < hits[0] <= 1 and hits.sum() <= 1
     drafted = sum(len(d) > 0 for r in ranked for d in r.drafts)
     assert hits.sum() == pytest.approx(sum(r.matched.sum() for r in ranked) / drafted, abs=0.1)
+
+
+def test_places_where_nothing_was_drafted_do_not_count() -> None:
+    """Nor those past an answer's end."""
+    drafts = [[5, 1], [], [2, 8], [9, 9]]
+    result = SimpleNamespace(
+        tokens=np.array([5, 6, 7, 8]),
+        drafts=[np.array(each, np.int32) for each in drafts],
+        matched=np.array([1, 0, 1, 0]),
+    )
+    assert hit_rates([result])[:3].tolist() == [1 / 2, 1 / 2, 0]
 
 
 def test_costs_are_measured_once(few, ranked, tmp_path, monkeypatch) -> None:

@@ -4,11 +4,12 @@ import itertools
 from collections.abc import Sequence
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from twig_jax.decoding.settings import Settings
-from twig_jax.decoding.transcript import Detokenize, Transcript
+from twig_jax.decoding.transcript import Detokenize, Transcript, characters
 
 
 def detokenize(tokens: Sequence[int]) -> str:
@@ -62,6 +63,36 @@ def test_an_answer_stops_where_it_would_token_by_token(
     own = Settings(stop=tuple(stops), min_new_tokens=min_new)
     alone = told(tokens, [1] * len(tokens), own, detokenize)
     assert told(tokens, parts, own, detokenize) == alone
+
+
+@pytest.mark.parametrize(
+    ("stops", "min_new", "shown"),
+    [
+        (("b",), 0, ["a", "a"]),
+        (("b",), 1, ["a", "a"]),
+        (("b",), 2, ["a", "ab", "abc", "abca", "abca"]),
+        (("bc", "abc"), 0, ["", "", ""]),
+        (("abx",), 0, ["", "", "abc", "abc", "abcab"]),
+        ((tuple(b"bc"),), 0, ["a", "a", "a"]),
+        ((tuple(b"bc"),), 3, ["a", "a", "abc", "abca", "abcab"]),
+    ],
+)
+def test_what_is_shown_of_an_answer_token_by_token(stops, min_new, shown) -> None:
+    """What may be the beginning of a stop is held back, and the first that is complete after
+    min_new_tokens cuts it off, at its first letter; also from the tokens."""
+    own = Settings(stop=stops, min_new_tokens=min_new)
+    transcript, tokens, found = Transcript(own, detokenize), b"abcab", []
+    while not transcript.stopped and len(found) < len(tokens):
+        came = np.array(list(tokens[: len(found) + 1]), np.int32)
+        transcript.update(came, ended=len(came) == len(tokens))
+        found.append(transcript.text)
+    assert found == shown
+    assert detokenize(transcript.tokens.tolist()) == shown[-1]
+
+
+def test_characters_of_four_bytes() -> None:
+    tokens = list("é😀".encode())
+    assert [characters(in_runs, tokens[:n]) for n in range(7)] == ["", "", *["é"] * 4, "é😀"]
 
 
 def test_an_answer_is_decoded_once_a_part_while_no_stop_is_in_it() -> None:

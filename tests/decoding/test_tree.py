@@ -27,6 +27,7 @@ EOS = 21  # a word that ends some of the answers, and is often drafted
 CALL = Settings("ssd", max_new_tokens=14, gamma=3, theta=0.0)
 TREE = {"gamma": 4, "children": 3, "expanded": 2, "nodes": 5}
 BUCKET = Bucket(rows=2, text=64, images=0, new=32)
+FULL = Bucket(rows=8, text=8, images=0, new=14)  # ROWS leave none of its slots free
 
 
 def row(prompt: int, **changes: Any) -> Request:
@@ -37,7 +38,7 @@ def row(prompt: int, **changes: Any) -> Request:
 ROWS = [
     row(1),
     row(2, theta=0.4, gamma=2),
-    row(3, temperature=1.0, seed=1),
+    row(3, temperature=1.0, seed=101),  # whose first drafts may all be refused
     row(4, temperature=0.8, top_k=20, top_p=0.9, theta=0.1, seed=2),
     row(5, repetition_penalty=1.3, min_new_tokens=9),
     row(6, temperature=1.3, repetition_penalty=1.2, min_p=0.05, seed=3),
@@ -48,7 +49,7 @@ ROWS = [
 
 @functools.cache
 def model() -> Generator:
-    return generator(eos_token_id=EOS)
+    return generator(eos_token_id=EOS, made={"buckets": [FULL]})
 
 
 def shaped(tree: tuple[int, int, int, int]) -> dict[str, int]:
@@ -160,6 +161,12 @@ def test_levels_that_cannot_be_used_are_not_drafted() -> None:
         prepared = model().batches.prepare([one], one.settings, bucket=bucket)
         assert prepared.program.draft
         assert prepared.program.tree.depth == prepared.controls.gamma[0] == depth
+
+
+def test_there_are_no_more_children_than_words() -> None:
+    one = row(1, children=10**6)
+    program = model().batches.prepare([one], one.settings, bucket=BUCKET).program
+    assert program.tree.children == CONFIG.text.vocab_size
 
 
 def test_the_best_of_many_words_are_drafted() -> None:

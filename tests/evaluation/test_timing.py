@@ -3,13 +3,15 @@
 import dataclasses
 from types import SimpleNamespace
 
+import pytest
+
 from tests.decoding.models import CALL, generator, request
 from tests.evaluation.test_scoring import RESULT
 from twig_jax.config import TwigConfig
 from twig_jax.decoding.cost import Machine
 from twig_jax.evaluation import speed
 from twig_jax.evaluation.compare import Run, speed_rows
-from twig_jax.evaluation.timing import timed
+from twig_jax.evaluation.timing import beside, timed
 
 
 def test_all_figures_are_of_the_median_call() -> None:
@@ -28,6 +30,33 @@ def test_all_figures_are_of_the_median_call() -> None:
     model = SimpleNamespace(generator=base, tokenizer=words)
     for row in speed_rows(model, [SimpleNamespace(question=question)], timings):
         assert row.tokens_per_s_total == row.tokens_per_s == (2 if row.mode == "plain" else 4)
+
+
+def test_what_timings_amount_to() -> None:
+    """Of eight tokens each: two samples, whose calls before the measured ones take longest."""
+
+    def call(prefill: float, *seconds: float):
+        clock = iter((90, 90, *seconds))
+        return lambda _: dataclasses.replace(
+            RESULT, decode_s=next(clock) - prefill, prefill_s=prefill
+        )
+
+    told = []
+    calls = {"a": call(0.5, 1, 4), "b": call(1, 8, 8)}
+    found = timed(call(1, 4, 8, 8, 8), calls, 2, 1, told=lambda: told.append(1))
+    assert found["a"].figures() == {
+        "tokens_per_s": 5,
+        "tokens_per_s_total": pytest.approx(16 / 5),
+        "relspd": pytest.approx(5 / 1.5),
+        "first_token_s": 0.5,
+        "first_token_speedup": 2,
+        "tokar": 5 / 6,
+        "mean_accepted": 2.5,
+        "timings": [[8, 8, 8, 2], [8, 2, 8, 1]],
+    }
+    plain = beside(list(found.values()))
+    assert plain.speeds.tolist() == plain.plain_speeds.tolist() == [1.5, 1]
+    assert plain.first.tolist() == [1, 1] and len(told) == 2
 
 
 def test_a_step_is_measured_where_a_row_ends_with_its_prompt() -> None:

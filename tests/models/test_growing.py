@@ -75,6 +75,11 @@ def test_a_twig_that_does_not_fit_raises(base, config, twig):
         init_twig(base, config.text, twig)
 
 
+def test_the_last_layers_of_fewer_raise(base, config):
+    with pytest.raises(ValueError, match=r"a base of 4 layers has no layers -1 \+ 5"):
+        init_twig(base, config.text, TwigConfig(K=1, T=5, K_f=4), "last")
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def logits(config, params):
     """Of a page and some text."""

@@ -30,7 +30,6 @@ def test_equals_the_obvious_selection(data):
     length = data.draw(st.integers(1, P))
     visual = data.draw(st.lists(st.booleans(), min_size=P, max_size=P))
     visual[: max(0, length - N)] = [True] * max(0, length - N)  # no more text than slots
-    visual = [v and i < length for i, v in enumerate(visual)]
     retained = data.draw(st.integers(0, R_MAX))
     scores = data.draw(st.lists(st.sampled_from([0.0, 0.25, 0.5, 1.0]), min_size=P, max_size=P))
     kept = select(
