@@ -292,9 +292,21 @@ def test_parameters_that_do_not_fit_are_not_written(tmp_path, base, config):
 
 def test_values_too_large_for_the_type(tmp_path, base, config):
     large = jax.tree.map(lambda x: x * 1e6, base)
+    infinite = jax.tree.map(lambda x: np.full_like(x, np.inf), base)
+    write_llava(tmp_path / "infinite", infinite, config, "float16")
+    assert all(np.isinf(x).all() for x in jax.tree.leaves(read_llava(tmp_path / "infinite")[1]))
+    some = jax.tree.map(lambda x: np.where(np.arange(x.shape[-1]) == 0, np.inf, x), large)
+    with pytest.raises(ValueError, match="that float16 cannot hold"):
+        write_llava(tmp_path / "some", some, config, "float16")
     with pytest.raises(ValueError, match="that float16 cannot hold"):
         write_llava(tmp_path / "out", large, config, "float16")
     write_llava(tmp_path / "out", large, config, "bfloat16")
+
+
+def test_padding_may_be_the_first_token(tmp_path, base, config):
+    config = dataclasses.replace(config, pad_token_id=0)
+    write_llava(tmp_path, base, config, "float32")
+    assert read_config(tmp_path) == config
 
 
 def test_unknown_type(tmp_path, base, config):

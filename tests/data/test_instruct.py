@@ -308,6 +308,13 @@ def test_every_sample_of_an_epoch_comes_once(samples, shards, epochs, by_modalit
             assert not batch["pixels"][row, used:].any()
 
 
+def test_rows_without_images_leave_none_unused():
+    stream = batches([sample(n, marks=(0,)) for n in range(9)], row_images=0)
+    assert next(stream)["pixels"].shape == (2, 0, 8, 8, 3)
+    assert stream.counters["unused_image_share"] == 0
+    stream.close()
+
+
 def test_order_follows_seed_and_epoch():
     samples = [sample(n) for n in range(20)]
     first, again, other = (
@@ -420,8 +427,10 @@ def test_other_numbers_of_shards_go_on_with_what_is_left(before, after):
         stream.close()
     if before > 1:
         assert len({state["read"] for state in states}) > 1
-    read = 0
-    for index, state in enumerate(InstructBatches.reshard(states, after)):
+    read, others = 0, InstructBatches.reshard(states, after)
+    for name in ("bad", "rows", "tokens", "images"):
+        assert sum(state[name] for state in others) == sum(state[name] for state in states)
+    for index, state in enumerate(others):
         stream = batches(samples, shard=(index, after), epochs=1)
         stream.set_state(state)
         read += stream.counters["samples"]

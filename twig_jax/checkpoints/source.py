@@ -176,7 +176,8 @@ def rounded(x: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
         return x
     with np.errstate(over="ignore"):
         y = x.astype(dtype)
-    if np.isinf(y).any() and not np.isinf(x).any():
+    infinite = np.isinf(y)
+    if infinite.any() and np.isfinite(x[infinite]).any():
         raise ValueError(f"{name} has values that {dtype.name} cannot hold")
     return y
 

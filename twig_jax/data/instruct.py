@@ -5,7 +5,6 @@ processes. Packing follows in one place and in the order of reading, so batches 
 how many workers there are.
 """
 
-import copy
 import logging
 import multiprocessing
 import os
@@ -171,7 +170,7 @@ class InstructBatches:
 
     def get_state(self) -> dict[str, Any]:
         """The position behind the last batch that was given, to be saved as JSON."""
-        return copy.deepcopy(self._batches.get_state())
+        return self._batches.get_state()
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Goes on from a saved position, with any number of workers.
@@ -218,11 +217,12 @@ class InstructBatches:
         state = self.get_state()
         rows = max(state["rows"], 1)
         shape = self._packer.shape
+        slots = rows * shape.images
         return {
             "samples": state["read"],
             "bad_samples": state["bad"],
             "padding_share": 1 - state["tokens"] / (rows * shape.tokens),
-            "unused_image_share": 1 - state["images"] / (rows * max(shape.images, 1)),
+            "unused_image_share": 1 - state["images"] / slots if slots else 0.0,
         }
 
     def close(self) -> None:
