@@ -20,7 +20,8 @@ from tests.checkpoints.original import original, original_name
 from twig_jax.checkpoints import storage
 from twig_jax.checkpoints.convert import convert, plan, verify
 from twig_jax.checkpoints.llava import read_llava, write_llava
-from twig_jax.checkpoints.tables import flatten, llava_tensors
+from twig_jax.checkpoints.source import Source, resized
+from twig_jax.checkpoints.tables import Tensor, flatten, llava_tensors
 from twig_jax.checkpoints.twig import fingerprint, read_twig, write_twig
 from twig_jax.config import VisionConfig
 from twig_jax.data.digits import ASSETS
@@ -186,6 +187,11 @@ def test_one_file_at_a_time_is_in_memory(tmp_path, monkeypatch):
     assert len(held) == 3
 
 
+def test_everyone_may_read_what_is_written(tmp_path):
+    storage.write_weights(tmp_path, {"a": 8}, lambda name: np.zeros(2, np.float32))
+    assert (tmp_path / "model.safetensors").stat().st_mode & 0o777 == 0o644
+
+
 def test_original_layout_with_its_tower_apart(tmp_path, hf, config):
     source = original(tmp_path / "original", hf, tower=tmp_path / "clip")
     with plan(source, "orbax", vision_source=tmp_path / "clip") as p:
@@ -205,6 +211,13 @@ def test_original_layout_with_its_tower_apart(tmp_path, hf, config):
     assert json.loads((tmp_path / "orbax" / "config.json").read_text())["image_aspect_ratio"] == (
         "pad"
     )
+
+
+def test_means_of_bfloat16_do_not_stop_growing():
+    small, large = (Tensor("x", "x", (n, 1), None) for n in (3000, 3001))
+    ones = np.ones((3000, 1), ml_dtypes.bfloat16)
+    source = Source("", (small,), {"x": "bfloat16"}, lambda _: ones)
+    assert (resized(source, [large]).read(large) == 1).all()
 
 
 def test_original_layout_gets_room_for_the_image_token(tmp_path, hf, config):

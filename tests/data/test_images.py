@@ -97,6 +97,11 @@ def test_sixteen_bits_keep_their_upper_eight(form, turned):
     np.testing.assert_array_equal(loaded, np.repeat(expected[..., None], 3, axis=2))
 
 
+def test_levels_beyond_sixteen_bits_are_clipped():
+    levels = Image.fromarray(np.array([[-5, 0, 65535, 1 << 20]], np.int32))
+    assert np.asarray(images.load_image(levels))[0, :, 0].tolist() == [0, 0, 255, 255]
+
+
 @pytest.mark.parametrize("mode", ["RGBA", "LA"])
 def test_transparency_is_dropped(mode):
     image = picture().convert(mode)
@@ -260,6 +265,15 @@ def test_images_too_large_on_their_way_look_the_same(monkeypatch, shape, pad):
         assert np.abs(pixels - expected).mean() < 2 / 255
     else:
         assert np.abs(pixels - expected).max() <= 1.01 / 255
+
+
+def test_a_line_too_large_on_its_way_may_be_thinner_than_the_cut(monkeypatch):
+    def pixels():
+        return images.fit(slope(1, 500), 24, pad=False, shortest_edge=10).astype(int)
+
+    expected = pixels()
+    monkeypatch.setattr(images, "_MOST_PIXELS", 24 * 30)
+    assert np.abs(pixels() - expected).max() <= 1
 
 
 @pytest.mark.parametrize("pad", [True, False])

@@ -72,7 +72,8 @@ def write(path, rows, **options):
 @pytest.mark.parametrize("name", ["data.json", "data.jsonl"])
 @pytest.mark.parametrize("ascii", [True, False])
 def test_rows_are_read_in_place(tmp_path, images, name, ascii):
-    source = open_source(write(tmp_path / name, GOOD, ensure_ascii=ascii), images)
+    alone = {"id": "alone", "image": "a.png", "conversations": said(" <image>\n", "A cat")}
+    source = open_source(write(tmp_path / name, [*GOOD, alone], ensure_ascii=ascii), images)
     assert isinstance(source, InstructionFile)
     a, b = images / "a.png", images / "b/b.jpg"
     assert list(source) == [
@@ -81,6 +82,7 @@ def test_rows_are_read_in_place(tmp_path, images, name, ascii):
         Sample("text", (('Say "[{" \\', "]}\n"),), ()),
         Sample("7", (("<image> or <image>?", "No"),), (a, b)),
         Sample("cut", (("And?", "Yes"),), ()),
+        Sample("alone", (("<image>", "A cat"),), (a,)),
     ]
 
 

@@ -379,6 +379,7 @@ def test_the_template_follows_an_original_folder_s_name(tmp_path, monkeypatch, n
         ({"size": 256}, False, 256),
         ({"do_pad": True, "image_processor_type": "LlavaImageProcessor"}, True, None),
         ({"do_pad": True, "image_processor_type": "CLIPImageProcessor"}, False, None),
+        ({"do_pad": False, "image_processor_type": "LlavaImageProcessor"}, False, None),
     ],
 )
 @pytest.mark.parametrize("newer", [True, False])

@@ -120,13 +120,14 @@ def test_a_run_that_was_stopped_goes_on(tmp_path, whole, after, cut):
 @pytest.mark.parametrize("n", [2, 3])
 def test_shares_make_up_the_whole(tmp_path, whole, n):
     folder = tmp_path / "shares"
-    asked = []
+    asked, done = [], []
     for i in reversed(range(n)):
         assert not (folder / "answers.jsonl").exists()
         model = Model()
-        lines = model.run(folder, (i, n))
+        lines = model.run(folder, (i, n), done.append)
         asked += model.asked
     assert len(lines) == 23 and sorted(asked) == list(range(23))
+    assert sum(done) == 23
     assert (folder / "answers.jsonl").read_bytes() == whole
 
 
@@ -152,6 +153,10 @@ def test_what_cannot_be_asked_is_told_and_tried_again(tmp_path, whole):
     better.run(folder)
     assert sorted(better.asked) == [3, 22]
     assert (folder / "answers.jsonl").read_bytes() == whole
+    # An answer of another share stands, too.
+    Model(bad=(22,)).run(tmp_path / "shares")
+    lines = Model().run(tmp_path / "shares", (1, 3))
+    assert not any(map(failure, lines.values()))
 
 
 def test_a_question_that_is_there_twice_is_told_before_any_is_asked(tmp_path):

@@ -60,6 +60,7 @@ def answered(benchmark, *said):
         ("red,blue", "red blue", "redblue"),
         ("red, blue", "red blue", "red blue"),
         ("black/white", "black white", "black white"),
+        ("red;/blue/green", "red blue green", "red blue green"),  # as each mark lies in the whole
         ("black / white", "black white", "black white"),
         ("well-known (old)", "well known old", "well known old"),
         ("1.5 m.", "1.5 m", "1.5 m"),
@@ -172,7 +173,12 @@ def test_vqav2_validation(tmp_path):
 
 
 def test_textvqa(tmp_path):
-    prompts = [f"What Is it?\nReference OCR token: A, B{BRIEF}", f"Who?{BRIEF}"]
+    prompts = [
+        f"What Is it?\nReference OCR token: A, B{BRIEF}",
+        f"Who?{BRIEF}",
+        f"Reference OCR token: A, B\nWho?{BRIEF}",
+        "OCR tokens: A, B. Question: Who? Short answer:",
+    ]
     lines = [{"question_id": "im", "image": "im.jpg", "text": text} for text in prompts]
     write(tmp_path / "llava_textvqa_val_v051_ocr.jsonl", lines)
     data = [
@@ -181,8 +187,8 @@ def test_textvqa(tmp_path):
     ]
     write(tmp_path / "TextVQA_0.5.1_val.json", {"data": data})
     textvqa = BENCHMARKS["textvqa"](tmp_path)
-    score = textvqa.score(answered(textvqa, "Stop", "joe 's"))
-    expected = [(3 * (2 / 3) + 7) / 10, 1]
+    score = textvqa.score(answered(textvqa, "Stop", "joe 's", "joe's", "joe's"))
+    expected = [(3 * (2 / 3) + 7) / 10, 1, 1, 1]
     assert list(score.points.values()) == pytest.approx(expected)
     write(tmp_path / "TextVQA_0.5.1_val.json", {"data": data[:1]})
     with pytest.raises(ValueError, match=r"val.json has no question \('im', 'who\?'\)"):
@@ -224,6 +230,12 @@ def test_pope(tmp_path):
     assert [key.id for key in score.unanswered] == ["5", "7"]
 
 
+def test_pope_without_any_yes(tmp_path):
+    benchmark = pope(tmp_path, {"random": ["no"]})
+    figures = benchmark.score(answered(benchmark, "No")).figures
+    assert (figures["F1"], figures["accuracy"], figures["yes"]) == (0, 100, 0)
+
+
 def test_pope_labels_must_fit(tmp_path):
     benchmark = pope(tmp_path, {"random": ["yes"]})
     write(tmp_path / "coco" / "coco_pope_random.json", [{"label": "no"}] * 2)
@@ -245,7 +257,7 @@ def test_mme(tmp_path):
                 lines.append({"question_id": name, "image": name, "text": text})
     write(tmp_path / "llava_mme.jsonl", lines)
     mme = BENCHMARKS["mme"](tmp_path)
-    said = ["Yes", "No.\n\nNone\tis.", "Yes", "yes it is", "Maybe", "no", None, "No"]
+    said = ["Yes", "No.\n\nNone\tis.", "yes it is", "Oh no", "Maybe", "no", None, "No"]
     answers = answered(mme, *said)
     score = mme.score(answers)
     # color: 3 of 4 questions, 1 of 2 images; code_reasoning: 2 of 4, none.
@@ -296,7 +308,7 @@ def test_mmbench(tmp_path):
         assert benchmark.score(answered(benchmark, said)).points[first.key] == right
     assert benchmark.score(answered(benchmark, "B", "C")).figures == {"accuracy": 50}
     # An article is no letter, and an option's own words come first.
-    for said, right in [("A x", 1), ("A", 1), ("A dog that is asleep", 0), ("A. It is x", 1)]:
+    for said, right in [("A x", 1), ("A it is", 1), ("A dog that sleeps", 0), ("A. It is x", 1)]:
         assert benchmark.score(answered(benchmark, "B", said)).points[second.key] == right, said
     # What a spreadsheet cannot hold is left out.
     path = write_upload(tmp_path, *benchmark.upload(answered(benchmark, "B\x0b")))
@@ -306,6 +318,14 @@ def test_mmbench(tmp_path):
         (7, "Which?", "cat", "dog", None, None, "B", "B", "dev"),
         (8, "Why?", "x", "y", "z", None, None, "A", "dev"),
     ]
+
+
+def test_mmbench_knows_no_letter_without_its_option(tmp_path):
+    """As of a table in which a right option reads "None": readers take it for an empty cell."""
+    benchmark = mmbench(tmp_path)
+    path = tmp_path / "mmbench_dev_20230712.tsv"
+    path.write_text(path.read_text().replace("\tN/A\tA\t", "\tNone\tD\t"))
+    assert list(benchmark.score(answered(benchmark, "B", "D")).points.values()) == [1, 0]
 
 
 def test_a_table_of_mmbench_that_is_cut_short_is_told(tmp_path):
@@ -349,8 +369,10 @@ def test_scienceqa(tmp_path):
     groups = [q.group for q in questions]
     assert len({*groups[1:]}) == 1 and groups[0] not in groups[1:]
     assert questions[1].stated == "<image>\n" + questions[1].prompt
-    # The official pattern wants a character behind the letter.
-    score = science.score(answered(science, "B", "B. two", "The answer is B.", "The answer is B"))
+    # The official pattern wants a character behind the letter, and is to be found once.
+    twice = "The answer is B. The answer is B."
+    said = ("B", "B. two", "The answer is B.", "The answer is B", twice)
+    score = science.score(answered(science, *said))
     assert score.figures == {"IMG-accuracy": 50, "accuracy": 60}
     assert list(score.points) == [q.key for q in questions[1:]] and score.is_mean
     assert list(score.points.values()) == [1, 1, 0, 0]
@@ -398,8 +420,8 @@ def test_mmmu(tmp_path):
         ("B.", "B"),
         ("(A) or rather (B)", "B"),
         ("A or B", "B"),
-        ("I would say that it is blue", "B"),  # more than five words: by the option itself
-        ("it is blue", None),
+        ("I say that it is blue", "B"),  # more than five words: by the option itself
+        ("I say it is blue", None),
         ("", None),
     ],
 )
@@ -416,6 +438,7 @@ def test_mmmu_choices(text, letter):
         ("absent", ["b"], False),  # a single letter counts beside a space alone
         ("so it is a red car.", ["blue", "red car"], True),
         ("first is 5\nfinal is 6", ["5"], True),
+        ("x = 5\nit is 6", ["5"], False),  # what "=" gives counts at the end alone
         ("7", ["8"], False),
     ],
 )

@@ -16,7 +16,7 @@ from twig_jax.decoding.generate import Generator
 from twig_jax.decoding.session import Session
 from twig_jax.evaluation.pruners import PRUNERS
 from twig_jax.evaluation.pruners.answering import Rival
-from twig_jax.evaluation.pruners.attention import fastv_all_text
+from twig_jax.evaluation.pruners.attention import deeper, fastv_all_text
 from twig_jax.evaluation.pruners.baselines import farthest_first
 from twig_jax.evaluation.pruners.diversity import least_duplicated, max_min
 from twig_jax.evaluation.pruners.probe import Probe, as_the_twig
@@ -194,6 +194,9 @@ def test_attention_is_that_of_transformers(seen):
     text = [np.asarray(decoder[0].mean(1)[b])[~np.asarray(probe.is_visual[b])] for b in (0, 1)]
     expected = [rows.mean(0)[np.asarray(probe.is_visual[b])] for b, rows in enumerate(text)]
     np.testing.assert_allclose(fastv_all_text(probe, 3).scores, expected, atol=1e-5)
+    # As deep as a twig of one layer on one: the second.
+    last = [decoder[1].mean(1)[b, -1].numpy()[np.asarray(probe.is_visual[b])] for b in (0, 1)]
+    np.testing.assert_allclose(deeper(probe, 3).scores, last, atol=1e-5)
 
 
 # On the engine.
@@ -300,11 +303,12 @@ def test_stages_row_by_row(engine, name):
 @pytest.mark.parametrize("name", [n for n, p in PRUNERS.items() if p.rank is not None])
 def test_a_row_is_ranked_by_itself(engine, name):
     rival = Rival(engine, name)
-    together = rival.ranked(asked(), TTP, batch=2)
+    few = [*asked(), request(4, 1, 8, 20)]  # so much longer than the first that it is padded more
+    together = rival.ranked(few, TTP, batch=2)
     alone = rival.ranked(asked()[:1], TTP, batch=1)[0]
     # To 1e-6: attention in a batch of another size may round differently.
     np.testing.assert_allclose(together[0].scores, alone.scores, atol=1e-6)
-    for before, after in zip(asked(), together, strict=True):
+    for before, after in zip(few, together, strict=True):
         assert (after.scores[~before.is_visual] == 0).all()
         assert len(set(after.scores[before.is_visual])) > 1 or not before.is_visual.any()
 

@@ -43,6 +43,7 @@ def test_folders_are_pooled(two):
     assert 0 <= twig.relacc_low < 0.75 < twig.relacc_high <= 1
     assert twig.relspd == pytest.approx((200 + 90 + 30) / (100 + 60 + 40))
     assert (twig.timed_samples, twig.tokens_per_s) == (3, pytest.approx(320 / 3))
+    assert (twig.first_token_s, twig.memory_bytes) == (pytest.approx(5 / 24), 2 << 20)
     assert (twig.tokens, twig.tally.pictured) == (144, 6)
     assert (twig.tokar, twig.mean_accepted, twig.mean_drafted) == (3 / 5, 1, 5 / 3)
     plain = found["digits", PLAIN]
@@ -67,24 +68,42 @@ def test_a_question_of_two_folders_counts_once(tmp_path):
     folders = [evaluation(tmp_path / "0", FIRST), evaluation(tmp_path / "1", again)]
     twig = rows(folders)["digits", TWIG]
     assert twig.relacc == pytest.approx((0.5 + 1) / 3)
-    assert (twig.folders, twig.samples) == (2, 4)
+    assert (twig.folders, twig.samples, twig.unanswered) == (2, 4, 0)
+    for folder in folders:
+        path = folder / "digits" / TWIG.name / "answers.jsonl"
+        first, *others = path.read_text().splitlines()
+        lines = [json.dumps(json.loads(first) | {"metadata": {"error": "no image"}}), *others]
+        path.write_text("".join(f"{line}\n" for line in lines))
+    assert rows(folders)["digits", TWIG].unanswered == 1
     with pytest.raises(ValueError, match="0 is given 2 times"):
         read([folders[0], folders[1], tmp_path / "1" / ".." / "0"])
 
 
 def test_a_sum_keeps_its_own_ratio(tmp_path):
     for name, total in (("0", 900.0), ("1", 1000.0)):
-        figures = {PLAIN: 1000.0, TWIG: total}
-        points = {PLAIN: [1, 1, 1], TWIG: [1, 0, 0]}
+        figures = {PLAIN: 1000.0, TWIG: total, RANDOM: 0.0}
+        points = {PLAIN: [1, 1, 1], TWIG: [1, 0, 0], RANDOM: [0, 0, 0]}
         evaluation(tmp_path / name, points, task="mme", figures=figures)
-    twig = rows([tmp_path / "0", tmp_path / "1"])["mme", TWIG]
+    found = rows([tmp_path / "0", tmp_path / "1"])
+    twig, random = found["mme", TWIG], found["mme", RANDOM]
+    assert (random.relacc, random.relacc_low) == (0, None)
     assert (twig.relacc, twig.figures) == (pytest.approx(0.95), {"total": 950.0})
     assert twig.relacc_sd == pytest.approx(0.1 / 2**0.5)
     assert twig.relacc_low is None and twig.relacc_high is None
 
 
+def test_figures_are_those_of_all_folders(two):
+    path = two[0] / "digits" / "results.json"
+    content = json.loads(path.read_text())
+    for row in content["results"]:
+        row["figures"]["of one folder"] = 1.0
+    path.write_text(json.dumps(content))
+    assert rows(two)["digits", TWIG].figures == {"accuracy": 50.0}
+
+
 def test_kinds_of_pieces():
     pieces = [" three", "ty", " don", "'t", "\n", "Yes", " 3", "rd", ".", "", "é", "-", "4"]
+    assert kinds(["caf", "", "é"]) == ["word", "space", "rest of a word"]
     assert kinds(pieces) == [
         "word", "rest of a word", "word", "rest of a word", "space", "word", "number",
         "rest of a word", "punctuation", "space", "word", "punctuation", "number",
@@ -97,6 +116,9 @@ def test_acceptance_by_position_and_kind():
     # Drafts of 3 and 2 tokens, of which 2 and 1 were accepted, and an iteration without any.
     assert by_position(tally) == {1: 1, 2: 1 / 2, 3: 0}
     assert by_kind(tally) == {"word": 1 / 3, "rest of a word": 1, "number": 1, "punctuation": 0}
+    short = Tally()
+    short.add(METADATA | {"retained": 0, "drafted": [3, 1, 0], "matched": [2, 1, 0]})
+    assert by_position(short) == {1: 1, 2: 1, 3: 0}
     # The same as trees, twice as wide.
     wide = Tally()
     wide.add(METADATA | {"retained": 0, "drafted": [6, 4, 0], "levels": METADATA["drafted"]})
@@ -248,6 +270,10 @@ def strip(path):
         (lambda f: (f / "digits/results.json").write_text("{}"), "has no device, versions"),
         (lambda f: change(f, results=[{"way": "plain"}]), "has no avg_retained, mode, pruned"),
         (lambda f: change(f, settings={"checkpoint": "other"}), "checkpoint 'digits' and 'other'"),
+        (
+            lambda f: change(f, settings={"checkpoint": "digits", "max_new_tokens": 9}),
+            "max_new_tokens None and 9",
+        ),
         (lambda f: change(f, device="1 x gpu"), "speeds on 1 x cpu and 1 x gpu"),
     ],
 )
@@ -255,3 +281,13 @@ def test_what_does_not_belong_is_refused(two, spoil, said):
     spoil(two[1])
     with pytest.raises((FileNotFoundError, ValueError), match=said):
         read(two)
+
+
+def test_other_tasks_and_untimed_runs_belong_together(tmp_path):
+    """The former with other lengths of answers, the latter from any device."""
+    one = evaluation(tmp_path / "0", FIRST)
+    settings = {"checkpoint": "digits", "twig": None, "max_new_tokens": 9}
+    other = evaluation(
+        tmp_path / "1", FIRST, task="gqa", timings=None, device="1 x gpu", settings=settings
+    )
+    assert [e.device for e in read([one, other])] == ["1 x cpu", "1 x gpu"]

@@ -113,7 +113,7 @@ def test_a_mesh_that_splits_an_axis_of_a_torus(monkeypatch):
     assert set(mesh.axis_types) == {jax.sharding.AxisType.Auto}
 
 
-@pytest.mark.parametrize("sizes", [(3, 1, 1), (0, 3, 1), (0, 16, 1), (2, 2, 1)])
+@pytest.mark.parametrize("sizes", [(3, 1, 1), (0, 3, 1), (0, 16, 1), (2, 2, 1), (0, 0, 8)])
 def test_a_mesh_that_does_not_use_all_devices(sizes):
     with pytest.raises(ValueError, match="8 devices"):
         make_mesh(*sizes)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from twig_jax.data.packing import SHARED
 from twig_jax.models.llava import Llava
 from twig_jax.models.twig import init_twig, twig_decoder
 from twig_jax.presets import preset
@@ -28,10 +29,14 @@ def row(batch):
 
 
 @pytest.fixture(scope="module")
-def found(ours, base, row):
-    """(loss, metrics) with both terms, and the gradient."""
-    loss = stage_loss(run_of(distill=BOTH))
-    return jax.jit(jax.value_and_grad(loss, has_aux=True))(ours, base, row)
+def both():
+    """A function that gives (loss, metrics) with both terms, and the gradient."""
+    return jax.jit(jax.value_and_grad(stage_loss(run_of(distill=BOTH)), has_aux=True))
+
+
+@pytest.fixture(scope="module")
+def found(both, ours, base, row):
+    return both(ours, base, row)
 
 
 def log_softmax(x):
@@ -101,6 +106,11 @@ def test_gradients_reach_what_they_should(found):
     assert grads["lm_head"]["kernel"].any()
 
 
+def test_a_row_without_answers_teaches_nothing(both, ours, base, row):
+    (loss, _), grads = both(ours, base, row | {"targets": jnp.full_like(row["targets"], -1)})
+    assert loss == 0 and not any(g.any() for g in jax.tree.leaves(grads))
+
+
 def test_a_twig_that_is_its_base_has_nothing_to_learn_of_it(base, row):
     """All layers above the trunk, a fresh P-Head, and the attention of its own last layer."""
     config, twig = preset("tiny")
@@ -133,6 +143,8 @@ def test_queries():
     assert queries(batch, "answer", 4).tolist() == [[3, 7, 10, 10]]
     assert queries(batch, "answer", 1).tolist() == [[3]]
     assert queries(batch, "text", 6).tolist() == [[0, 5, 6, 8, 10, 10]]
+    shared = {**batch, "segments": batch["segments"].at[0, 0].set(SHARED)}
+    assert queries(shared, "text", 6).tolist() == [[5, 6, 8, 10, 10, 10]]
     with pytest.raises(ValueError, match="there are: answer, text"):
         queries(batch, "all", 4)
 

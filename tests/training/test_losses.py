@@ -10,6 +10,7 @@ import pytest
 
 from twig_jax.data import images
 from twig_jax.data.packing import SHARED
+from twig_jax.models.llava import Llava
 from twig_jax.models.twig import init_twig
 from twig_jax.presets import preset
 from twig_jax.training.config import TrainConfig
@@ -145,6 +146,29 @@ def test_content_weight_weighs_content(loss_of, base, batch):
     loss, _ = jax.jit(heavy)(base, {}, row)
     expected = (3 * content * parts[0] + wording * parts[1]) / (3 * content + wording)
     assert loss == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_what_patches_show_against_the_formula(base, batch):
+    """Each name beside the words that do not name its patch; ink and digits count four times."""
+    row, (config, _) = rows(batch, slice(0, 1)), preset("tiny")
+    loss, metrics = jax.jit(stage_loss(TrainConfig("vision", "", 1, preset="tiny")))(base, {}, row)
+    pixels = normalised(config, row["pixels"])
+    visual = Llava(config).apply({"params": base}, pixels, method="encode")[0]
+    words = np.asarray(base["text"]["embed_tokens"]["embedding"], np.float64)
+    logits = np.asarray(visual, np.float64) @ words.T * 10 / np.square(words).sum(-1).mean()
+    names = np.asarray(row["patch_words"][0])
+    inked, total = names[:, 3] >= 0, 0.0
+    assert 0 < inked.sum() < 144
+    for g, name in enumerate(("digit", "row", "column", "shade", "size")):
+        (patches,) = np.nonzero(names[:, g] >= 0)
+        own = logits[patches, names[patches, g]]
+        others = [np.delete(logits[p], names[p][names[p] >= 0]) for p in patches]
+        ce = [np.logaddexp.reduce([*x, o]) - o for o, x in zip(own, others, strict=True)]
+        mean = np.average(ce, weights=np.where(inked[patches], 4, 1))
+        total += mean * (4 if name == "digit" else 1)
+        best = own > [x.max() for x in others]
+        assert metrics[f"ink/{name}"].tolist() == [(best & inked[patches]).sum(), inked.sum()]
+    assert loss == pytest.approx(total, rel=1e-5)
 
 
 def gradient(stage, trained, frozen, batch, **settings):

@@ -2,14 +2,18 @@
 
 import dataclasses
 import json
+import math
+from dataclasses import replace
 
 import jax
 import pytest
 
 from configs import llava15_7b_twig, llava15_13b_twig
 from tests.training.worker import start
+from twig_jax.config import TwigConfig
 from twig_jax.hardware import CHIPS, chip
 from twig_jax.programs import device_bytes
+from twig_jax.pruning.budget import retained
 from twig_jax.sharding.mesh import make_mesh
 from twig_jax.sharding.placement import distribute
 from twig_jax.training.config import DataConfig, DistillConfig, ReinforceConfig, TrainConfig
@@ -45,6 +49,22 @@ def test_flops_by_hand():
     image = tower + 2 * 576 * (1024 * d + d * d)
     assert step_flops(one) == 5 * image + 2 * layer + 3 * (3 * layer + head)
     assert step_flops(config) == 32 * step_flops(one)
+    # Teaching takes the base up to the layer that is learned, or all of it and its words.
+    attention, words = DistillConfig(attention=1.0), DistillConfig(prediction=0.1, attention=1.0)
+    assert step_flops(replace(one, distill=attention)) == step_flops(one) + (20 - 2) * layer
+    assert step_flops(replace(one, distill=words)) == step_flops(one) + 30 * layer + head
+    stored = replace(words, targets="targets")
+    assert step_flops(replace(one, distill=stored)) == step_flops(one)
+    # Prunings: 64 text tokens, the kept ones among them up to layer 24.
+    part = ReinforceConfig(actions=4, budgets=(64.0, 192.0), questions=3)
+    R = retained(192.0, TwigConfig(), 32, 576)
+    deep = [n * (4 * d * d + 3 * d * f) * 2 + 2 * n * n * d for n in (64 + R, 64)]
+    tried = 22 * deep[0] + 8 * deep[1] + 64 * 2 * d * 32064
+    assert step_flops(replace(one, reinforce=part)) == 5 * image + 5 * layer + 3 * 4 * tried
+    naming = 5 * 576 * 2 * d * 32064
+    assert step_flops(replace(one, stage="vision")) == 3 * (5 * image + naming)
+    whole = 5 * image + naming + 32 * layer + head
+    assert step_flops(replace(one, stage="base")) == 3 * whole
 
 
 @pytest.mark.parametrize("stage", ["twig", "base"])
@@ -90,6 +110,25 @@ def test_an_estimate_has_the_bytes_that_real_arrays_take():
     assert found["trained parameters"] == held(state.params)
     assert found["optimizer state"] == held((state.opt_state, state.step))
     assert found["moving average"] == held(state.ema)
+
+
+def test_an_estimate_counts_gradients_and_what_devices_exchange():
+    """In float32, by hand: of a model of one layer below and one trained."""
+    alone = plan(tiny(whole_base=False), "h100:1").memory
+    trained, below = alone["trained parameters"], alone["frozen base"]
+    assert alone["gradients"] == trained
+    # Those of a part and their sum.
+    assert plan(tiny(device_rows=4), "h100:1").memory["gradients"] == 2 * trained
+    found = {
+        mesh: plan(tiny(mesh=mesh, device_rows=rows), f"h100:{math.prod(mesh)}").collectives
+        for mesh, rows in (((8, 1, 1), None), ((1, 4, 1), 1), ((1, 1, 2), None))
+    }
+    states = 8 * 276 * 32 * 4
+    assert found == {
+        (8, 1, 1): {"all-reduce": trained},
+        (1, 4, 1): {"all-gather": 2 * (below + 2 * trained), "reduce-scatter": 2 * trained},
+        (1, 1, 2): {"all-reduce": 2 * (1 + 2) * states},
+    }
 
 
 def test_only_the_layers_below_take_memory_if_told():

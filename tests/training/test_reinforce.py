@@ -152,6 +152,33 @@ def test_what_saves_memory_changes_nothing(changes, found, ours, frozen, drawing
     assert loss == pytest.approx(float(found[0][0]), abs=5e-3)
 
 
+def test_which_questions_count(ours, frozen, batch):
+    """A conversation's first; none without an answer, an image, or with too many images."""
+    config, twig = run_of().model()
+    best = jax.jit(Reinforcement(config, twig, REINFORCE, 74.0, 276).best)
+    segments = batch["segments"]
+    two = batch | {
+        "targets": jnp.where(segments <= 2, batch["targets"], -1),
+        "pixels": jnp.repeat(batch["pixels"], 2, axis=1),
+    }
+
+    def weight(**changes):
+        value, metrics = best(ours, frozen, two | changes)
+        assert jnp.isfinite(value)
+        return metrics["weight"]
+
+    assert weight() == 2 * 8
+    assert weight(segments=jnp.where(segments == 2, 1, segments)) == 8
+    assert weight(targets=jnp.full_like(segments, -1)) == 0
+    assert weight(is_visual=two["is_visual"].at[0].set(False)) == 2 * 7
+    assert not two["is_visual"][0, 0]
+    assert weight(is_visual=two["is_visual"].at[0, 0].set(True)) == 2 * 7  # of a second image
+    # In so little text there is no answer.
+    short = dataclasses.replace(REINFORCE, text_tokens=4)
+    _, metrics = jax.jit(Reinforcement(config, twig, short, 74.0, 276).best)(ours, frozen, two)
+    assert metrics["weight"] == 0
+
+
 def test_groups_without_spread_teach_nothing(ours, frozen, drawing):
     flat = stage_loss(run_of(reinforce=dataclasses.replace(REINFORCE, least_spread=1e9)))
     (loss, metrics), gradient = jax.jit(jax.value_and_grad(flat, has_aux=True))(

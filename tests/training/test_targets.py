@@ -1,5 +1,6 @@
 """What a base teaches, kept on disk: the same lesson, for the batches it was written for alone."""
 
+import contextlib
 import dataclasses
 import json
 
@@ -12,9 +13,10 @@ from tests.training.worker import config, finish, start, two_workers
 from twig_jax.models.twig import feeding, fresh_p_head
 from twig_jax.presets import preset
 from twig_jax.training.config import DistillConfig, TrainConfig
+from twig_jax.training.data import open_batches
 from twig_jax.training.distill import of_likeliest, teaching
 from twig_jax.training.loop import fit, stage_loss
-from twig_jax.training.targets import write_targets
+from twig_jax.training.targets import Targets, write_targets
 
 SETTINGS = ("p_head=True", "distill.prediction=0.5", "distill.attention=1.0", "distill.layer=1")
 STEPS = ("steps=4", "save_every=2", "validation_samples=2")
@@ -81,6 +83,15 @@ def test_a_run_learns_from_what_was_written(tmp_path):
     moved = jax.tree.map(lambda a, b: float(abs(a - b).max()), live, learned)
     assert max(jax.tree.leaves(moved)) < 0.02  # of steps of up to 0.01 each
 
+    models, grown_on = preset("tiny")[0], json.loads((folder / "targets.json").read_text())["base"]
+    targets = Targets(stored, models, grown_on, (0, 1))
+    with contextlib.closing(open_batches(stored, models)) as batches:
+        batch = next(batches)
+    assert targets.beside(batch, 1)["taught_words"].shape == (8, 212, 512)
+    for name in ("tokens", "targets"):
+        with pytest.raises(ValueError, match="written for another batch"):
+            targets.beside({**batch, name: batch[name] + 1}, 1)
+
     def refused(message, *changes):
         run = config(tmp_path / "other", *settings, f"distill.targets={folder}", *changes)
         with pytest.raises((ValueError, FileNotFoundError), match=message):
@@ -96,6 +107,7 @@ def test_a_run_learns_from_what_was_written(tmp_path):
     )
     refused("of other settings: words None, not 512", f"distill.targets={less}")
     refused("of other settings: queries answer, not text", "distill.queries=text")
+    refused("of other settings: most_queries 64, not 63", "distill.most_queries=63")
     refused("there is no 000006-0of1.npz", "steps=6", f"out={tmp_path / 'longer'}")
     refused("no targets in nowhere: write them", "distill.targets=nowhere")
     with pytest.raises(ValueError, match="has targets of other settings"):
