@@ -4,7 +4,7 @@
     python -m launch.plan_decoding --topology h100:1,h200:1 --batch 1,8,32,128
 
 Prefill and the decoding loop are compiled ahead of time, which needs the devices' compiler alone
-(pip install 'jax[tpu]' or 'jax[cuda12]'); for GPUs without theirs all is from shapes. Weights are
+(pip install -e '.[tpu]' or '.[cuda]'); for GPUs without theirs all is from shapes. Weights are
 never there. Nothing is timed: milliseconds are predictions from the data sheets' peaks, see
 docs/performance.md.
 """
