@@ -75,8 +75,10 @@ def quick_gelu(x: jax.Array) -> jax.Array:
 def traced_once(layer: nn.Module, *args: Any, attention: Any) -> Any:
     """layer(*args, attention=attention), traced once for all layers and arguments of its shapes.
 
-    Compilers get the same program: they put such calls in their place first. A layer whose
-    parameters are made, or whose intermediates are captured, is called itself.
+    layer: a bound one, of a stack of equal ones. attention: a function that lives as long as the
+    program, as each new one is traced anew. Compilers get the same program: they put such calls in
+    their place first. A layer whose parameters are made, or whose intermediates are captured, is
+    called itself.
     """
     if layer.is_initializing() or layer.is_mutable_collection("intermediates"):
         return layer(*args, attention=attention)
