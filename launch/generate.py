@@ -85,8 +85,6 @@ _DECODING = {
 _BATCH = flags.DEFINE_integer("batch", 16, "questions of a file answered at once", lower_bound=1)
 _JSON = flags.DEFINE_string("json", None, "write one JSON line a question here; - is stdout")
 
-_WINDOW = 16  # batches of a file that are sorted by length together
-
 
 def main(argv: list[str]) -> None:
     given = [f for f in (_PROMPT, _RAW_PROMPT, _BATCH_FILE) if f.value is not None]
@@ -199,52 +197,50 @@ def answer_one(model: Any, settings: Any, question: dict[str, Any], out: TextIO 
 def answer_all(model: Any, settings: Any, asked: list[dict[str, Any]], out: TextIO | None) -> int:
     """Answers a file of questions in batches of like lengths; lines come in the file's order.
 
-    A question that cannot be answered is a line with its error; gives how many there were.
+    A line is written as soon as all before it are. A question that cannot be answered is one with
+    its error; gives how many there were.
     """
     from tqdm import tqdm
 
-    failed, window = 0, _WINDOW * _BATCH.value
-    with tqdm(total=len(asked), unit="question", disable=None) as bar:
-        # A window at a time: the images of a long file do not fit into memory together.
-        for first in range(0, len(asked), window):
-            failed += answer_part(model, settings, asked[first : first + window], out, bar)
-    return failed
+    from twig_jax.decoding.asking import ask_many
 
-
-def answer_part(
-    model: Any, settings: Any, part: list[dict[str, Any]], out: TextIO | None, bar: Any
-) -> int:
-    """Answers some questions; a line is written as soon as all before it are."""
     lines: dict[int, dict[str, Any]] = {}
-    requests: dict[int, Any] = {}
-    failed = written = 0
+    written = failed = 0
 
-    def told(i: int, line: dict[str, Any]) -> None:
-        nonlocal written
-        lines[i] = line
-        while written in lines:
-            bar.write(json.dumps(lines.pop(written)), file=out)
-            written += 1
-        if out is not None:
-            out.flush()
-        bar.update()
+    def ask(i: int) -> Any:
+        request = model.request(asked[i]["text"], asked[i]["images"])
+        model.generator.batches.prepare([request], settings)
+        return request
 
-    for i, question in enumerate(part):
-        try:
-            request = model.request(question["text"], question["images"])
-            model.generator.batches.prepare([request], settings)
-            requests[i] = request
-        except (MemoryError, ValueError) as error:
+    with tqdm(total=len(asked), unit="question", disable=None) as bar:
+
+        def add(i: int, line: dict[str, Any]) -> None:
+            nonlocal written
+            lines[i] = line
+            while written in lines:
+                bar.write(json.dumps(lines.pop(written)), file=out)
+                written += 1
+            if out is not None:
+                out.flush()
+            bar.update()
+
+        def fail(i: int, error: Exception) -> None:
+            nonlocal failed
             failed += 1
-            bar.write(f"question {question['question_id']}: {error}", file=sys.stderr)
-            told(i, {"question_id": question["question_id"], "error": str(error)})
-    places = list(requests)
-    model.generator.generate_many(
-        list(requests.values()),
-        settings,
-        _BATCH.value,
-        told=lambda n, result: told(places[n], described(part[places[n]], result)),
-    )
+            name = asked[i]["question_id"]
+            bar.write(f"question {name}: {error}", file=sys.stderr)
+            add(i, {"question_id": name, "error": str(error)})
+
+        ask_many(
+            len(asked),
+            ask,
+            lambda requests, told: model.generator.generate_many(
+                requests, settings, _BATCH.value, told
+            ),
+            _BATCH.value,
+            told=lambda i, _, result: add(i, described(asked[i], result)),
+            failed=fail,
+        )
     return failed
 
 

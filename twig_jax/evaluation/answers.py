@@ -5,7 +5,6 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from twig_jax.decoding.asking import ask_many
 from twig_jax.decoding.settings import Request, Result
 from twig_jax.decoding.transcript import Detokenize, characters
 from twig_jax.evaluation.benchmarks.files import (
@@ -25,9 +25,6 @@ from twig_jax.evaluation.benchmarks.files import (
 from twig_jax.models.cpu import restored
 from twig_jax.sharding.placement import gather
 from twig_jax.sharding.rules import path_string
-
-# Questions whose images are read, and sorted by length, together: so many batches.
-_WINDOW = 16
 
 
 def answer_share(
@@ -46,9 +43,7 @@ def answer_share(
     """Answers one share of the questions that `folder` has no answers to yet.
 
     share: (i, n) for the i-th of n processes, each of which appends to a file of its own there.
-    ask: makes a request, in a thread of its own; ValueError, OSError or MemoryError for a question
-    that cannot be asked. decode: answers requests, telling each (index, result). told: is given how
-    many more questions are done with.
+    ask, decode, batch: as in `ask_many`. told: is given how many more questions are done with.
 
     settings: what the answers depend on, kept in run.json and in each line's metadata. Raises
     ValueError where the folder has answers by other settings, and where a question is there twice.
@@ -71,50 +66,24 @@ def answer_share(
     write_answers(own, questions, {k: v for k, v in written.items() if k in there})
     waiting = [q for q in questions[i::n] if q.key not in there]
     told(len(questions[i::n]) - len(waiting))
-    size = _WINDOW * batch
-    parts = [waiting[first : first + size] for first in range(0, len(waiting), size)]
+    with open(own, "a") as file:
 
-    def made(part: Sequence[Question]) -> list[tuple[Question, Request | Exception]]:
-        found: list[tuple[Question, Request | Exception]] = []
-        for question in part:
-            try:
-                found.append((question, ask(question)))
-            except (MemoryError, OSError, ValueError) as error:
-                found.append((question, error))
-        return found
-
-    with open(own, "a") as file, ThreadPoolExecutor(1) as pool:
-
-        def write(question: Question, text: str, more: dict[str, Any]) -> None:
-            line = answer_line(question, text, model_id, {**settings, **more})
+        def write(at: int, text: str, more: dict[str, Any]) -> None:
+            line = answer_line(waiting[at], text, model_id, {**settings, **more})
             file.write(line + "\n")
             file.flush()
             told(1)
 
-        # The images of the next part are read while the device answers this one.
-        coming = [pool.submit(made, part) for part in parts[:1]]
-        for number in range(len(parts)):
-            asked: list[Question] = []
-            requests: list[Request] = []
-
-            def tell(
-                at: int,
-                result: Result,
-                asked: list[Question] = asked,
-                requests: list[Request] = requests,
-            ) -> None:
-                write(asked[at], result.text or "", _described(requests[at], result, detokenize))
-
-            found = coming.pop().result()
-            coming += [pool.submit(made, part) for part in parts[number + 1 : number + 2]]
-            for question, request in found:
-                if isinstance(request, Exception):
-                    write(question, "", {"error": str(request)})
-                else:
-                    asked.append(question)
-                    requests.append(request)
-            if requests:
-                decode(requests, tell)
+        ask_many(
+            len(waiting),
+            lambda at: ask(waiting[at]),
+            decode,
+            batch,
+            told=lambda at, request, result: write(
+                at, result.text or "", _described(request, result, detokenize)
+            ),
+            failed=lambda at, error: write(at, "", {"error": str(error)}),
+        )
         os.fsync(file.fileno())
     lines = answered(folder, questions)
     if len(lines) == len(questions):

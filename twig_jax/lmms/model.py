@@ -3,7 +3,7 @@
 import os
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NoReturn
 
@@ -15,12 +15,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from twig_jax import api
-from twig_jax.decoding.settings import Request, Settings
+from twig_jax.decoding.asking import ask_many
+from twig_jax.decoding.settings import Request, Result, Settings
 from twig_jax.evaluation.pruners.answering import Rival
 from twig_jax.runtime import use_compilation_cache
 
-# Questions whose images are read, and sorted by length, together: so many batches.
-_WINDOW = 16
 # Fields of `Settings` that are the model's; the others are the task's.
 _OWN = set("mode avg_retained gamma theta children expanded nodes adaptive seed".split())
 # What is made of a task's generation_kwargs.
@@ -84,41 +83,48 @@ class TwigJax(lmms):
             logger.warning(f"generation_kwargs without effect here: {', '.join(sorted(unknown))}")
         answers, errors = [GenerationResult("")] * len(requests), []
         repeats = Counter[tuple]()
+        settings = []
+        for instance in requests:
+            _, kwargs, _, *place = instance.args
+            # Repeats of a question are to differ where they are sampled.
+            settings.append(self._settings(kwargs, repeats[*place]))
+            repeats[*place] += 1
         tokens = drafted = matched = 0
         seconds = 0.0
-        window = _WINDOW * self.batch_size
+
+        def ask(i: int) -> Request:
+            text, _, doc_to_visual, doc_id, task, split = requests[i].args
+            # A data set decodes its images here.
+            visuals = doc_to_visual(self.task_dict[task][split][doc_id])
+            request = self._request(text, visuals or [])
+            # The mode has been checked; this is about the question.
+            self.model.generator.batches.prepare([request], replace(settings[i], mode="plain"))
+            return replace(request, settings=settings[i])
+
+        def decode(asked: Sequence[Request], told: Callable[[int, Result], Any]) -> None:
+            nonlocal seconds
+            began = time.perf_counter()
+            self._answer(asked, self.settings, self.batch_size, told)
+            seconds += time.perf_counter() - began
+
         with tqdm(total=len(requests), desc="twig_jax", disable=self.rank != 0 or None) as bar:
-            for first in range(0, len(requests), window):
-                asked = {}
-                for i, instance in enumerate(requests[first : first + window], first):
-                    text, kwargs, doc_to_visual, *place = instance.args
-                    doc_id, task, split = place
-                    # Repeats of a question are to differ where they are sampled.
-                    settings = self._settings(kwargs, repeats[*place])
-                    repeats[*place] += 1
-                    try:
-                        # A data set decodes its images here.
-                        visuals = doc_to_visual(self.task_dict[task][split][doc_id])
-                        request = self._request(text, visuals or [])
-                        # The mode has been checked; this is about the question.
-                        plain = replace(settings, mode="plain")
-                        self.model.generator.batches.prepare([request], plain)
-                        asked[i] = replace(request, settings=settings)
-                    except (MemoryError, OSError, ValueError) as error:
-                        errors.append(f"{task}, document {doc_id}: {error}")
-                        logger.error(f"answered by an empty text: {errors[-1]}")
-                        bar.update()
-                began = time.perf_counter()
-                results = self._answer(
-                    list(asked.values()), self.settings, self.batch_size, lambda *_: bar.update()
-                )
-                seconds += time.perf_counter() - began
-                for (i, request), result in zip(asked.items(), results, strict=True):
-                    counts = TokenCounts(len(request.ids), len(result.tokens))
-                    answers[i] = GenerationResult(result.text or "", counts)
-                    tokens += len(result.tokens)
-                    drafted += sum(len(drafts) for drafts in result.drafts)
-                    matched += int(result.matched.sum())
+
+            def told(i: int, request: Request, result: Result) -> None:
+                nonlocal tokens, drafted, matched
+                counts = TokenCounts(len(request.ids), len(result.tokens))
+                answers[i] = GenerationResult(result.text or "", counts)
+                tokens += len(result.tokens)
+                drafted += sum(len(drafts) for drafts in result.drafts)
+                matched += int(result.matched.sum())
+                bar.update()
+
+            def failed(i: int, error: Exception) -> None:
+                *_, doc_id, task, _ = requests[i].args
+                errors.append(f"{task}, document {doc_id}: {error}")
+                logger.error(f"answered by an empty text: {errors[-1]}")
+                bar.update()
+
+            ask_many(len(requests), ask, decode, self.batch_size, told, failed)
         if len(errors) == len(requests) > 0:
             raise ValueError(f"none of the questions can be asked, as {errors[0]}")
         more = {"tokar": matched / drafted} if drafted else {}
