@@ -6,6 +6,7 @@ from importlib.metadata import version
 QUICK_COMPILING = (
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     " --xla_cpu_parallel_codegen_split_count=1"
+    " --xla_disable_hlo_passes=while-loop-invariant-code-motion,simplify-while-loops"
 )
 # Later ones end the process at a flag that they do not know.
 if version("jaxlib").startswith("0.10."):

@@ -6,15 +6,14 @@ from functools import partial
 import pytest
 from PIL import Image
 
-from tests.launch.process import ROOT, launch, slurm_step
+from tests.launch.process import launch, slurm_step
 
 evaluate = partial(launch, "evaluate")
-BASE = ROOT / "twig_jax" / "assets" / "digits" / "base"
 
 
-def test_shares_give_what_one_process_gives(tmp_path):
-    common = ("--task", "digits", "--limit", "6", "--batch", "4")
-    common += ("--modes", "plain,ttp_ssd", "--avg_retained", "16")
+def test_shares_give_what_one_process_gives(shallow, tmp_path):
+    common = (*shallow, "--task", "digits", "--limit", "6", "--batch", "4")
+    common += ("--modes", "plain,ttp_ssd", "--avg_retained", "32")
     timed = ("--timed_samples", "2", "--repeats", "1")
     done = evaluate(*common, *timed, "--out", str(tmp_path / "one"), "--json", "-")
     assert done.returncode == 0, done.stderr
@@ -22,7 +21,7 @@ def test_shares_give_what_one_process_gives(tmp_path):
     assert content["settings"]["dtype"] == "float32"  # which a GPU's default is not
     plain, fast = content["results"]
     assert (plain["mode"], plain["relacc"], plain["samples"]) == ("plain", 1, 6)
-    assert (fast["selector"], fast["retained"], fast["unanswered"]) == ("twig", 11, [])
+    assert (fast["selector"], fast["retained"], fast["unanswered"]) == ("twig", 16, [])
     assert fast["tokar"] > 0.5 and "accuracy" in fast["figures"]
     assert fast["relspd"] > 0 and len(fast["timings"]) == fast["timed_samples"] == 2
     assert fast["memory_bytes"] > 4 * 10**6
@@ -32,7 +31,7 @@ def test_shares_give_what_one_process_gives(tmp_path):
         done = evaluate(*common, "--out", str(tmp_path / "two"), *rest)
         assert done.returncode == 0, done.stderr
         assert ("the rest by other processes" in done.stdout) == (share == "1/2")
-    for run in ("plain", "ttp_ssd-twig-16"):
+    for run in ("plain", "ttp_ssd-twig-32"):
         one, two = (tmp_path / x / "digits" / run / "answers.jsonl" for x in ("one", "two"))
         assert one.read_bytes() == two.read_bytes()
     # Figures are of all ways: nothing is written while one waits for others.
@@ -41,14 +40,15 @@ def test_shares_give_what_one_process_gives(tmp_path):
     assert len(json.loads(before)["results"]) == 2
     more = ("--timed_samples", "0", "--share", "0/2", "--modes", "plain,ttp")
     done = evaluate(*common, *more, "--out", str(tmp_path / "two"))
-    assert done.returncode == 0 and "ttp-twig-16: 3 of 6 answered" in done.stdout
+    assert done.returncode == 0 and "ttp-twig-32: 3 of 6 answered" in done.stdout
     assert results.read_bytes() == before
 
 
-def test_a_process_of_a_cluster_that_ends_ends_no_other(tmp_path):
+def test_a_process_of_a_cluster_that_ends_ends_no_other(shallow, tmp_path):
     """One fails while the other still reads an orbax tree and answers its share."""
     base, out = tmp_path / "base", ("--out", tmp_path)
-    assert launch("convert", "--source", BASE, "--to", "orbax", "--out", base).returncode == 0
+    source = ("--source", shallow[1])
+    assert launch("convert", *source, "--to", "orbax", "--out", base).returncode == 0
     few = ("--task", "digits", "--limit", 4, "--batch", 4, "--modes", "plain")
     shares = [(*few, "--checkpoint", base, *out), ("--task", "gqa", "--data", "nowhere", *out)]
     with slurm_step("evaluate", shares) as (answers, fails):
@@ -105,7 +105,7 @@ def test_files_of_the_score_are_looked_for_first(tmp_path):
     assert done.returncode == 1 and "has no question" in done.stderr
 
 
-def test_standard_output_is_json_alone(tmp_path):
+def test_standard_output_is_json_alone(shallow, tmp_path):
     """Also where there is a file for an official judge."""
     lines = [{"question_id": i, "image": f"{i}.png", "text": "Is it?"} for i in range(2)]
     questions = "\n".join(map(json.dumps, lines))
@@ -115,7 +115,8 @@ def test_standard_output_is_json_alone(tmp_path):
     known = tmp_path / "data" / "testdev_balanced_questions.json"
     known.write_text(json.dumps({str(i): {"answer": "yes"} for i in range(2)}))
     task = ("--task", "gqa", "--data", tmp_path, "--modes", "plain", "--batch", "4")
-    done = evaluate(*task, "--timed_samples", "0", "--out", tmp_path / "out", "--json", "-")
+    few = ("--timed_samples", "0", "--out", tmp_path / "out", "--json", "-")
+    done = evaluate(*shallow, *task, *few)
     assert done.returncode == 0, done.stderr
     (plain,) = json.loads(done.stdout)["results"]
     assert (plain["samples"], plain["unanswered"]) == (2, ["1"])

@@ -33,8 +33,9 @@ launcher = partial(launch, "generate")
 
 
 @pytest.fixture(scope="module")
-def model():
-    return twig_jax.load("digits")
+def model(shallow):
+    _, base, _, twig = shallow
+    return twig_jax.load(base, twig)
 
 
 def test_text_comes_in_pieces(model):
@@ -47,7 +48,8 @@ def test_text_comes_in_pieces(model):
     assert silent.text == told.text
 
 
-def test_the_documented_page_has_what_is_asked(model):
+def test_the_documented_page_has_what_is_asked():
+    model = twig_jax.load("digits")
     np.testing.assert_array_equal(Image.open(PAGE), digits.page("test", 0, 28).image)
     table = (ROOT / "docs" / "digits.md").read_text().split("| example | answer |\n")[1]
     rows = [line.split(" | ")[3:] for line in table.split("\n\n")[0].splitlines()[1:]]
@@ -129,7 +131,7 @@ def test_a_question_too_large_for_the_memory_is_reported(model, monkeypatch):
     assert answer["ids"] and "not even one row fits" in error["error"]
 
 
-def test_a_file_of_questions(tmp_path):
+def test_a_file_of_questions(shallow, tmp_path):
     (tmp_path / "page.png").write_bytes(PAGE.read_bytes())
     (tmp_path / "broken.png").write_bytes(PAGE.read_bytes()[:300])
     rows = [
@@ -140,7 +142,8 @@ def test_a_file_of_questions(tmp_path):
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
     lines.append(json.dumps({"question_id": "d", "text": "half a character \ud83d"}))
     (tmp_path / "ask.jsonl").write_text("\n".join(lines), "utf-8-sig")
-    done = launcher("--batch_file", tmp_path / "ask.jsonl", "--json", tmp_path / "out.jsonl")
+    files = ("--batch_file", tmp_path / "ask.jsonl", "--json", tmp_path / "out.jsonl")
+    done = launcher(*shallow, *files)
     # A question that cannot be answered is reported, never dropped.
     assert done.returncode == 1 and "2 of 4 questions could not be answered" in done.stderr
     lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
