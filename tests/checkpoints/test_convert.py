@@ -14,6 +14,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from tests.checkpoints.original import original, original_name
@@ -26,6 +27,7 @@ from twig_jax.checkpoints.twig import fingerprint, read_twig, write_twig
 from twig_jax.config import VisionConfig
 from twig_jax.data.digits import ASSETS
 from twig_jax.data.tokens import load_tokenizer
+from twig_jax.models.llava import init_base
 from twig_jax.sharding.mesh import make_mesh
 
 NOT_OF_TWIG = {"model.embed_tokens.weight", "model.layers.0.self_attn.rotary_emb.inv_freq"}
@@ -158,6 +160,25 @@ def test_what_a_twig_says_of_itself_stays(
     run(tmp_path / "twig", "orbax", tmp_path / "out", K=1, K_f=3)
 
 
+@pytest.mark.parametrize(
+    ("changes", "K_f", "message"),
+    [
+        ({}, 9, "K < K_f <= L, not K=1, K_f=9, L=3"),
+        ({"intermediate_size": 40}, 3, r"mlp.down_proj.weight .*36"),
+    ],
+)
+def test_a_twig_that_cannot_have_grown_on_a_base(
+    tmp_path, official, config, draw, changes, K_f, message
+):
+    """Of fewer layers, or of another width; what it grew on nobody noted."""
+    other = dataclasses.replace(config, text=dataclasses.replace(config.text, **changes))
+    params = draw(jax.eval_shape(lambda key: init_base(other, key), jax.random.key(0)))
+    write_llava(tmp_path / "base", params, other)
+    with pytest.raises(ValueError, match=message):
+        run(official, "orbax", tmp_path / "out", K=1, K_f=K_f, base=tmp_path / "base")
+    assert not (tmp_path / "out").exists()
+
+
 def test_sharded_files_and_a_mesh(tmp_path, hf, monkeypatch):
     expected = stored(hf)
     monkeypatch.setattr(storage, "SHARD_BYTES", 4000)
@@ -185,6 +206,42 @@ def test_one_file_at_a_time_is_in_memory(tmp_path, monkeypatch):
 
     storage.write_weights(tmp_path, dict.fromkeys("abc", 8), read)
     assert len(held) == 3
+
+
+def test_weights_take_the_place_of_others(tmp_path, monkeypatch):
+    """In as many files as it takes; while those are written no old one can be read with them."""
+    monkeypatch.setattr(storage, "SHARD_BYTES", 16)
+    single, index = "model.safetensors", "model.safetensors.index.json"
+    for value, names in enumerate(["a", "abcdef", "abc", "ab", "abcd"]):
+        seen = []
+
+        def read(name, value=value, seen=seen):
+            seen.append({path.name for path in tmp_path.iterdir()})
+            return np.full(2, value, np.float32)
+
+        storage.write_weights(tmp_path, dict.fromkeys(names, 8), read)
+        n = math.ceil(len(names) / 2)
+        shards = {f"model-{i:05}-of-{n:05}.safetensors" for i in range(1, n + 1)}
+        there = {path.name for path in tmp_path.iterdir()}
+        assert there == ({single} if n == 1 else {*shards, index})
+        assert not any({single, index} & files for files in seen[2:])
+        with storage.Weights(tmp_path) as weights:
+            found = {name: weights[name].tolist() for name in weights.shapes}
+        assert found == {name: [value, value] for name in names}
+        if n > 1:
+            notes = json.loads((tmp_path / index).read_text())
+            assert notes["metadata"] == {"total_size": 8 * len(names)}
+
+
+def test_what_safetensors_cannot_write_is_an_error_of_the_system(tmp_path, monkeypatch):
+    def full(tensors, path, metadata):
+        path.write_bytes(b"a part")
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr(storage, "save_file", full)
+    with pytest.raises(OSError, match=r"cannot write .*model.safetensors: No space left"):
+        storage.write_weights(tmp_path, {"a": 8}, lambda name: np.zeros(2, np.float32))
+    assert not list(tmp_path.iterdir())
 
 
 def test_everyone_may_read_what_is_written(tmp_path):
@@ -237,6 +294,14 @@ def test_original_layout_gets_room_for_the_image_token(tmp_path, hf, config):
     np.testing.assert_array_equal(head[:, :40], np.array(old["text"]["lm_head"]["kernel"]))
     x = np.random.default_rng(0).standard_normal((100, 24)).astype(np.float32)
     assert ((x @ head).argmax(1) < 40).all()
+
+
+def test_what_is_said_of_a_base_is_in_its_configuration(tmp_path, hf):
+    source = original(tmp_path / "original", hf, tower=tmp_path / "clip")
+    with plan(source, "hf", vision_source=tmp_path / "clip") as p:
+        convert(p, tmp_path / "out", extra={"conversation_template": "plain"})
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["conversation_template"], config["image_aspect_ratio"]) == ("plain", "pad")
 
 
 def test_of_another_model_the_tower_alone_is_taken(tmp_path, hf, base, config, draw):
