@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import time
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,7 @@ from twig_jax.checkpoints.manager import CheckpointManager
 from twig_jax.data.pipeline import DigitsBatches
 from twig_jax.training import loop
 from twig_jax.training.data import open_batches
+from twig_jax.training.flops import step_flops
 from twig_jax.training.loop import fit
 from twig_jax.training.losses import twig_loss
 from twig_jax.training.optim import schedule
@@ -150,6 +152,9 @@ def test_told_to_stop_it_saves_and_goes_on_later(tmp_path):
     # A run that is complete has nothing left to do.
     assert_same(resumed, fit(config(tmp_path / "told"), *start(), progress=False))
     assert steps(tmp_path / "told") == list(range(1, 21))
+    # One that is told so before its last step ends with it.
+    fit(config(tmp_path / "last", "steps=6"), *start(), callback=tell, progress=False)
+    assert steps(tmp_path / "last") == list(range(1, 7))
 
 
 def test_an_interruption_is_a_notice_the_first_time():
@@ -240,6 +245,8 @@ def test_what_is_noted(tmp_path, monkeypatch):
         assert 0 <= training[share] <= 1
     assert training["skipped"] == 0
     assert 0 <= training["input_wait"] <= training["step_time"]
+    flops = 8 * training["tflops"] * 1e12 * training["step_time"]  # of eight devices
+    assert flops == pytest.approx(step_flops(config(tmp_path, *settings)), rel=1e-3)
     tokens = 8 * 212 * (1 - training["padding"])
     assert training["tokens_per_s"] * training["step_time"] == pytest.approx(tokens, rel=1e-3)
     with Image.open(tmp_path / "curves.png") as picture:
@@ -251,6 +258,49 @@ def test_what_is_noted(tmp_path, monkeypatch):
         (4, pytest.approx(0.4)),
         (6, pytest.approx(0.6)),
     ]
+
+
+class Slow:
+    """Batches that take as many seconds as there were, on a clock of our own."""
+
+    def __init__(self, batches, clock):
+        self.batches, self.clock, self.count = batches, clock, 0
+
+    def __next__(self):
+        self.count += 1
+        self.clock[0] += self.count
+        return next(self.batches)
+
+    def __getattr__(self, name):
+        return getattr(self.batches, name)
+
+
+def test_what_takes_time_besides_steps_does_not_count(tmp_path, monkeypatch):
+    """Compiling, saving and validating; to wait for input does."""
+    clock, made = [0.0], []
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(loop, "open_batches", lambda *which: Slow(open_batches(*which), clock))
+
+    def making(*arguments):
+        step = make_step(*arguments)
+
+        def taken(*arguments):
+            clock[0] += 2 if made else 1000
+            made.append(step)
+            return step(*arguments)
+
+        return taken
+
+    def validate(step, params):
+        clock[0] += 100
+        return {}
+
+    monkeypatch.setattr(loop, "make_step", making)
+    run = config(tmp_path, "steps=6", "save_every=2", "log_every=3")
+    fit(run, *start(), callback=validate, progress=False)
+    noted = {line["step"]: line for line in lines(tmp_path) if "step_time" in line}
+    assert [noted[n]["input_wait"] for n in (3, 6)] == [(2 + 3) / 2, (4 + 5 + 6) / 3]
+    assert [noted[n]["step_time"] for n in (3, 6)] == [2 + 2.5, 2 + 5]
 
 
 def scalars(folder):
@@ -484,8 +534,11 @@ def test_bad_samples_are_counted_and_too_many_stop_the_run(tmp_path):
         fit(few, *start(), progress=False)
 
 
+SKIPPING = ("steps=8", "save_every=8", "log_every=1")
+
+
 def test_skipped_steps_are_none_to_the_schedule_and_spoil_no_figure(tmp_path, monkeypatch):
-    run = config(tmp_path, "steps=8", "save_every=8", "log_every=1")
+    run = config(tmp_path, *SKIPPING)
     real, rate = loop.stage_loss(run), schedule(run.optim, run.steps)
 
     def sometimes(params, frozen, batch):
@@ -501,6 +554,15 @@ def test_skipped_steps_are_none_to_the_schedule_and_spoil_no_figure(tmp_path, mo
         taken += not line["skipped"]
         assert line["lr"] == pytest.approx(float(rate(max(taken - 1, 0))))
         assert ("loss" in line) == (not line["skipped"])
+    # They are not too many as long as they are not in a row.
+    bad = "".join(str(int(line["skipped"])) for line in log)
+    longest = max(map(len, bad.split("0")))
+    assert longest < bad.count("1")
+    monkeypatch.setattr(loop, "_PATIENCE", longest + 1)
+    fit(config(tmp_path / "again", *SKIPPING), *start(), progress=False)
+    monkeypatch.setattr(loop, "_PATIENCE", longest)
+    with pytest.raises(FloatingPointError):
+        fit(config(tmp_path / "fewer", *SKIPPING), *start(), progress=False)
     steps = [{"loss": loss, "skipped": np.isnan(loss)} for loss in (1.0, np.nan, 2.0)]
     assert loop.summarise(steps) == {"loss": 1.5, "skipped": pytest.approx(1 / 3)}
 
@@ -508,6 +570,7 @@ def test_skipped_steps_are_none_to_the_schedule_and_spoil_no_figure(tmp_path, mo
 def test_ten_bad_steps_in_a_row_stop_the_run(tmp_path):
     twig, base = start()
     broken = jax.tree.map(lambda x: x * jnp.nan, twig)
-    with pytest.raises(FloatingPointError, match="lower the learning rate"):
+    advice = "lower the learning rate and start again from step 5, saved in "
+    with pytest.raises(FloatingPointError, match=advice):
         fit(config(tmp_path, "log_every=5"), broken, base, progress=False)
     assert not (tmp_path / "metrics.jsonl").read_text().count('"step": 10')

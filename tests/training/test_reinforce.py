@@ -20,7 +20,9 @@ from twig_jax.models.twig import fresh_p_head, twig_decoder
 from twig_jax.presets import preset
 from twig_jax.pruning.sampling import draw, log_probability
 from twig_jax.sharding.mesh import make_mesh
+from twig_jax.training import loop
 from twig_jax.training.config import OptimConfig, ReinforceConfig, TrainConfig
+from twig_jax.training.data import on_mesh
 from twig_jax.training.flops import step_flops
 from twig_jax.training.loop import fit, stage_loss
 from twig_jax.training.losses import normalised
@@ -251,10 +253,22 @@ SETTINGS = (
 )
 
 
-def test_a_run_goes_on_where_it_stopped(tmp_path):
+def test_a_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
     """Budgets, draws and moments included."""
+    drawn = []
+
+    def noting(batch, mesh):
+        drawn.append(batch.get("draws"))
+        return on_mesh(batch, mesh)
+
+    monkeypatch.setattr(loop, "on_mesh", noting)
     twig, base = start()
-    twig = {**twig, "p_head": fresh_p_head(preset("tiny")[0].text)}
+    rng = np.random.default_rng(0)
+    gates = jax.tree.map(
+        lambda x: x + rng.normal(0, 0.1, x.shape).astype(x.dtype),
+        fresh_p_head(preset("tiny")[0].text),
+    )
+    twig = {**twig, "p_head": gates}
     whole = config(tmp_path / "whole", *SETTINGS)
     halves = config(tmp_path / "halves", *SETTINGS)
 
@@ -263,6 +277,8 @@ def test_a_run_goes_on_where_it_stopped(tmp_path):
         return {}
 
     results = {"whole": fit(whole, twig, base, progress=False)}
+    every = np.concatenate(drawn)
+    assert len(np.unique(every)) == len(every) == 6 * whole.data.batch_size
     with pytest.raises(Preempted, match="saved at step 4 of 6"):
         fit(halves, twig, base, callback=told_to_stop, progress=False)
     results["halves"] = fit(halves, twig, base, progress=False)
@@ -277,7 +293,20 @@ def test_a_run_goes_on_where_it_stopped(tmp_path):
     assert all("step_time" not in line for line in first.values())  # it is the compiler's
     assert "step_time" in steps[-1]
     assert {"reward", "reward_spread", "useless_groups", "entropy", "churn"} <= steps[-1].keys()
-    assert any("validation/loss" in line for line in lines)
+    assert steps[0]["churn"] == 0  # what has not learned yet ranks as it did
+
+
+def test_what_is_held_out_is_pruned_to_the_lowest_budget(tmp_path):
+    """So that, where nothing is learned, its loss is that of a run at this budget alone."""
+    twig, base = start()
+    twig = {**twig, "p_head": fresh_p_head(preset("tiny")[0].text)}
+    still, noted = ("steps=1", "save_every=1", "optim.lr=0.0"), []
+    for name, budgets in (("both", "(74.0, 78.0)"), ("lowest", "(74.0,)")):
+        run = config(tmp_path / name, *SETTINGS, *still, f"reinforce.budgets={budgets}")
+        fit(run, twig, base, progress=False)
+        written = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        noted += [x["validation/loss"] for x in map(json.loads, written) if "validation/loss" in x]
+    assert len(noted) == 2 and noted[0] == noted[1]
 
 
 @pytest.mark.parametrize("module", [digits_twigpp_stage2, llava15_7b_twigpp_stage2])

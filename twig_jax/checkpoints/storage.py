@@ -152,7 +152,7 @@ class Weights:
             raise ValueError(f"{path} holds other things than tensors, as training states do")
 
         def read(name: str) -> np.ndarray:
-            x = tensors[name].detach().contiguous()
+            x = tensors[name].detach()
             if x.dtype == torch.bfloat16:  # numpy has no such type of its own
                 return x.view(torch.int16).numpy().view(_DTYPES["bfloat16"])
             return x.numpy()
