@@ -14,9 +14,11 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+import transformers
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+import tests.llama
 from tests.checkpoints.original import original, original_name
 from twig_jax.checkpoints import storage
 from twig_jax.checkpoints.convert import convert, plan, verify
@@ -448,6 +450,31 @@ def test_a_tokenizer_of_another_vocabulary_fails_before_the_weights(tmp_path, hf
     ):
         convert(p, tmp_path / "out", tokenizer=load_tokenizer(ASSETS / "base"), seen=pytest.fail)
     assert not list(tmp_path.glob("out*"))
+
+
+def test_a_tokenizer_gets_the_image_and_padding_tokens(tmp_path, config, draw, llama):
+    """And reads all else as before, in transformers' own classes too."""
+    config = dataclasses.replace(
+        config, text=dataclasses.replace(config.text, vocab_size=tests.llama.SIZE)
+    )
+    params = draw(jax.eval_shape(lambda key: init_base(config, key), jax.random.key(0)))
+    write_llava(tmp_path / "hf", params, config)
+    source = original(tmp_path / "original", tmp_path / "hf", tower=tmp_path / "clip")
+    for path in llama.iterdir():
+        shutil.copy(path, source)
+    before = load_tokenizer(source)
+    with plan(source, "hf", vision_source=tmp_path / "clip") as p:
+        convert(p, tmp_path / "out", tokenizer=load_tokenizer(source))
+    after = load_tokenizer(tmp_path / "out")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    ids = [tests.llama.SIZE, tests.llama.SIZE + 1]
+    for tokenizer in (after, theirs):
+        assert tokenizer.convert_tokens_to_ids(["<image>", "<pad>"]) == ids
+        assert tokenizer.pad_token == "<pad>" and tokenizer.pad_token_id == ids[1]
+        for text in ("USER: the cat  is", " on earth?", "a</s>USER", "</s> b", "\n12", "ü"):
+            assert tokenizer.encode(text) == before.encode(text), text
+    asked = after.encode("USER: <image>\nWhat")
+    assert asked.count(ids[0]) == 1 and theirs.encode("USER: <image>\nWhat") == asked
 
 
 def test_verification_finds_a_changed_value(tmp_path, hf):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import twig_jax
+from twig_jax.decoding.buckets import state_bytes
 from twig_jax.decoding.generate import Generator
 from twig_jax.decoding.settings import Settings
 from twig_jax.evaluation.answers import answer_share, digest, failure
@@ -19,6 +20,7 @@ from twig_jax.evaluation.benchmarks.files import Question, Score, answer_line
 from twig_jax.evaluation.benchmarks.pages import Digits
 from twig_jax.evaluation.judge import Judge, Way
 from twig_jax.models.cpu import arrange
+from twig_jax.programs import device_bytes
 
 QUESTIONS = [Question(i, f"Q{i}", stated=f"Q{i}") for i in range(23)]
 
@@ -177,14 +179,22 @@ def test_answers_to_other_questions_are_not_mixed(tmp_path):
 
 
 def test_a_question_that_cannot_be_asked_is_not_timed(tmp_path):
-    benchmark = Digits(samples=1, seed=0)
+    benchmark, model = Digits(samples=3, seed=0), twig_jax.load("digits")
     good = benchmark.questions()
     long = dataclasses.replace(good[0], prompt="What? " * 600)
     judge = Judge(
-        twig_jax.load("digits"), "digits", benchmark, [long, *good], tmp_path,
+        model, "digits", benchmark, [long, *good], tmp_path,
         Settings(max_new_tokens=4), batch=1, model_id="m", notes={},
     )  # fmt: skip
-    assert judge.speeds([Way("plain")], 2, 1)[Way("plain")]["timed_samples"] == 1
+    speed = judge.speeds([Way("plain")], 2, 1)[Way("plain")]
+    assert speed["timed_samples"] == len(speed["timings"]) == 2
+    # The twig has no part in it, nor in its memory.
+    request, plain = model.request(good[0].prompt, good[0].images), Settings("plain")
+    program = model.generator.batches.prepare([request], replace(plain, max_new_tokens=4)).program
+    base = device_bytes(model.generator.weights.base)
+    assert speed["memory_bytes"] == base + round(state_bytes(program, 1, 4))
+    few = dataclasses.replace(judge, questions=[long, good[0]])
+    assert few.speeds([Way("plain")], 2, 1)[Way("plain")]["timed_samples"] == 1
     judge = dataclasses.replace(judge, questions=[long])
     with pytest.raises(ValueError, match=r"none of the questions can be asked, as .* tokens"):
         judge.row(Way("plain"), judge.answers(Way("plain")), None)
@@ -197,17 +207,18 @@ def test_what_answers_tell_is_counted_one_by_one(tmp_path):
     lines = {q.key: answer_line(q, "", "m", told) for q in questions}
     for q in questions[:2]:
         lines[q.key] = answer_line(q, "", "m", {"error": "no image"})
+    lines[questions[-1].key] = answer_line(questions[-1], "", "m", told | {"retained": 5})
     model = SimpleNamespace(config=SimpleNamespace(vision=SimpleNamespace(num_tokens=576)))
     benchmark = SimpleNamespace(score=lambda answers: None)
     judge = Judge(
         model, "t", benchmark, questions, tmp_path, Settings(), batch=1, model_id="m", notes={}
     )
     tracemalloc.start()
-    row, _ = judge.row(Way("plain"), lines, None)
+    row, _ = judge.row(Way("ttp", "twig", 64.0), lines, None)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert (row["retained"], row["unanswered"]) == (576, ["0", "0"])  # an id may have two questions
-    assert (row["tokar"], row["mean_drafted"]) == (0.5, 1)
+    assert (row["tokar"], row["mean_drafted"], row["pruned"]) == (0.5, 1, 8 / 9)
     assert peak < sum(map(len, lines.values())) / 4
 
 
@@ -234,6 +245,11 @@ def test_intervals_are_over_images(tmp_path):
         own.score = Score({"accuracy": ours}, right, [])
         row, _ = judge.row(Way("ttp"), lines, replace(base, figures={"accuracy": plain}))
         assert (row["relacc"], row["relacc_low"]) == (ours / plain, None)
+    # Of some of the questions, their accuracy is what can be told.
+    own.score = Score({"total": 900.0}, right, [])
+    row, _ = replace(judge, limited=True).row(Way("ttp"), lines, None)
+    assert row["figures"] == {"accuracy": 50.0}
+    own.score = Score({"accuracy": 50.0}, right, [])
     # Of questions that do not count there is nothing.
     del right[questions[0].key]
     judge.row(Way("ttp"), lines, base)
