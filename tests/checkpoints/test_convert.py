@@ -466,12 +466,13 @@ def test_a_tokenizer_gets_the_image_and_padding_tokens(tmp_path, config, draw, l
     with plan(source, "hf", vision_source=tmp_path / "clip") as p:
         convert(p, tmp_path / "out", tokenizer=load_tokenizer(source))
     after = load_tokenizer(tmp_path / "out")
+    (tmp_path / "out" / "config.json").unlink()  # where the tokenizer alone is copied, too
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     ids = [tests.llama.SIZE, tests.llama.SIZE + 1]
     for tokenizer in (after, theirs):
         assert tokenizer.convert_tokens_to_ids(["<image>", "<pad>"]) == ids
         assert tokenizer.pad_token == "<pad>" and tokenizer.pad_token_id == ids[1]
-        for text in ("USER: the cat  is", " on earth?", "a</s>USER", "</s> b", "\n12", "ü"):
+        for text in ("USER: the cat  is", " cat", "  the", "a</s>USER", "</s> b", "\n12", "ü"):
             assert tokenizer.encode(text) == before.encode(text), text
     asked = after.encode("USER: <image>\nWhat")
     assert asked.count(ids[0]) == 1 and theirs.encode("USER: <image>\nWhat") == asked
