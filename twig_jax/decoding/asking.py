@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 from twig_jax.decoding.settings import Request, Result
@@ -27,30 +28,25 @@ def ask_many(
     """
     size = _WINDOW * batch
     pool = ThreadPoolExecutor(1)
-    windows = [range(first, min(first + size, count)) for first in range(0, count, size)]
 
-    def read(number: int) -> list[Future[Request]]:
-        return [pool.submit(ask, i) for one in windows[number : number + 1] for i in one]
+    def read(first: int) -> list[Future[Request]]:
+        return [pool.submit(ask, i) for i in range(first, min(first + size, count))]
 
     try:
         coming = read(0)
-        for number, window in enumerate(windows):
-            reading, coming = coming, read(number + 1)
-            requests: dict[int, Request] = {}
-            for i, made in zip(window, reading, strict=True):
+        for first in range(0, count, size):
+            reading, coming = coming, read(first + size)
+            asked: list[tuple[int, Request]] = []
+            for i, made in enumerate(reading, first):
                 try:
-                    requests[i] = made.result()
+                    asked.append((i, made.result()))
                 except (MemoryError, OSError, ValueError) as error:
                     failed(i, error)
-            if requests:
-                _answer(requests, decode, told)
+            if asked:
+                decode([request for _, request in asked], partial(_tell, told, asked))
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _answer(requests: dict[int, Request], decode: Callable, told: Callable) -> None:
-    places = list(requests)
-    decode(
-        list(requests.values()),
-        lambda n, result: told(places[n], requests[places[n]], result),
-    )
+def _tell(told: Callable, asked: Sequence[tuple[int, Request]], at: int, result: Result) -> None:
+    told(*asked[at], result)
