@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import json
 import os
 import signal
 
@@ -13,7 +12,7 @@ import pytest
 
 from configs import digits_twigpp_stage2, llava15_7b_twigpp_stage2
 from tests.pruned_pass import Prompt, forward
-from tests.training.worker import config, start
+from tests.training.worker import config, lines, start
 from twig_jax.checkpoints.twig import write_twig
 from twig_jax.models.llava import Llava
 from twig_jax.models.twig import fresh_p_head, twig_decoder
@@ -285,9 +284,7 @@ def test_a_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
     jax.tree.map(np.testing.assert_array_equal, results["whole"], results["halves"])
     moved = jax.tree.map(lambda a, b: float(abs(a - b).max()), results["whole"], twig)
     assert max(jax.tree.leaves(moved["p_head"])) > 0
-    written = (tmp_path / "whole/metrics.jsonl").read_text()
-    lines = [json.loads(line) for line in written.splitlines()]
-    steps = [line for line in lines if "loss" in line]
+    steps = [line for line in lines(tmp_path / "whole") if "loss" in line]
     first = {line["budget"]: line for line in reversed(steps)}
     assert first.keys() == {74.0, 78.0}
     assert all("step_time" not in line for line in first.values())  # it is the compiler's
@@ -304,8 +301,7 @@ def test_what_is_held_out_is_pruned_to_the_lowest_budget(tmp_path):
     for name, budgets in (("both", "(74.0, 78.0)"), ("lowest", "(74.0,)")):
         run = config(tmp_path / name, *SETTINGS, *still, f"reinforce.budgets={budgets}")
         fit(run, twig, base, progress=False)
-        written = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
-        noted += [x["validation/loss"] for x in map(json.loads, written) if "validation/loss" in x]
+        noted += [x["validation/loss"] for x in lines(tmp_path / name) if "validation/loss" in x]
     assert len(noted) == 2 and noted[0] == noted[1]
 
 

@@ -16,6 +16,7 @@ from PIL import Image
 import twig_jax
 from launch.training import read_held_out, train, validation
 from tests.training.conftest import TINY
+from tests.training.worker import lines
 from twig_jax.checkpoints.llava import write_llava
 from twig_jax.checkpoints.manager import CheckpointManager
 from twig_jax.checkpoints.twig import read_notes, read_twig
@@ -158,8 +159,7 @@ def test_a_twig_grows_on_conversations(folder, tmp_path, caplog):
         validation_samples=5,
     )
     train(run, export=str(tmp_path / "twig"), say=said.append)
-    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    validated = [line for line in lines if "validation/loss" in line]
+    validated = [line for line in lines(tmp_path / "run") if "validation/loss" in line]
     assert [line["step"] for line in validated] == [2, 4]
     for line in validated:
         assert 0 <= line["validation/exact"] <= 1
@@ -236,8 +236,7 @@ def test_the_stages_of_digits_follow_each_other(tmp_path):
         said = []
         run = TrainConfig(name, str(tmp_path / out), **settings | changes)
         train(run, export=str(tmp_path / f"{out}_model"), say=said.append)
-        lines = (tmp_path / out / "metrics.jsonl").read_text().splitlines()
-        assert json.loads(lines[-1])["validation/loss"] > 0
+        assert lines(tmp_path / out)[-1]["validation/loss"] > 0
         return said[:-1]  # and where the model is
 
     assert stage("vision", "vision", layers=1) == []  # the decoder does not answer yet

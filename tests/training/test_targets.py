@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.training.worker import config, finish, start, two_workers
+from tests.training.worker import config, finish, losses, start, two_workers
 from twig_jax.models.twig import feeding, fresh_p_head
 from twig_jax.presets import preset
 from twig_jax.training.config import DistillConfig, TrainConfig
@@ -25,11 +25,6 @@ STEPS = ("steps=4", "save_every=2", "validation_samples=2")
 def twig_and_base():
     twig, base = start()
     return {**twig, "p_head": fresh_p_head(preset("tiny")[0].text)}, base
-
-
-def losses(out):
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return {line["step"]: line["loss"] for line in lines if "loss" in line}
 
 
 def test_all_words_teach_what_the_base_teaches(base, twig, batch):

@@ -5,6 +5,7 @@ TARGETS=folder writes what the base teaches there instead; TOLD tells the second
 begins.
 """
 
+import json
 import os
 import signal
 import socket
@@ -62,6 +63,16 @@ def start():
         jax.eval_shape(lambda key: init_base(models, key), jax.random.key(0)),
     )
     return init_twig(base, models.text, twig), base
+
+
+def lines(out):
+    """What a run has noted, oldest first."""
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(out):
+    """{step: loss} of what it has noted."""
+    return {line["step"]: line["loss"] for line in lines(out) if "loss" in line}
 
 
 def worker(out, *settings, devices=8, **environment):
