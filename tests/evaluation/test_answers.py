@@ -253,6 +253,11 @@ def test_intervals_are_over_images(tmp_path):
     # Of questions that do not count there is nothing.
     del right[questions[0].key]
     judge.row(Way("ttp"), lines, base)
+    few = replace(judge, limited=True)
+    own.score = Score({"IMG-accuracy": 400 / 7, "accuracy": 60.0}, right, [])
+    assert few.row(Way("ttp"), lines, None)[0]["figures"] == {"IMG-accuracy": 100 * 4 / 7}
+    none, score = replace(few, questions=questions[:1]).row(Way("plain"), lines, None)
+    assert score is None and "figures" not in none
     points = json.loads((tmp_path / "ttp" / "points.json").read_text())
     assert [value for value, _ in points] == [None, *map(float, (q.id % 2 for q in questions[1:]))]
 

@@ -116,11 +116,11 @@ def test_sparsevlm_recycles_what_goes():
     scores = jnp.asarray([0.1, 0.9, 0.8, 0.5, 0.4, 0.3, 0.35])
     x = jnp.asarray([0.0, 7, 8, 0, 1, 1.25, 5])[:, None]
     visual = jnp.arange(7) > 0
-    # Three of six go, so one of the three kept is merged: of 0, 1, 1.25 and 5 the second is as
-    # dense as any, and first.
+    # Three of six go, so one of the three kept is merged; a centre alone counts itself alone, so
+    # that all are as dense, and the first is it.
     found, states = recycled(scores, x, visual, jnp.int32(3))
-    assert found.tolist() == [0, 2, 2, 0, 1, 0, 0]
-    assert states[:, 0].tolist() == [0, 7, 8, 0, (0 + 1 + 1.25 + 5) / 4, 1.25, 5]
+    assert found.tolist() == [0, 2, 2, 1, 0, 0, 0]
+    assert states[:, 0].tolist() == [0, 7, 8, (0 + 1 + 1.25 + 5) / 4, 1, 1.25, 5]
     found, states = recycled(scores, x, visual, jnp.int32(6))
     assert found.tolist() == [0] + [2] * 6 and (states == x).all()
     # 35 of 40 go: two are merged, of twenty on two heaps; the others, far away, are too bad.

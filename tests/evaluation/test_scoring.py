@@ -87,6 +87,8 @@ def test_samples_of_one_group_are_drawn_together():
     assert apart[2] - apart[1] < 0.6 * (once[2] - once[1])
     uneven = relacc([1, 1, 0], [1, 1, 1], "aab")
     assert uneven == (pytest.approx(2 / 3), 0, 1)
+    ratio, *interval = relacc([1, 1, 0], [1, 1, 1], "aaa")
+    assert ratio == pytest.approx(2 / 3) and np.isnan(interval).all()
 
 
 def test_relacc_of_few_right_answers() -> None:

@@ -160,11 +160,16 @@ class Judge:
         if score is None:
             return row, None
         groups = {q.key: q.group for q in self.questions if q.key in score.points}
+        if not groups:
+            return row, None  # none of the few that were asked counts
         points = [score.points[k] for k in groups]
         content = [[score.points.get(q.key), q.group] for q in self.questions]
         (self.folder / way.name / "points.json").write_text(json.dumps(content) + "\n")
         if self.limited:
-            score = replace(score, figures={"accuracy": mean(points)})
+            # ScienceQA counts those with images alone, and has a name for that.
+            whole = len(groups) == len(self.questions)
+            name = "accuracy" if whole else next(iter(score.figures))
+            score = replace(score, figures={name: mean(points)})
         row |= {"exact": float(np.mean(points)), "figures": score.figures}
         if base is not None or way.mode == "plain":
             of = base or score

@@ -72,8 +72,8 @@ def relacc(
 
     groups: what each sample shares with others, as its image; each stands for itself without. The
     interval is a paired bootstrap over groups: samples of one are right or wrong together, and are
-    drawn together. Draws in which the base has nothing right do not count; all three are nan where
-    it never has.
+    drawn together. Draws in which the base has nothing right do not count. All three are nan where
+    it never has, the interval's ends where there is but one group.
     """
     pairs = np.stack([accelerated, base], axis=1).astype(float)  # [n, 2]
     ours, of = pairs.sum(0)
@@ -84,6 +84,8 @@ def relacc(
         sums = np.zeros((len(number), 2))
         np.add.at(sums, [number[group] for group in groups], pairs)
         pairs = sums
+    if len(pairs) < 2:
+        return float(ours / of), float("nan"), float("nan")
     rng = np.random.default_rng(0)
     # One draw at a time: all of a large benchmark's would not fit into memory.
     drawn = np.array(

@@ -31,7 +31,7 @@ _BRIEF = "Answer the question using a single word or phrase."
 # What a table's reader takes for an empty cell, as the official script's does (pandas' list).
 _NOTHING = {
     "", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN",
-    "<NA>", "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null", "none",
+    "<NA>", "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null",
 }  # fmt: skip
 _TURN = 10**6
 # Columns of MMBench's table that its upload does not have.
@@ -55,11 +55,11 @@ class MMBench:
         for row in self._rows():
             options: list[str] = []
             for letter in "ABCD":
-                if row.get(letter, "") in _NOTHING:
+                if _says_nothing(row.get(letter, "")):
                     break
                 options.append(row[letter])
             hint = row.get("hint", "")
-            asked = row["question"] if hint in _NOTHING else f"{hint}\n{row['question']}"
+            asked = row["question"] if _says_nothing(hint) else f"{hint}\n{row['question']}"
             lines = [f"{x}. {o}" for x, o in zip("ABCD", options, strict=False)]
             stated = "\n".join([asked, *lines])
             letters = list("ABCD"[: len(options)])
@@ -72,8 +72,8 @@ class MMBench:
     def score(self, answers: Answers) -> Score | None:
         """Share of questions that have the right letter however turned; None without answers.
 
-        The answer is an option's very words, or a letter is read off its beginning; the official
-        judge asks a language model where it finds neither.
+        Answers are read by the rules with which the official judge (VLMEvalKit) begins; where they
+        find no option it asks a language model, and here the answer is wrong.
         """
         right = {int(row["index"]): row.get("answer", "") for row in self._rows()}
         if not any(right.values()):
@@ -121,18 +121,22 @@ class MMBench:
         return rows
 
 
+def _says_nothing(cell: str) -> bool:
+    """Whether a cell is empty to LLaVA's script, which prints no such option or hint."""
+    return cell in _NOTHING or cell.lower() in ("nan", "none")
+
+
 def _chosen(text: str, options: Sequence[str]) -> int | None:
-    """Which option an answer names."""
-    text = text.strip()
-    same = [i for i, o in enumerate(options) if o.strip().lower() == text.rstrip(".").lower()]
-    if len(same) == 1:
-        return same[0]
-    if re.match("A [a-z]", text) and len(text.split()) > 3:  # an article, as officially too
+    """Which option an answer names: by the only letter among its last four words, or in words."""
+    letters = "ABCD"[: len(options)]
+    words = re.sub(r"[.()\[\],:;!*#{}]", " ", text).split()
+    named = [letter for letter in letters if letter in words]
+    if len(named) == 1 and words.index(named[0]) > len(words) - 5:
+        return letters.index(named[0])
+    if len(text) > 2 * sum(map(len, options)):
         return None
-    found = re.match(r"\(?([A-D])(?![A-Za-z0-9'])", text)
-    if found and (at := "ABCD".index(found.group(1))) < len(options):
-        return at
-    return None
+    there = [i for i, option in enumerate(options) if option.lower() in text.lower()]
+    return there[0] if len(there) == 1 else None
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ _DIGITS = {"none": "0", **{word: str(i) for i, word in enumerate(_NUMBERS)}}
 _ARTICLES = {"a", "an", "the"}
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _PERIOD = re.compile(r"\.(?!\d)")
-_COMMA = re.compile(r"\d,+\d")
+_COMMA = re.compile(r"\d,\d")
 # The official scripts hand a flag to a parameter that counts: so many periods go, no more.
 _PERIODS = int(re.UNICODE)
 

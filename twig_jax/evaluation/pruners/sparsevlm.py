@@ -69,9 +69,9 @@ def recycled(
 
     Scores are 2 for tokens that stay, 1 for those merged into, else 0; `retained` are above 0. For
     every hundred that go, rounded up to a third of it, the best thirty are merged into three, which
-    stay in their slots and at their positions. These centres are dense (near to as many others as
-    there are centres) and far from all that are denser; each of the others goes to its nearest
-    centre, and the mean of a cluster takes the centre's place.
+    stay in their slots and at their positions. These centres are dense (near to as many as there
+    are centres, themselves counted) and far from all that are denser; each of the others goes to
+    its nearest centre, and the mean of a cluster takes the centre's place.
     """
     S, d = x.shape
     gone = visual.sum(dtype=jnp.int32) - retained
@@ -87,7 +87,8 @@ def recycled(
     apart = jnp.maximum(size[:, None] + size - 2 * products, 0) / d  # squared distances
     others = taken & taken[:, None] & ~jnp.eye(S, dtype=bool)
     apart = jnp.where(others, apart, jnp.inf)
-    density = jnp.exp(-jnp.sort(apart, axis=1).mean(1, where=jnp.arange(S) < merged))
+    near = jnp.sort(apart, axis=1).sum(1, where=jnp.arange(S) < merged - 1)
+    density = jnp.exp(-near / merged.clip(1).astype(jnp.float32))
     ahead = _places(density, taken)  # the denser are ahead; of equals the first
     higher = jnp.where(ahead < ahead[:, None], apart, jnp.inf).min(1)
     farthest = jnp.where(others, apart, 0).max()

@@ -17,8 +17,9 @@ def visionzip(probe: Probe, retained: int) -> Ranked:
 
     The few are evenly spaced among the others; each of the rest goes to the one whose key is most
     like its own, and what was brought together is averaged, as in the paper. (The released code
-    adds the mean of what was brought to the token.) Merged tokens stay in the slots, and at the
-    positions, of those few.
+    adds the mean of what was brought to the token, and one of its dominant tokens is always the
+    class token, which LLaVA's decoder was not trained with.) Merged tokens stay in the slots, and
+    at the positions, of those few.
     """
     contextual = round(_CONTEXTUAL * retained)
     scores, features = jax.vmap(
