@@ -19,6 +19,7 @@ from safetensors.numpy import load_file, save_file
 import tests.llama
 from tests.checkpoints.original import original, original_name
 from twig_jax.checkpoints import storage
+from twig_jax.checkpoints.config_files import read_config
 from twig_jax.checkpoints.convert import convert, plan, verify
 from twig_jax.checkpoints.llava import read_llava, write_llava
 from twig_jax.checkpoints.source import Source, resized
@@ -282,6 +283,26 @@ def test_original_layout_with_a_known_tower_embedded(tmp_path, hf, config):
         assert (p.config.vision, p.config.text) == (config.vision, config.text)
 
 
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_tower_that_was_trained_along_is_kept(tmp_path, hf, base, config, draw, trained):
+    """LLaVA reads the one that a checkpoint has if it says so, else the one that it names."""
+    write_llava(tmp_path / "stock", draw(base, seed=5), config, "bfloat16")
+    original(tmp_path / "away", tmp_path / "stock", tower=tmp_path / "clip")
+    fields = {"unfreeze_mm_vision_tower": trained}
+    source = original(tmp_path / "original", hf, **fields)
+    run(source, "orbax", tmp_path / "out", vision_source=tmp_path / "clip")
+    found, params = read_llava(tmp_path / "out")
+    assert found.vision == config.vision
+    expected = read_llava(hf if trained else tmp_path / "stock")[1]["vision"]
+    jax.tree.map(np.testing.assert_array_equal, params["vision"], expected)
+
+
+@pytest.mark.parametrize("where", ["/data/clip-vit-large-patch14", "clip-vit-large-patch14-336/"])
+def test_a_tower_is_known_by_its_folder_too(tmp_path, hf, where):
+    source = original(tmp_path / "original", hf, mm_vision_tower=where)
+    assert read_config(source).vision.image_size == (336 if "336" in where else 224)
+
+
 def test_an_unknown_tower_must_be_given(tmp_path, hf):
     source = original(tmp_path / "original", hf)
     with pytest.raises(ValueError, match="give its folder as the vision source"):
@@ -395,11 +416,14 @@ def test_a_tokenizer_of_another_vocabulary_fails_before_the_weights(tmp_path, hf
     assert not list(tmp_path.glob("out*"))
 
 
-def test_a_tokenizer_gets_the_image_and_padding_tokens(tmp_path, config, draw, llama):
-    """And reads all else as before, in transformers' own classes too."""
-    config = dataclasses.replace(
-        config, text=dataclasses.replace(config.text, vocab_size=tests.llama.SIZE)
-    )
+@pytest.mark.parametrize("unused", [0, 24])
+def test_a_tokenizer_gets_the_image_and_padding_tokens(tmp_path, config, draw, llama, unused):
+    """And reads all else as before, in transformers' own classes too.
+
+    Also behind words that a padded vocabulary has and the tokenizer does not know.
+    """
+    words = tests.llama.SIZE + unused
+    config = dataclasses.replace(config, text=dataclasses.replace(config.text, vocab_size=words))
     params = draw(jax.eval_shape(lambda key: init_base(config, key), jax.random.key(0)))
     write_llava(tmp_path / "hf", params, config)
     source = original(tmp_path / "original", tmp_path / "hf", tower=tmp_path / "clip")
@@ -411,7 +435,7 @@ def test_a_tokenizer_gets_the_image_and_padding_tokens(tmp_path, config, draw, l
     after = load_tokenizer(tmp_path / "out")
     (tmp_path / "out" / "config.json").unlink()  # where the tokenizer alone is copied, too
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
-    ids = [tests.llama.SIZE, tests.llama.SIZE + 1]
+    ids = [words, words + 1]
     for tokenizer in (after, theirs):
         assert tokenizer.convert_tokens_to_ids(["<image>", "<pad>"]) == ids
         assert tokenizer.pad_token == "<pad>" and tokenizer.pad_token_id == ids[1]

@@ -250,6 +250,17 @@ def test_everything_wrong_is_listed_at_once(folder):
     ]
 
 
+def test_of_many_tensors_that_are_wrong_some_are_named(folder):
+    """As of another model's weights."""
+    stored = load_file(folder / "model.safetensors")
+    stored = {f"{name}.absmax": x for name, x in stored.items()}
+    save_file(stored, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"\n  and \d+ more like that\n  unexpected") as error:
+        read_llava(folder)
+    lines = str(error.value).splitlines()
+    assert len(lines) == 23 and lines[-1] == f"  and {len(stored) - 10} more like that"
+
+
 def test_one_tensor_under_two_spellings(folder):
     stored = load_file(folder / "model.safetensors")
     stored["lm_head.weight"] = stored["language_model.lm_head.weight"]
@@ -367,20 +378,36 @@ def test_scaled_rotary_angles_are_refused_beside_others(folder):
         read_llava(folder)
 
 
+@pytest.mark.parametrize("layout", ["original", "hf"])
 @pytest.mark.parametrize(
     ("fields", "positions"),
     [({"sliding_window": 512}, 512), ({"sliding_window": None}, 32768), ({}, 4096)],
 )
-def test_no_prompt_is_longer_than_a_sliding_window(tmp_path, fields, positions):
-    """Up to there a window is no matter."""
-    content = {
-        "architectures": ["LlavaMistralForCausalLM"],
-        "max_position_embeddings": 32768,
-        "mm_vision_tower": "openai/clip-vit-large-patch14-336",
-        **fields,
-    }
+def test_no_prompt_is_longer_than_a_sliding_window(tmp_path, layout, fields, positions):
+    """Up to there a window is no matter; what is left out is as Mistral's decoder has it."""
+    content = {"max_position_embeddings": 32768, **fields}
+    if layout == "original":
+        content["architectures"] = ["LlavaMistralForCausalLM"]
+        content["mm_vision_tower"] = "openai/clip-vit-large-patch14-336"
+    else:
+        content = {"model_type": "llava", "text_config": {"model_type": "mistral", **content}}
     (tmp_path / "config.json").write_text(json.dumps(content))
-    assert read_config(tmp_path).text.max_positions == positions
+    text = read_config(tmp_path).text
+    assert (text.max_positions, text.num_kv_heads, text.intermediate_size) == (positions, 8, 14336)
+
+
+def test_weights_that_were_quantised_are_refused_by_name(folder):
+    """And not as a list of tensors."""
+    method = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    edit(folder, lambda content: content.update(quantization_config=method))
+    with pytest.raises(ValueError, match="quantization_config is 'bitsandbytes', supported"):
+        read_llava(folder)
+
+
+def test_images_are_of_whole_patches(folder):
+    edit(folder, lambda content: content["vision_config"].update(image_size=13))
+    with pytest.raises(ValueError, match=r"vision_config\.image_size is 13, .* multiples of patch"):
+        read_llava(folder)
 
 
 def test_a_configuration_that_leaves_all_to_defaults(folder):
@@ -453,6 +480,14 @@ def test_answers_end_as_generation_config_says(folder, config):
     assert read_llava(folder)[0] == dataclasses.replace(config, eos_token_id=9)
     path.write_text("{}")
     assert read_llava(folder)[0] == config
+    # Where it says nothing, config.json's own setting comes before its text_config's.
+    edit(folder, lambda content: content.update(eos_token_id=5))
+    assert read_llava(folder)[0].eos_token_id == 5
+    edit(folder, lambda content: content.update(eos_token_id=[5, 6]))
+    with pytest.raises(ValueError, match=r"\n  eos_token_id is \[5, 6\]"):
+        read_llava(folder)
+    edit(folder, lambda content: content.update(eos_token_id=None))
+    assert read_llava(folder)[0] == config
     path.write_text('{"eos_token_id": [6, 9]}')
     with pytest.raises(ValueError, match=r"generation_config\.json: eos_token_id is \[6, 9\]"):
         read_llava(folder)
@@ -467,6 +502,8 @@ def test_pixel_statistics(folder, config):
     older = {"image_mean": [0.1, 0.2, 0.3], "image_std": [1, 2, 3]}
     (folder / "preprocessor_config.json").write_text(json.dumps(older))
     assert read_llava(folder)[0].vision.image_std == (1, 2, 3)
+    (folder / "preprocessor_config.json").write_text('{"image_mean": null, "image_std": null}')
+    assert read_llava(folder)[0].vision == vision
 
 
 def test_tokenizer_files_are_copied(tmp_path, base, config):

@@ -10,7 +10,7 @@ import sentencepiece
 import transformers
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken
+from tokenizers import AddedToken, normalizers
 
 from tests.llama import PIECES
 from twig_jax.assets.digits import make_assets
@@ -207,6 +207,25 @@ def test_a_model_file_without_settings_is_llama_s(llama, tmp_path, pieces):
     assert ids.tolist() == [1, *pieces("the cat"), 2, *pieces("USER")]
 
 
+@pytest.mark.parametrize("layout", ["original", "hf"])
+def test_a_tokenizer_s_file_is_read_as_it_is(llama, tmp_path, pieces, layout):
+    """Whatever class is named beside it; the file puts a space before every part of a text."""
+    whole = transformers.LlamaTokenizer.from_pretrained(llama, legacy=True)
+    whole.backend_tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    whole.backend_tokenizer.pre_tokenizer = None
+    whole.backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
+    write(tmp_path, "tokenizer_config", tokenizer_class="LlamaTokenizer", bos_token="<s>")
+    write(tmp_path, "config", **(ORIGINAL if layout == "original" else HF))
+    text = "USER: <image> and <image>\nthe cat"
+    ids, _ = prompt_ids(load_tokenizer(tmp_path), text, 777, SLOTS)
+    expected = [1]
+    for chunk in text.split("<image>"):
+        expected += [*([777] * SLOTS * (len(expected) > 1)), *pieces(chunk)]
+    assert ids.tolist() == expected
+
+
 def test_a_missing_sentencepiece_is_named(llama, monkeypatch):
     monkeypatch.setitem(sys.modules, "sentencepiece", None)
     with pytest.raises(ImportError, match="pip install sentencepiece protobuf"):
@@ -328,12 +347,21 @@ MISTRAL = {"model_type": "llava_mistral", "architectures": ["LlavaMistralForCaus
         (ORIGINAL | {"image_aspect_ratio": None}, ("llava", False, "vicuna_v1")),
         (ORIGINAL | {"image_aspect_ratio": "square"}, ("llava", False, "vicuna_v1")),
         ({"architectures": ["LlavaLlamaForCausalLM"]}, ("llava", False, "vicuna_v1")),
+        # A name of LLaVA's says something, one of the decoder that it was made of nothing.
         (
-            ORIGINAL | {"_name_or_path": "meta-llama/Llama-2-7b-chat-hf"},
+            ORIGINAL | {"_name_or_path": "liuhaotian/llava-llama-2-7b-chat/"},
             ("llava", False, "llava_llama_2"),
         ),
-        (ORIGINAL | {"_name_or_path": "mistral-runs/vicuna"}, ("llava", False, "vicuna_v1")),
-        (MISTRAL, ("llava", False, "mistral_instruct")),
+        (
+            ORIGINAL | {"_name_or_path": "meta-llama/Llama-2-7b-chat-hf"},
+            ("llava", False, "vicuna_v1"),
+        ),
+        (ORIGINAL | {"_name_or_path": "mistral-runs/llava"}, ("llava", False, "vicuna_v1")),
+        (MISTRAL, ("llava", False, "vicuna_v1")),
+        (
+            MISTRAL | {"_name_or_path": "liuhaotian/llava-v1.6-mistral-7b"},
+            ("llava", False, "mistral_instruct"),
+        ),
         (ORIGINAL | {"conversation_template": "plain"}, ("llava", False, "plain")),
         (HF, ("hf", False, "llava_hf")),
         ({"model_type": "llava"}, ("hf", False, "llava_hf")),
@@ -359,12 +387,15 @@ def test_conventions_follow_config_json(tmp_path, config, expected):
         ("llava-v1.6-mistral-7b", "mistral_instruct"),
         ("llava-llama-2-7b/checkpoint-100", "llava_llama_2"),
         ("llava-llama-2-7b/final", "vicuna_v1"),
+        ("BakLLaVA-1", "mistral_instruct"),  # where nothing else is said
+        ("llava-v1.5-7b-mine", "vicuna_v1"),
     ],
 )
 def test_the_template_follows_an_original_folder_s_name(tmp_path, monkeypatch, name, expected):
     folder = tmp_path / name
     folder.mkdir(parents=True)
-    write(folder, "config", **ORIGINAL)
+    named = "llava-v1.6-mistral-7b" if name.endswith(("1", "mine")) else "meta-llama/Llama-2-7b"
+    write(folder, "config", **ORIGINAL, _name_or_path=named)
     assert conventions(folder).template == expected
     monkeypatch.chdir(folder)
     assert conventions(".").template == expected
@@ -405,7 +436,7 @@ def test_the_embedded_base_has_hugging_face_s_conventions():
         (HF | {"conversation_template": "mistral_instruct"}, ("llava", True, "mistral_instruct")),
         (HF | {"image_aspect_ratio": "square"}, ("llava", False, "vicuna_v1")),
         (ORIGINAL | {"image_aspect_ratio": None}, ("llava", False, "vicuna_v1")),
-        (MISTRAL, ("llava", False, "mistral_instruct")),
+        (MISTRAL, ("llava", False, "vicuna_v1")),
     ],
 )
 def test_llava_s_own_conventions_may_be_asked_for(tmp_path, config, expected):
@@ -447,6 +478,14 @@ def test_all_unsupported_settings_of_an_image_processor_are_listed(tmp_path):
         conventions(tmp_path)
     for key in settings:
         assert f"\n  {key} is " in str(error.value)
+    # transformers 5 goes by these too.
+    settings = {"size": {"shortest_edge": 9, "longest_edge": 12}, "pad_size": {"height": 16}}
+    write(tmp_path, "preprocessor_config", **settings)
+    with pytest.raises(ValueError, match=r"(?s)pad_size is .*size is .*shortest_edge alone"):
+        conventions(tmp_path)
+    settings = {"size": {"shortest_edge": 9, "longest_edge": None}, "pad_size": None}
+    write(tmp_path, "preprocessor_config", **settings, crop_size=9)
+    assert conventions(tmp_path).shortest_edge is None
 
 
 @pytest.mark.parametrize(

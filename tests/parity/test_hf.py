@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import warnings
 
 import jax
@@ -195,6 +196,23 @@ def test_folders_that_transformers_writes(pair, tmp_path):
     found, read = read_llava(tmp_path)
     assert found == config
     jax.tree.map(np.testing.assert_array_equal, read, jax.device_get(params))
+
+
+def test_a_mistral_decoder(tmp_path, draw):
+    """Of LLaVA's recipe on Mistral, as transformers' own conversions of BakLLaVA."""
+    config = tiny(heads=4, kv_heads=2)
+    write_llava(tmp_path, weights(config, draw), config, "float32")
+    path = tmp_path / "config.json"
+    content = json.loads(path.read_text())
+    content["text_config"]["model_type"] = "mistral"
+    path.write_text(json.dumps(content))
+    model = theirs(tmp_path)
+    assert type(model.model.language_model).__name__ == "MistralModel"
+    found, params = read_llava(tmp_path)
+    ids, pixels = inputs(config, 1)
+    assert error(our_logits(found, params, ids, pixels), their_logits(model, ids, pixels)) <= (
+        TOLERANCE
+    )
 
 
 @torch.no_grad()

@@ -78,16 +78,23 @@ _ORIGINAL_MUST = {
     "attention_bias": False,
     "mlp_bias": False,
 }
-_MISTRAL_WINDOW = 4096  # of transformers' MistralConfig, where nothing is said
+# What transformers assumes of Mistral's decoder; all else is as Llama's.
+_MISTRAL: dict[str, Any] = {
+    "intermediate_size": 14336,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "sliding_window": 4096,
+}
 _ORIGINALS = {"LlavaLlamaForCausalLM", "LlavaMistralForCausalLM"}
 # Whether the class token's feature is kept, by what either layout calls it.
 _CLASS_TOKEN = {"default": False, "full": True, "patch": False, "cls_patch": True}
 # Fields of the original layout that say how to prompt; they are kept beside Hugging Face's.
 _NOTES = ("image_aspect_ratio", "conversation_template")
-# The towers that original checkpoints name, where their own configuration is not at hand.
+# The towers that original checkpoints name, as a hub id or a folder, where their own
+# configuration is not at hand.
 _TOWERS: dict[str, dict[str, Any]] = {
-    "openai/clip-vit-large-patch14-336": _WHOLE_VISION,
-    "openai/clip-vit-large-patch14": _WHOLE_VISION | {"image_size": 224},
+    "clip-vit-large-patch14-336": _WHOLE_VISION,
+    "clip-vit-large-patch14": _WHOLE_VISION | {"image_size": 224},
 }
 
 
@@ -108,7 +115,9 @@ def read_config(folder: Path, vision_source: Path | None = None) -> LlavaConfig:
         return _original(path, model, vision_source)
     given_vision = model.get("vision_config")
     vision = _VISION | (_WHOLE_VISION if given_vision is None else given_vision)
-    text = _TEXT | (model.get("text_config") or {})
+    given_text = model.get("text_config") or {}
+    mistral = given_text.get("model_type") == "mistral"
+    text = _text(given_text, mistral)
     return _config(
         path,
         vision,
@@ -119,7 +128,7 @@ def read_config(folder: Path, vision_source: Path | None = None) -> LlavaConfig:
             model.get("vision_feature_select_strategy", "default"),
         ),
         image_token_id=model.get("image_token_index", model.get("image_token_id", 32000)),
-        eos=_eos(folder, text, "text_config."),
+        eos=_eos(folder, {"": model, "text_config.": text}),
         # transformers pads with eos where no id is given.
         pad=(model.get("pad_token_id"), text.get("pad_token_id")),
         # transformers ties where either says so.
@@ -127,7 +136,8 @@ def read_config(folder: Path, vision_source: Path | None = None) -> LlavaConfig:
         pixels=_pixel_statistics(folder),
         prefixes=("vision_config.", "text_config."),
         problems=differences(model, _MODEL_MUST, ""),
-        text_must=_TEXT_MUST,
+        text_must=_TEXT_MUST | ({"model_type": "mistral"} if mistral else {}),
+        quantised=model.get("quantization_config"),
     )
 
 
@@ -159,18 +169,14 @@ def _original(path: Path, model: Json, vision_source: Path | None) -> LlavaConfi
     if vision_source is not None:
         clip = read_json(vision_source / "config.json")
         vision, statistics = clip.get("vision_config", clip), _pixel_statistics(vision_source)
-    elif tower in _TOWERS:
-        vision, statistics = _TOWERS[tower], (CLIP_MEAN, CLIP_STD)
+    elif (known := str(tower).rstrip("/").rsplit("/", 1)[-1]) in _TOWERS:
+        vision, statistics = _TOWERS[known], (CLIP_MEAN, CLIP_STD)
     else:
         raise ValueError(
             f"{path} names the vision tower {tower!r}, whose shape is not known here; give its "
             "folder as the vision source"
         )
-    text = _TEXT | dict(model)
-    if "LlavaMistralForCausalLM" in (model.get("architectures") or ()):
-        # As long as a window of attention sees all tokens, there is none.
-        window = model.get("sliding_window", _MISTRAL_WINDOW) or text["max_position_embeddings"]
-        text["max_position_embeddings"] = min(text["max_position_embeddings"], window)
+    text = _text(model, "LlavaMistralForCausalLM" in (model.get("architectures") or ()))
     vocabulary = text["vocab_size"]
     return _config(
         path,
@@ -179,14 +185,25 @@ def _original(path: Path, model: Json, vision_source: Path | None) -> LlavaConfi
         feature=("mm_vision_select_layer", model.get("mm_vision_select_layer", -2)),
         strategy=("mm_vision_select_feature", model.get("mm_vision_select_feature", "patch")),
         image_token_id=vocabulary,  # the first id that means nothing else
-        eos=_eos(path.parent, text, ""),
+        eos=_eos(path.parent, {"": text}),
         pad=(model.get("pad_token_id"),),
         tied=text.get("tie_word_embeddings"),
         pixels=statistics,
         prefixes=("vision tower: ", ""),
         problems=differences(model, _ORIGINAL_MUST, ""),
         text_must={},
+        quantised=model.get("quantization_config"),
     )
+
+
+def _text(given: Json, mistral: bool) -> dict[str, Any]:
+    """The decoder's settings, with what transformers assumes where nothing is said."""
+    text = _TEXT | (_MISTRAL if mistral else {}) | dict(given)
+    if mistral and text["sliding_window"]:
+        # As long as a window of attention sees all tokens, there is none.
+        window = min(text["max_position_embeddings"], text["sliding_window"])
+        text["max_position_embeddings"] = window
+    return text
 
 
 def _config(
@@ -204,6 +221,7 @@ def _config(
     prefixes: tuple[str, str],
     problems: list[str],
     text_must: Json,
+    quantised: Json | None,
 ) -> LlavaConfig:
     """What both layouts share. What comes with its name does so for messages."""
     of_vision, of_text = prefixes
@@ -215,6 +233,9 @@ def _config(
         *differences(text, text_must, of_text),
         *differences(rope, {"rope_type": "default"}, f"{of_text}rope_parameters."),
     ]
+    if quantised:
+        method = quantised.get("quant_method")
+        problems.append(f"quantization_config is {method!r}, supported are weights as they were")
     if strategy[1] not in _CLASS_TOKEN:
         problems.append(f"{strategy[0]} is {strategy[1]!r}, supported: {', '.join(_CLASS_TOKEN)}")
     integers = {
@@ -229,6 +250,11 @@ def _config(
         for name, value in integers.items()
         if not isinstance(value, int)
     ]
+    if not problems and vision["image_size"] % vision["patch_size"]:
+        problems.append(
+            f"{of_vision}image_size is {vision['image_size']}, supported are multiples of "
+            f"patch_size, {vision['patch_size']}"
+        )
     states = vision["num_hidden_layers"] + 1
     if isinstance(feature[1], int) and not -states <= feature[1] < states:
         problems.append(f"{feature[0]} is {feature[1]}, the tower has {states - 1} layers")
@@ -283,13 +309,18 @@ def _single(value: Any) -> Any:
     return value[0] if isinstance(value, list) and len(value) == 1 else value
 
 
-def _eos(folder: Path, text: Json, prefix: str) -> tuple[str, Any]:
-    """What ends an answer, as transformers' generate has it, with the name of the setting."""
+def _eos(folder: Path, parts: Mapping[str, Json]) -> tuple[str, Any]:
+    """What ends an answer, as transformers' generate has it, with the name of the setting.
+
+    parts: of config.json, by what is before the names of their settings; the first that has one.
+    """
     path = folder / _GENERATION
-    found = read_json(path).get("eos_token_id") if path.is_file() else None
-    if found is not None:
-        return f"{_GENERATION}: eos_token_id", found
-    return f"{prefix}eos_token_id", text["eos_token_id"]
+    generation = {f"{_GENERATION}: ": read_json(path)} if path.is_file() else {}
+    return next(
+        (f"{prefix}eos_token_id", part["eos_token_id"])
+        for prefix, part in {**generation, **parts}.items()
+        if part.get("eos_token_id") is not None
+    )
 
 
 def _rope(text: Json) -> dict[str, Any]:
@@ -316,7 +347,9 @@ def image_processor(folder: Path) -> tuple[Path, Json]:
 def _pixel_statistics(folder: Path) -> tuple[Any, Any]:
     """Mean and deviation of the image processor, CLIP's where no file has them."""
     _, settings = image_processor(folder)
-    return tuple(settings.get("image_mean", CLIP_MEAN)), tuple(settings.get("image_std", CLIP_STD))
+    return tuple(settings.get("image_mean") or CLIP_MEAN), tuple(
+        settings.get("image_std") or CLIP_STD
+    )
 
 
 def write_config(folder: Path, config: LlavaConfig, dtype: str, notes: Json | None = None) -> None:

@@ -264,6 +264,9 @@ def _remove(folder: Path) -> None:
 def _save_tokenizer(folder: Path, tokenizer: Any, config: LlavaConfig) -> None:
     """Saves it with the image and padding tokens that transformers' processor looks for."""
     added = ["<image>", "<pad>"]
+    # A vocabulary that was padded has words that the tokenizer does not know.
+    padding = range(len(tokenizer), config.image_token_id)
+    tokenizer.add_tokens([f"<unused_{i}>" for i in padding], special_tokens=True)
     tokenizer.add_tokens(added, special_tokens=True)
     tokenizer.pad_token = "<pad>"
     found = tokenizer.convert_tokens_to_ids(added)

@@ -66,10 +66,11 @@ def open_llava(
     """(configuration, tensors) of a base, whatever its layout, while the context is open.
 
     vision_source: the folder of a CLIP or Hugging Face LLaVA model whose vision tower to take, for
-    an original checkpoint that has none of its own.
+    an original checkpoint that has none of its own. One that was trained along
+    (unfreeze_mm_vision_tower), as LLaVA, keeps its own, of which the source says the shape.
     Raises FileNotFoundError for missing files, ValueError for settings that are not supported, for
-    files cut short and where there is no vision tower, and one ValueError for all tensors that are
-    missing, unexpected or misshaped.
+    files cut short and where there is no vision tower, and one ValueError that names tensors that
+    are missing, unexpected or misshaped.
     """
     folder = Path(folder)
     vision = None if vision_source is None else Path(vision_source)
@@ -83,7 +84,8 @@ def open_llava(
         weights = stack.enter_context(Weights(folder))
         names, ignored = canonical(weights.shapes)
         model = read_json(folder / "config.json")
-        if vision is None and is_original(model) and not any(map(_VISION.match, names)):
+        own_tower = any(map(_VISION.match, names))
+        if vision is None and is_original(model) and not own_tower:
             raise ValueError(
                 f"{folder} has no vision tower: original checkpoints come without theirs; "
                 f"launch.convert joins them, with {model.get('mm_vision_tower')} as --vision_source"
@@ -98,7 +100,7 @@ def open_llava(
                 )
             ignored.append(head)
         files = [(weights, names)]
-        if vision is not None:
+        if vision is not None and not (own_tower and model.get("unfreeze_mm_vision_tower")):
             tower = stack.enter_context(Weights(vision))
             towers, constants = canonical(tower.shapes)
             ignored += constants

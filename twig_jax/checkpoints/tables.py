@@ -230,6 +230,9 @@ def canonical(names: Iterable[str]) -> tuple[dict[str, str], list[str]]:
     return found, constants
 
 
+_TOLD = 10  # tensors of a kind that a message names
+
+
 def _nearest(name: str, *pools: Iterable[str]) -> str:
     """A hint at the most similar name in the first pool that has one at all similar."""
     for pool in pools:
@@ -240,29 +243,34 @@ def _nearest(name: str, *pools: Iterable[str]) -> str:
 
 
 def check_shapes(expected: Mapping[str, Shape], found: Mapping[str, Shape], where: str) -> None:
-    """Raises ValueError that lists all missing, unexpected and misshaped tensors at once."""
+    """Raises ValueError that names missing, unexpected and misshaped tensors, ten of each kind."""
     missing = [name for name in expected if name not in found]
     unexpected = [name for name in found if name not in expected]
+    misshaped = [name for name in expected if name in found and found[name] != expected[name]]
 
     def same_layer(name: str, names: Iterable[str]) -> list[str]:
         numbers = re.findall(r"\d+", name)
         return [other for other in names if re.findall(r"\d+", other) == numbers]
 
-    problems = [f"missing {name}{_nearest(name, same_layer(name, unexpected))}" for name in missing]
-    # A name that nothing else claims is the likeliest to have been meant.
-    problems += [
-        f"unexpected {name}"
-        + _nearest(name, same_layer(name, missing), same_layer(name, expected), expected)
-        for name in unexpected
-    ]
-    problems += [
-        f"{name} has shape {list(found[name])}, expected {list(shape)}"
-        for name, shape in expected.items()
-        if name in found and found[name] != shape
-    ]
-    if problems:
-        lines = "\n  ".join(problems)
-        raise ValueError(f"{where} does not fit its configuration:\n  {lines}")
+    def told_missing(name: str) -> str:
+        return f"missing {name}{_nearest(name, same_layer(name, unexpected))}"
+
+    def told_unexpected(name: str) -> str:
+        # A name that nothing else claims is the likeliest to have been meant.
+        pools = same_layer(name, missing), same_layer(name, expected), expected
+        return f"unexpected {name}{_nearest(name, *pools)}"
+
+    def told_misshaped(name: str) -> str:
+        return f"{name} has shape {list(found[name])}, expected {list(expected[name])}"
+
+    kinds = ((missing, told_missing), (unexpected, told_unexpected), (misshaped, told_misshaped))
+    lines: list[str] = []
+    for names, told in kinds:
+        lines += map(told, names[:_TOLD])
+        if len(names) > _TOLD:
+            lines.append(f"and {len(names) - _TOLD} more like that")
+    if lines:
+        raise ValueError(f"{where} does not fit its configuration:\n  " + "\n  ".join(lines))
 
 
 def flatten(tree: Params, prefix: str = "") -> dict[str, Any]:

@@ -11,6 +11,7 @@ import numpy as np
 
 from twig_jax.checkpoints.config_files import (
     differences,
+    has_original_layout,
     has_tokenizer,
     image_processor,
     is_original,
@@ -18,6 +19,9 @@ from twig_jax.checkpoints.config_files import (
 from twig_jax.checkpoints.storage import read_json
 from twig_jax.data import conversation
 from twig_jax.data.conversation import IMAGE
+
+# What a model's name says about its template, in the order of LLaVA's scripts.
+_TEMPLATES = {"llama-2": "llava_llama_2", "mistral": "mistral_instruct", "v1": "vicuna_v1"}
 
 # What transformers resizes to and cuts out where a processor's file does not say.
 _CLIP_SIZE = 224
@@ -107,10 +111,14 @@ def load_tokenizer(path: str | Path) -> Any:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     import transformers  # slow, and not needed where ids are given
 
-    # AutoTokenizer imports PyTorch where there is one, which takes seconds.
+    # AutoTokenizer imports PyTorch where there is one, which takes seconds. And of models that it
+    # does not know, LLaVA's own among them, it builds Llama's tokenizer anew, with other ids.
     settings = folder / "tokenizer_config.json"
     named = read_json(settings).get("tokenizer_class") if settings.is_file() else None
-    if named in ("PreTrainedTokenizerFast", "TokenizersBackend"):  # of transformers 4 and 5
+    as_it_is = ["PreTrainedTokenizerFast", "TokenizersBackend"]  # of transformers 4 and 5
+    if has_original_layout(folder):
+        as_it_is += ["LlamaTokenizer", "LlamaTokenizerFast"]
+    if named in as_it_is:
         return transformers.PreTrainedTokenizerFast.from_pretrained(folder)
     return transformers.AutoTokenizer.from_pretrained(folder)
 
@@ -233,7 +241,9 @@ def _load_sentencepiece(folder: Path) -> Any:
     """Llama's tokenizer from tokenizer.model.
 
     transformers 5 differs from sentencepiece, and from its own version 4 that LLaVA runs on, in
-    what tokenizer_config.json leaves out and in texts that begin with a space.
+    what tokenizer_config.json leaves out and in texts that begin with a space. (A space behind a
+    special token counts as a text's first one here, which with `legacy: false` it does not in
+    version 4; no template has one there.)
     """
     try:
         for package in ("sentencepiece", "google.protobuf"):
@@ -268,17 +278,18 @@ class _Processor:
 def _inferred_template(folder: Path, config: Mapping[str, Any]) -> str:
     """The template that LLaVA's scripts choose by the model's name (llava/eval/run_llava.py).
 
-    They know the folder's name alone; config.json keeps the name after a folder was renamed.
+    They know the folder's name alone. config.json keeps the name after a folder was renamed, but
+    for a newly trained model it has the decoder's that training began with, which says nothing.
     """
     name = folder.name
     if name.startswith("checkpoint-"):
         name = folder.parent.name
-    said = [name, str(config.get("_name_or_path", "")).rstrip("/").rsplit("/", 1)[-1]]
-    said += [str(config.get("model_type")), *map(str, config.get("architectures") or [])]
-    words = " ".join(said).lower()
-    if "llama-2" in words:
-        return "llava_llama_2"
-    return "mistral_instruct" if "mistral" in words else "vicuna_v1"
+    named = str(config.get("_name_or_path", "")).rstrip("/").rsplit("/", 1)[-1]
+    for said in (name.lower(), named.lower() if "llava" in named.lower() else ""):
+        for part, template in _TEMPLATES.items():
+            if part in said:
+                return template
+    return "vicuna_v1"
 
 
 def _pads(path: Path, config: Mapping[str, Any]) -> bool:
@@ -312,12 +323,14 @@ def _read_processor(folder: Path) -> _Processor:
         "do_normalize": True,
         "resample": 3,
         "rescale_factor": 1 / 255,
+        "pad_size": None,
     }
     problems = differences(settings, must, "")
     edge = settings.get("size", _CLIP_SIZE)
     if isinstance(edge, Mapping):
+        others = {name for name, side in edge.items() if side is not None} - {"shortest_edge"}
         edge = edge.get("shortest_edge")
-        if edge is None:
+        if edge is None or others:
             problems.append(f"size is {settings['size']!r}, supported is shortest_edge alone")
     crop = settings.get("crop_size", _CLIP_SIZE)
     sides = set(crop.values()) if isinstance(crop, Mapping) else {crop}
