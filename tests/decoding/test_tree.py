@@ -9,7 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.decoding.models import CONFIG, LARGEST, TWIG, generator, mixed, request, run, tokens
+from tests.decoding.models import (
+    CONFIG,
+    LARGEST,
+    TWIG,
+    generator,
+    mixed,
+    request,
+    run,
+    tokens,
+    weights,
+)
 from tests.decoding.worker import model as spreadable
 from twig_jax.decoding.buckets import Bucket
 from twig_jax.decoding.generate import Generator
@@ -18,7 +28,7 @@ from twig_jax.decoding.scheduler import Scheduler
 from twig_jax.decoding.session import Session
 from twig_jax.decoding.settings import Request, Result, Settings, controls
 from twig_jax.models.llava import Llava
-from twig_jax.models.twig import twig_decoder
+from twig_jax.models.twig import init_twig, twig_decoder
 from twig_jax.sharding.mesh import make_mesh
 
 # Of the last no path is longer than the nodes that are kept.
@@ -180,6 +190,23 @@ def test_the_best_of_many_words_are_drafted() -> None:
         assert [x.tolist() for x in one.drafts] == [x.tolist() for x in other.drafts]
         np.testing.assert_allclose(np.concatenate(one.probs), np.concatenate(other.probs), 1e-5)
     assert len({draft for r in two for x in r.drafts for draft in x}) > 20
+
+
+def test_what_fills_up_a_level_is_a_word() -> None:
+    """One word is left to sample from, often the last of 1,025, alone in its chunk of them."""
+    text = dataclasses.replace(CONFIG.text, vocab_size=1025)
+    config = dataclasses.replace(CONFIG, text=text)
+    base = weights(config=config)
+    kernel = base["text"]["lm_head"]["kernel"]
+    louder = {**base["text"], "lm_head": {"kernel": kernel.at[:, -1].multiply(8)}}
+    base = {**base, "text": louder}
+    many = Generator(config, base, TWIG, init_twig(base, text, TWIG))
+    rows = [row(i, temperature=1.0, top_k=1, min_new_tokens=14, seed=i) for i in range(8)]
+    changes = {"gamma": 3, "children": 2, "expanded": 2}
+    slow = tokens(many.generate(told(rows, mode="plain"), dataclasses.replace(CALL, mode="plain")))
+    fast = tokens(many.generate(told(rows, **changes), dataclasses.replace(CALL, **changes)))
+    assert fast == slow
+    assert sum(answer.count(1024) for answer in slow) > 8
 
 
 def test_a_tree_around_the_chain_accepts_more() -> None:

@@ -282,13 +282,15 @@ def _best(x: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
         return jax.lax.top_k(x, count)
     # They are in the chunks with the largest maxima, so that few are left to choose from: choosing
     # takes far longer than a reduction, on CPUs and GPUs.
-    beside = [(0, 0)] * (x.ndim - 1)
+    beside, words = [(0, 0)] * (x.ndim - 1), x.shape[-1]
     x = jnp.pad(x, [*beside, (0, -x.shape[-1] % _CHUNK)], constant_values=-jnp.inf)
     chunks = rearrange(x, "... (n c) -> ... n c", c=_CHUNK)
     _, which = jax.lax.top_k(chunks.max(-1), count)
     few = jnp.take_along_axis(chunks, which[..., None], axis=-2)
     best, at = jax.lax.top_k(rearrange(few, "... n c -> ... (n c)"), count)
-    return best, jnp.take_along_axis(which, at // _CHUNK, axis=-1) * _CHUNK + at % _CHUNK
+    at = jnp.take_along_axis(which, at // _CHUNK, axis=-1) * _CHUNK + at % _CHUNK
+    # Where all but a few are -inf, what fills up has to be a word too: others embed as NaN.
+    return best, jnp.minimum(at, words - 1)
 
 
 def _kept(

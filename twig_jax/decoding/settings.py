@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import jax
@@ -78,15 +79,15 @@ class Settings:
         if self.selector not in SELECTORS:
             raise ValueError(f"no selector {self.selector!r}; there are: {', '.join(SELECTORS)}")
         for name, right, what in (
-            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
-            ("min_new_tokens", self.min_new_tokens >= 0, "at least 0"),
-            ("gamma", self.gamma >= 0, "at least 0"),
+            ("max_new_tokens", _is_count(self.max_new_tokens, 1), "at least 1, and whole"),
+            ("min_new_tokens", _is_count(self.min_new_tokens, 0), "at least 0, and whole"),
+            ("gamma", _is_count(self.gamma, 0), "at least 0, and whole"),
             ("theta", self.theta >= 0, "0 or more"),
-            ("children", self.children >= 1, "at least 1"),
-            ("expanded", self.expanded >= 1, "at least 1"),
-            ("nodes", self.nodes >= 0, "at least 0, which is all"),
+            ("children", _is_count(self.children, 1), "at least 1, and whole"),
+            ("expanded", _is_count(self.expanded, 1), "at least 1, and whole"),
+            ("nodes", _is_count(self.nodes, 0), "at least 0, which is all, and whole"),
             ("temperature", 0 <= self.temperature < float("inf"), "0 or more"),
-            ("top_k", self.top_k >= 0, "at least 0, which is all"),
+            ("top_k", _is_count(self.top_k, 0), "at least 0, which is all, and whole"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("min_p", 0 <= self.min_p <= 1, "from 0 to 1"),
             (
@@ -94,16 +95,26 @@ class Settings:
                 1e-30 <= self.repetition_penalty <= 1e30,
                 "between 1e-30 and 1e30",
             ),
-            ("seed", 0 <= self.seed < 2**32, "from 0 to 2**32 - 1"),
+            ("seed", _is_count(self.seed, 0, 2**32), "from 0 to 2**32 - 1, and whole"),
             ("stop", _are_stops(self.stop), "several texts or sequences of token ids, none empty"),
         ):
             if not right:
                 raise ValueError(f"{name} must be {what}, not {getattr(self, name)!r}")
 
 
+def _is_count(x: Any, least: int, beyond: int = 2**31) -> bool:
+    return isinstance(x, Integral) and least <= int(x) < beyond
+
+
 def _are_stops(stops: Any) -> bool:
-    """A text alone would be taken for a stop at each of its letters."""
-    return not isinstance(stops, str) and all(isinstance(s, Sequence) and len(s) for s in stops)
+    """A text alone would be taken for a stop at each of its letters, bytes for ids."""
+
+    def is_stop(stop: Any) -> bool:
+        if isinstance(stop, bytes) or not isinstance(stop, Sequence):
+            return False
+        return len(stop) > 0 and (isinstance(stop, str) or all(_is_count(x, 0) for x in stop))
+
+    return not isinstance(stops, str) and all(map(is_stop, stops))
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,10 @@ class Transcript:
     @property
     def text(self) -> str:
         """What can be shown: all whole characters once the answer ended, before that only what no
-        further token can change (no part of a stop either)."""
+        further token can change (no part of a stop either).
+
+        Bytes that are no characters are the exception: Llama's tokenizers then take the whole ones
+        right before them for unknown too."""
         if self._cut is not None:
             return self._cut.strip()
         if self._ended:
