@@ -1,7 +1,7 @@
 """Conversations with the base's own answers in them, to train a twig on what it will draft.
 
     python -m launch.own_answers --checkpoint CHECKPOINT --data mix665k.json --images images \\
-        --out own.jsonl
+        --conventions llava --out own.jsonl
     python -m launch.train --config configs/llava15_7b_twig.py --set data.source=own.jsonl \\
         --set data.images=images --export twig
 

@@ -4,6 +4,7 @@ import json
 import random
 
 import sentencepiece
+from sentencepiece import sentencepiece_model_pb2
 
 PIECES = "USER ASSISTANT: the cat is in a picture, What on earth? INST 12 345".split()
 SIZE = 360
@@ -28,6 +29,16 @@ def train(folder):
         minloglevel=2,
     )
     (folder / "tokenizer.vocab").unlink()
+    # As Meta's file has them, runs of spaces come first behind the bytes, and are merged last.
+    path = folder / "tokenizer.model"
+    model = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
+    pieces = sorted(model.pieces, key=lambda piece: (piece.type == piece.NORMAL, not _run(piece)))
+    two, more = filter(_run, pieces)
+    two.score = more.score = -1e9
+    more.piece = 2 * two.piece
+    del model.pieces[:]
+    model.pieces.extend(pieces)
+    path.write_bytes(model.SerializeToString())
     settings = {
         "tokenizer_class": "LlamaTokenizer",
         "legacy": False,
@@ -41,3 +52,7 @@ def train(folder):
     (folder / "tokenizer_config.json").write_text(json.dumps(settings | special))
     special["pad_token"] = "<unk>"
     (folder / "special_tokens_map.json").write_text(json.dumps(special))
+
+
+def _run(piece):
+    return len(piece.piece) > 1 and set(piece.piece) == {"▁"}

@@ -156,6 +156,7 @@ anything = settings(
 @example(text="<image>")
 @example(text="<image><image>\nWhat?<image>")
 @example(text="in <image> and <image> the cat")
+@example(text="What.  On       earth?   ")
 def test_llava_s_ids_are_sentencepiece_s(llama_tokenizer, pieces, text):
     ids, visual = prompt_ids(llama_tokenizer, text, 777, SLOTS)
     first, *rest = map(pieces, text.split("<image>"))
@@ -210,7 +211,7 @@ def test_a_model_file_without_settings_is_llama_s(llama, tmp_path, pieces):
 @pytest.mark.parametrize("layout", ["original", "hf"])
 def test_a_tokenizer_s_file_is_read_as_it_is(llama, tmp_path, pieces, layout):
     """Whatever class is named beside it; the file puts a space before every part of a text."""
-    whole = transformers.LlamaTokenizer.from_pretrained(llama, legacy=True)
+    whole = load_tokenizer(llama)
     whole.backend_tokenizer.normalizer = normalizers.Sequence(
         [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
     )

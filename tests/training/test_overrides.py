@@ -39,6 +39,13 @@ def test_none_and_tuples_have_types_too():
     assert {type(x) for x in changed.reinforce.budgets} == {float}
 
 
+def test_a_home_folder_is_meant_by_its_name(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    changed = override(CONFIG, ["out=~/run", "data.source=~/a~b.json", "base=x/~"])
+    assert (changed.out, changed.data.source) == ("/home/me/run", "/home/me/a~b.json")
+    assert changed.base == "x/~"
+
+
 @pytest.mark.parametrize(
     ("assignment", "message"),
     [
@@ -48,6 +55,7 @@ def test_none_and_tuples_have_types_too():
         ("steps=1.5", "steps is int"),
         ("steps", "name=value"),
         ("steps=None", r"steps is int \(10\), not NoneType"),
+        ("steps={[]: 1}", r"steps is int \(10\), not str"),
         ("optim.clip=off", r"optim\.clip is float \| None \(None\), not str \('off'\)"),
         ("device_rows=2.5", "device_rows is int"),
         ("ema=yes", "ema is float"),
@@ -67,6 +75,9 @@ def test_none_and_tuples_have_types_too():
         ("data.workers=-1", r"data\.workers is -1, it must be at least 0"),
         ("reinforce.at_a_time=0", r"reinforce\.at_a_time is 0"),
         ("optim.warmup=100", r"optim\.warmup is 100, a share of all steps"),
+        ("optim.clip=0", r"optim\.clip is 0, a norm is above 0; None clips nothing"),
+        ("optim.clip=-1.0", r"optim\.clip is -1, a norm is above 0"),
+        ("optim.lr=-1e-4", r"optim\.lr is -0\.0001, a learning rate is 0 or more"),
         ("ema=1", "ema is 1, a decay is between 0 and 1"),
         ("reinforce.budgets=(48, 16)", "they must ascend"),
         ("optim=1", "group of settings"),

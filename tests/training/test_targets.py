@@ -83,7 +83,7 @@ def test_a_run_learns_from_what_was_written(tmp_path):
     with contextlib.closing(open_batches(stored, models)) as batches:
         batch = next(batches)
     assert targets.beside(batch, 1)["taught_words"].shape == (8, 212, 512)
-    for name in ("tokens", "targets"):
+    for name in ("tokens", "targets", "pixels"):
         with pytest.raises(ValueError, match="written for another batch"):
             targets.beside({**batch, name: batch[name] + 1}, 1)
 

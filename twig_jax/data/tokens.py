@@ -1,5 +1,6 @@
 """From a conversation's text to token ids with image slots, as a checkpoint needs them."""
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -241,7 +242,7 @@ def _load_sentencepiece(folder: Path) -> Any:
     """Llama's tokenizer from tokenizer.model.
 
     transformers 5 differs from sentencepiece, and from its own version 4 that LLaVA runs on, in
-    what tokenizer_config.json leaves out and in texts that begin with a space. (A space behind a
+    what tokenizer_config.json leaves out, and in runs of spaces and those before a text. (One behind a
     special token counts as a text's first one here, which with `legacy: false` it does not in
     version 4; no template has one there.)
     """
@@ -253,7 +254,8 @@ def _load_sentencepiece(folder: Path) -> Any:
             f"reading {folder / 'tokenizer.model'} needs sentencepiece and protobuf: "
             "pip install sentencepiece protobuf"
         ) from error
-    from tokenizers import Regex, normalizers
+    from sentencepiece import SentencePieceProcessor
+    from tokenizers import Regex, models, normalizers
     from transformers import LlamaTokenizer
 
     settings: dict[str, Any] = {"add_bos_token": True, "legacy": True}  # version 4's defaults
@@ -264,6 +266,17 @@ def _load_sentencepiece(folder: Path) -> Any:
     tokenizer = LlamaTokenizer.from_pretrained(folder, **settings)
     # Sentencepiece puts a space before every text, this tokenizer only before one without.
     tokenizer.backend_tokenizer.normalizer = normalizers.Replace(Regex(r"\A[ ▁]"), "  ")
+    # It merges in the order of pieces' scores, this tokenizer in that of their ids. Llama's runs of
+    # spaces have the first ids and the lowest scores.
+    pieces = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    scores = {pieces.id_to_piece(i): pieces.get_score(i) for i in range(len(pieces))}
+    found = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    tokenizer.backend_tokenizer.model = models.BPE(
+        vocab=found["vocab"],
+        merges=sorted(map(tuple, found["merges"]), key=lambda pair: -scores["".join(pair)]),
+        fuse_unk=found["fuse_unk"],
+        byte_fallback=found["byte_fallback"],
+    )
     return tokenizer
 
 

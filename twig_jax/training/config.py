@@ -41,6 +41,10 @@ class OptimConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.warmup <= 1:
             raise ValueError(f"optim.warmup is {self.warmup:g}, a share of all steps is 0 to 1")
+        if self.clip is not None and not self.clip > 0:
+            raise ValueError(f"optim.clip is {self.clip:g}, a norm is above 0; None clips nothing")
+        if not 0 <= self.lr < float("inf"):
+            raise ValueError(f"optim.lr is {self.lr:g}, a learning rate is 0 or more")
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import difflib
 import inspect
+import os
 from collections.abc import Sequence
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -14,7 +15,8 @@ T = TypeVar("T")
 def override(config: T, assignments: Sequence[str]) -> T:
     """The configuration with each `path.to.field=value` applied, in order.
 
-    Values are Python literals; what is none is taken as a string. Raises ValueError for an unknown
+    Values are Python literals; what is none is taken as a string, a home folder's name with its
+    path. Raises ValueError for an unknown
     field (with the nearest name), for a value of another type than the field has, and where the
     configuration itself does.
     """
@@ -24,8 +26,8 @@ def override(config: T, assignments: Sequence[str]) -> T:
             raise ValueError(f"an override is written name=value, not {assignment!r}")
         try:
             value = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
-            value = text
+        except (ValueError, SyntaxError, TypeError):
+            value = os.path.expanduser(text)  # shells leave it alone behind an equals sign
         config = _replace(config, path.split("."), value, path)
     return config
 

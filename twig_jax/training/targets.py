@@ -149,7 +149,10 @@ def _file(folder: Path, step: int, shard: tuple[int, int]) -> Path:
 
 
 def _checksum(batch: Batch) -> int:
-    return zlib.crc32(batch["targets"].tobytes(), zlib.crc32(batch["tokens"].tobytes()))
+    checksum = 0
+    for name in ("tokens", "targets", "pixels"):
+        checksum = zlib.crc32(batch[name].tobytes(), checksum)
+    return checksum
 
 
 def _write(path: Path, batch: Batch, found: dict[str, np.ndarray]) -> None:
