@@ -54,7 +54,10 @@ def main(argv: list[str]) -> None:
     if unknown := [name for name in _PARTS.value if name not in known]:
         raise app.UsageError(f"no part {unknown[0]!r}; there are: {', '.join(known)}")
     device = machine()
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        sys.exit(f"accelerator: {error}")
     for name in _PARTS.value:
         (out / f"{name}.json").unlink(missing_ok=True)  # of an earlier run
     chosen = [known[name] for name in _PARTS.value]

@@ -27,7 +27,7 @@ from typing import Any
 from absl import app, flags
 
 from launch import numbers, run, whole
-from launch.output import parts, speeds, write_json
+from launch.output import check_writable, parts, speeds, write_json
 from twig_jax.config import DTYPES, INT8, MODES
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "folder with a LLaVA model, or digits")
@@ -69,6 +69,8 @@ def main(argv: list[str]) -> None:
         raise app.UsageError("give either --checkpoint or --preset")
     if _PLOT.value and "plain" not in _MODES.value:
         raise app.UsageError("--plot draws speeds relative to plain; add it to --modes")
+    if _PLOT.value and Path(_PLOT.value).suffix not in (".png", ".svg", ".pdf"):
+        raise app.UsageError(f"--plot draws .png, .svg or .pdf, not {_PLOT.value}")
     if unknown := [mode for mode in _MODES.value if mode not in (*MODES, "tree")]:
         raise app.UsageError(f"no mode {unknown[0]!r}; there are: {', '.join(MODES)}, tree")
     if _WEIGHTS.value != "random" and _PRESET.value is None:
@@ -82,6 +84,7 @@ def main(argv: list[str]) -> None:
     # What is measured by and by is written at once: a run that is cut off leaves what it has.
     file = None if _JSON.value == "-" else _JSON.value
     try:
+        check_writable(file, _PLOT.value, _PROFILE.value)
         results = measure(batches, lengths, lambda so_far: write_json(file, so_far))
     except (OSError, ValueError, MemoryError) as error:
         sys.exit(f"benchmark: {error}")
@@ -207,9 +210,6 @@ def measure(batches: list[int], lengths: list[int], told: Callable[[dict], Any])
         "results": [],
     }
     log = Path(_PROFILE.value) if _PROFILE.value else None
-    for path in (_PLOT.value, _PROFILE.value):
-        if path:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
     if log:
         log.write_text("")
     speeds: list[speed.Speed] = []

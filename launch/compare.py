@@ -34,7 +34,7 @@ import numpy as np
 from absl import app, flags
 
 from launch import run
-from launch.output import comparison, write_json
+from launch.output import check_writable, comparison, write_json
 from twig_jax.config import DTYPES
 
 _PRESET = flags.DEFINE_string("preset", "cpu-300m", "whose shapes are measured")
@@ -92,6 +92,7 @@ def main(argv: list[str]) -> None:
 
     use_compilation_cache()
     try:
+        check_writable(_JSON.value)
         results = measure()
         if _JSON.value != "-":
             print(comparison(results))

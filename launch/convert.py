@@ -59,12 +59,13 @@ def convert() -> None:
     to, out = _TO.value or "", Path(_OUT.value or "")
     if "://" in (_OUT.value or ""):
         raise ValueError(f"--out {_OUT.value} is no local folder; write one and copy it there")
-    if _MESH.value is not None and (to != "orbax" or len(_MESH.value) > 3):
-        raise ValueError("--mesh takes data,fsdp,tensor, and goes with --to orbax alone")
+    sizes = _MESH.value or []
+    if sizes and (to != "orbax" or len(sizes) > 3 or not all(map(str.isdecimal, sizes))):
+        raise ValueError("--mesh takes numbers data,fsdp,tensor, and goes with --to orbax alone")
     source = local_folder(_SOURCE.value or "")
     mesh = None
     if _MESH.value is not None:
-        mesh = make_mesh(*(int(size) for size in _MESH.value))
+        mesh = make_mesh(*map(int, _MESH.value))
     else:  # accelerators have no part in it, and may be busy
         jax.config.update("jax_platforms", "cpu")
     with c.plan(

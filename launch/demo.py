@@ -12,7 +12,7 @@ from absl import app, flags
 from tqdm import tqdm
 
 from launch import numbers, run
-from launch.output import aligned, write_json
+from launch.output import aligned, check_writable, write_json
 from twig_jax.evaluation.compare import Run
 
 _IMAGE = flags.DEFINE_string("image", None, "answer one question about this image file")
@@ -130,6 +130,7 @@ def compare() -> None:
     if _PROMPT.value is not None:
         raise app.UsageError("--prompt needs an --image")
     budgets = numbers(_PRUNED.name, _PRUNED.value, below=1)
+    check_writable(_HTML.value, _JSON.value)
     model = api.load()
     config, tokenizer = model.config, model.tokenizer
     common = Settings(

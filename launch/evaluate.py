@@ -6,10 +6,11 @@ python -m launch.evaluate --task textvqa --data playground/data/eval/textvqa \\
     --selector twig,fastv,visionzip --modes plain,ttp --out runs/evaluation
 
 Each run has a folder OUT/TASK/RUN with answers.jsonl, as LLaVA's scripts write it, and where an
-official judge wants another file, that. OUT/TASK/results.json has the figures. Runs go on where
-they were stopped.
+official judge wants another file, that. OUT/TASK/results.json has the figures, also those of
+earlier calls with the same settings. Runs go on where they were stopped.
 """
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 from absl import app, flags
 
 from launch import numbers, run, stop_at_sigterm
-from launch.output import aligned, write_json
+from launch.output import aligned, check_writable, write_json
 from twig_jax.config import DTYPES, MODES
 
 _TASK = flags.DEFINE_string("task", None, "a benchmark; --task help lists them")
@@ -83,6 +84,7 @@ def evaluate() -> None:
             if name not in known:
                 raise ValueError(f"no --{flag} {name}; there are: {', '.join(known)}")
     asked_budgets = _RETAINED.value and numbers(_RETAINED.name, _RETAINED.value)
+    check_writable(_JSON.value)
     share = _share()
     benchmark = open_benchmark(task, Path(_DATA.value), _LIMIT.value, _SEED.value)
     questions = benchmark.questions()[: _LIMIT.value]
@@ -144,10 +146,17 @@ def evaluate() -> None:
         )
     if waiting:
         return
+    about = {
+        "schema": 1,
+        **environment(),
+        "settings": settings | {"limit": _LIMIT.value, "weights": judge.weights},
+    }
+    earlier = _earlier(judge, about)
     found: dict[Any, dict[str, Any]] = {}
     base = None
     failures: dict[str, None] = {}
-    for way in done:  # one at a time: the answers of all may be too many to hold
+    # One at a time: the answers of all may be too many to hold.
+    for way in sorted(dict.fromkeys([*earlier, *chosen]), key=lambda way: MODES.index(way.mode)):
         lines = judge.answered(way)
         for key, line in lines.items():
             if (error := failure(line)) is not None:
@@ -161,19 +170,31 @@ def evaluate() -> None:
     if _TIMED.value:
         for way, speed in _speeds(judge, chosen).items():
             found[way] = speed | found[way]
-    content = {
-        "schema": 1,
-        **environment(),
-        "settings": settings | {"limit": _LIMIT.value, "weights": judge.weights},
-        "results": list(found.values()),
-    }
+    rows = [earlier.get(way, {}) | row for way, row in found.items()]
+    content = about | {"results": rows}
     write_json(str(judge.folder / "results.json"), content)
     write_json(_JSON.value, content)
-    print(_table(list(found.values())), file=screen)
+    print(_table(rows), file=screen)
     for told in [*failures][:10]:
         print(told, file=screen)
     if len(failures) > 10:
         print(f"and {len(failures) - 10} more: {judge.folder}/*/answers.jsonl", file=screen)
+
+
+def _earlier(judge: Any, about: dict[str, Any]) -> dict[Any, dict[str, Any]]:
+    """What the results' file has of ways that were judged before, on this device and so set."""
+    from twig_jax.evaluation.judge import Way
+
+    path = judge.folder / "results.json"
+    try:
+        there = json.loads(path.read_text())
+        same = all(there[k] == about[k] for k in ("schema", "device", "versions", "settings"))
+        rows = there["results"] if same else []
+        found = {Way(r["mode"], r["selector"], r["avg_retained"]): r for r in rows}
+    except (OSError, ValueError, KeyError, TypeError):  # none, or another version's
+        return {}
+    whole = len(judge.questions)
+    return {way: row for way, row in found.items() if len(judge.answered(way)) == whole}
 
 
 def check_files(benchmark: Any) -> None:

@@ -266,7 +266,8 @@ def questions() -> list[dict[str, Any]]:
             row = json.loads(line)
             images = row.get("image") or []
             images = [images] if isinstance(images, str) else images
-            if not isinstance(images, list) or not isinstance(row.get("text"), str):
+            paths = isinstance(images, list) and all(isinstance(x, str) for x in images)
+            if not paths or not isinstance(row.get("text"), str):
                 raise TypeError(f"it is {line.strip()[:80]}")
             asked.append(
                 {

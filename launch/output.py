@@ -159,6 +159,18 @@ def _calibrated(c: Mapping[str, Any] | None) -> list[str]:
     ]
 
 
+def check_writable(*paths: str | None) -> None:
+    """Raises OSError, before a long work, for results' files that cannot be written."""
+    for path in filter(None, paths):
+        if path != "-":
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            new = not Path(path).exists()
+            with open(path, "a"):
+                pass
+            if new:
+                Path(path).unlink()
+
+
 def write_json(path: str | None, content: Any) -> None:
     """Writes a result file, into a new folder if need be; "-" is standard output, None nothing."""
     text = json.dumps(content, indent=1, allow_nan=False)

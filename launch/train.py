@@ -99,6 +99,8 @@ def write_targets(config: Any, folder: str) -> None:
     base = start_base(config, make_mesh(*config.mesh))
     with tqdm(total=config.steps, unit="step", disable=jax.process_index() > 0 or None) as bar:
         targets.write_targets(config, base, folder, told=lambda step: bar.update())
+    if not jax.process_index():
+        print(f"targets of {config.steps} steps in {folder}")
 
 
 if __name__ == "__main__":

@@ -270,6 +270,12 @@ def test_many_questions_come_back_in_order() -> None:
     assert sorted(i for i, _ in told) == list(range(10))
 
 
+def test_batches_have_as_many_rows_as_there_are_declared() -> None:
+    rows = [request(i, 0, 5, 3, max_new_tokens=4) for i in range(3)]
+    model = generator(made={"buckets": [Bucket(2, 16, 0, 8), Bucket(1, 32, 0, 8)]})
+    assert tokens(model.generate_many(rows, CALL)) == tokens(generator().generate(rows, CALL))
+
+
 def test_a_batch_is_filled_up_without_encoding_again() -> None:
     model = generator()
     model.generate_many([request(i, 1, 2, 3) for i in range(5)], CALL, batch=4)

@@ -76,6 +76,9 @@ def test_an_unknown_part_is_named():
             "tokens and answers of 500 are more than the 512 positions",
         ),
         (["--text_tokens", "2"], "text_tokens"),  # there is text before and behind the image
+        (["--plot", "x.foo"], "--plot draws .png, .svg or .pdf, not x.foo"),
+        (["--json", "docs"], "Is a directory: 'docs'"),
+        (["--profile", "README.md/x"], "File exists: 'README.md'"),
     ],
 )
 def test_a_benchmark_refuses_what_cannot_be_before_anything_is_timed(arguments, message):

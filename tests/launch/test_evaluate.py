@@ -34,6 +34,18 @@ def test_shares_give_what_one_process_gives(shallow, tmp_path):
     for run in ("plain", "ttp_ssd-twig-32"):
         one, two = (tmp_path / x / "digits" / run / "answers.jsonl" for x in ("one", "two"))
         assert one.read_bytes() == two.read_bytes()
+    # What was judged here before stays, with its speeds, and is what new figures are relative to.
+    another = ("--modes", "ttp", "--selector", "random", "--timed_samples", "0")
+    done = evaluate(*common, *another, "--out", str(tmp_path / "one"), "--json", "-")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)["results"]
+    assert [(r["mode"], r["selector"]) for r in rows] == [
+        ("plain", None),
+        ("ttp", "random"),
+        ("ttp_ssd", "twig"),
+    ]
+    assert rows[0] == plain and rows[2] == fast
+    assert rows[1]["relacc"] == rows[1]["exact"] / plain["exact"] and "relspd" not in rows[1]
     # Figures are of all ways: nothing is written while one waits for others.
     results = tmp_path / "two" / "digits" / "results.json"
     before = results.read_bytes()

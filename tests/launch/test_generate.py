@@ -205,7 +205,10 @@ def test_a_line_is_written_as_soon_as_those_before_it_are(model, monkeypatch):
     assert [json.loads(x)["question_id"] for x in out.getvalue().splitlines()] == [0, 1]
 
 
-@pytest.mark.parametrize("row", [{"image": "page.png"}, {"text": None}, {"text": ["a"]}, ["text"]])
+@pytest.mark.parametrize(
+    "row",
+    [{"text": "a", "image": [None]}, {"image": "a"}, {"text": None}, {"text": ["a"]}, ["text"]],
+)
 def test_a_bad_line_is_named_before_anything_is_asked(tmp_path, row):
     (tmp_path / "ask.jsonl").write_text(f'{{"text": "Who?"}}\n{json.dumps(row)}\n')
     FLAGS(["generate", "--batch_file", str(tmp_path / "ask.jsonl")])

@@ -26,6 +26,7 @@ from tests.training.worker import (
     worker,
 )
 from twig_jax.checkpoints.manager import CheckpointManager
+from twig_jax.checkpoints.storage import locked
 from twig_jax.data.pipeline import DigitsBatches
 from twig_jax.training.loop import fit
 from twig_jax.training.preemption import Preempted, preemption
@@ -123,7 +124,20 @@ def test_two_processes_that_do_not_share_a_folder_say_so(tmp_path):
     assert [list((tmp_path / str(i)).glob(".shared")) for i in range(2)] == [[], []]
 
 
-def test_told_to_stop_it_saves_and_goes_on_later(tmp_path):
+def test_one_process_at_a_time_trains_into_a_folder(tmp_path):
+    run = config(tmp_path / "run", "steps=2", "save_every=2")
+    (tmp_path / "run").mkdir()
+    with (
+        locked(tmp_path / "run" / ".lock"),
+        pytest.raises(FileExistsError, match=r"another process holds .*run/\.lock"),
+    ):
+        fit(run, *start(), progress=False)
+    assert not list((tmp_path / "run").iterdir())
+    fit(run, *start(), progress=False)
+    assert not (tmp_path / "run" / ".lock").exists()
+
+
+def test_told_to_stop_it_saves_and_goes_on_later(tmp_path, caplog):
     def tell(step, params):
         os.kill(os.getpid(), signal.SIGTERM)
         return {}
@@ -136,8 +150,9 @@ def test_told_to_stop_it_saves_and_goes_on_later(tmp_path):
     assert_same(resumed, fit(config(tmp_path / "whole"), *start(), progress=False))
     with pytest.raises(ValueError, match="has been trained for 20 steps, not 19"):
         fit(config(tmp_path / "told", "steps=19"), *start(), progress=False)
-    # A run that is complete has nothing left to do.
+    # A run that is complete has nothing left to do, and says so.
     assert_same(resumed, fit(config(tmp_path / "told"), *start(), progress=False))
+    assert f"{tmp_path / 'told'} is complete, at step 20: nothing is trained" in caplog.text
     assert steps(tmp_path / "told") == list(range(1, 21))
     # One that is told so before its last step ends with it.
     fit(config(tmp_path / "last", "steps=6"), *start(), callback=tell, progress=False)

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -105,6 +106,8 @@ def test_a_run_learns_from_what_was_written(tmp_path):
     refused("of other settings: most_queries 64, not 63", "distill.most_queries=63")
     refused("there is no 000006-0of1.npz", "steps=6", f"out={tmp_path / 'longer'}")
     refused("no targets in nowhere: write them", "distill.targets=nowhere")
+    with pytest.raises(ValueError, match="was written for another batch"):
+        write_targets(dataclasses.replace(run, seed=1), base, str(folder))
     with pytest.raises(ValueError, match="has targets of other settings"):
         write_targets(dataclasses.replace(run, distill=attention), base, str(folder))
     # It goes on without them, too.
@@ -132,16 +135,21 @@ def test_two_processes_write_together_though_one_lacks_a_file(tmp_path):
     """What one of them has is kept; the base, which is spread over both, answers for the other."""
     folder = tmp_path / "targets"
     folder.mkdir()
-    (folder / "000001-0of2.npz").write_bytes(b"kept")
     settings = ("distill.prediction=0.5", "steps=2", "mesh=(4, 2, 1)")
+    run = config(tmp_path, *settings[:-1])
+    with contextlib.closing(open_batches(run, preset("tiny")[0], (0, 2))) as batches:
+        batch, checksum = next(batches), 0
+    for name in ("tokens", "targets", "pixels"):
+        checksum = zlib.crc32(batch[name].tobytes(), checksum)
+    np.savez(folder / "000001-0of2.npz", checksum=checksum)
+    kept = (folder / "000001-0of2.npz").read_bytes()
     for status, _, said in map(finish, two_workers(tmp_path, *settings, TARGETS=str(folder))):
         assert status == 0, said
-    assert (folder / "000001-0of2.npz").read_bytes() == b"kept"
+    assert (folder / "000001-0of2.npz").read_bytes() == kept
     assert sorted(path.name for path in folder.iterdir()) == [
         *(f"{step:06}-{shard}of2.npz" for step in (1, 2) for shard in (0, 1)),
         "targets.json",
     ]
-    run = config(tmp_path, *settings[:-1])
     write_targets(run, start()[1], str(tmp_path / "one"))
     whole, *parts = (
         np.load(path)["words"]

@@ -1,6 +1,5 @@
 """Conversions between formats, streaming: no more than a part of the model is in memory."""
 
-import fcntl
 import hashlib
 import shutil
 import time
@@ -23,7 +22,7 @@ from twig_jax.checkpoints.llava import (
     write_settings,
 )
 from twig_jax.checkpoints.source import TREE, Place, Source
-from twig_jax.checkpoints.storage import read_json, write_json
+from twig_jax.checkpoints.storage import locked, read_json, write_json
 from twig_jax.checkpoints.twig import (
     TWIG_FILE,
     feeds_twig,
@@ -215,7 +214,7 @@ def _staged(out: Path, nbytes: int) -> Iterator[Path]:
     """A folder beside `out` that gets its name at the end, and is gone after a failure."""
     staging = out.with_name(f"{out.name}.partial")
     out.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(out.with_name(f"{out.name}.lock")):
+    with locked(out.with_name(f"{out.name}.lock")):
         if out.exists():
             raise FileExistsError(f"{out} is there already; remove it or choose another place")
         if staging.exists():  # of a conversion that was killed
@@ -233,22 +232,6 @@ def _staged(out: Path, nbytes: int) -> Iterator[Path]:
         except BaseException:
             _remove(staging)
             raise
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Keeps other processes out, of other hosts too; what a killed one has left locks nothing."""
-    with open(path, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise FileExistsError(f"another process holds {path}, to write the same") from None
-        except OSError:  # some file systems of clusters have no locks
-            pass
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
 
 
 def _remove(folder: Path) -> None:

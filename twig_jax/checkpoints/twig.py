@@ -61,8 +61,8 @@ def read_notes(folder: str | Path) -> tuple[TwigConfig, str | None]:
     path = Path(folder) / TWIG_FILE
     if not path.is_file():
         raise FileNotFoundError(
-            f"{folder} has no {TWIG_FILE}, which says where its twig grows; launch.convert makes "
-            "one from --K and --K_f"
+            f"{folder} has no {TWIG_FILE}, which says where its twig grows; launch.train --export "
+            "writes a twig's folder, and launch.convert makes one of published weights"
         )
     notes = read_json(path)
     absent = [key for key in ("version", "K", "T", "K_f") if not isinstance(notes.get(key), int)]

@@ -141,7 +141,9 @@ class InstructBatches:
         max_tokens = row_tokens if max_tokens is None else max_tokens
         _check(config, batch_size, row_tokens, row_images, max_tokens, shard, max_bad_fraction)
         if len(source) < shard[1]:
-            raise ValueError(f"{len(source)} samples are too few for {shard[1]} shards")
+            raise ValueError(
+                f"the data has {len(source)} samples, which are too few for {shard[1]} shards"
+            )
         grain = _grain()
         encoder = Encoder(
             tokenizer, config, conventions, max_tokens=max_tokens, max_images=row_images

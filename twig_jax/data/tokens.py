@@ -242,9 +242,9 @@ def _load_sentencepiece(folder: Path) -> Any:
     """Llama's tokenizer from tokenizer.model.
 
     transformers 5 differs from sentencepiece, and from its own version 4 that LLaVA runs on, in
-    what tokenizer_config.json leaves out, and in runs of spaces and those before a text. (One behind a
-    special token counts as a text's first one here, which with `legacy: false` it does not in
-    version 4; no template has one there.)
+    what tokenizer_config.json leaves out, and in runs of spaces and those before a text. (One
+    behind a special token counts as a text's first one here, which with `legacy: false` it does
+    not in version 4; no template has one there.)
     """
     try:
         for package in ("sentencepiece", "google.protobuf"):

@@ -158,15 +158,17 @@ class Generator:
         self,
         requests: Sequence[Request],
         settings: Settings,
-        batch: int = 32,
+        batch: int | None = None,
         told: Callable[[int, Result], Any] = lambda *_: None,
     ) -> list[Result]:
         """Answers any number of requests in batches of like lengths; results in the given order.
 
         The longest come first, and the last batch is filled up: it needs no program of its own.
-        told: is given (index, result) of each as it is there. Raises as `generate` does, for any
-        of them before the first one runs.
+        batch: None for 32, or the most rows of a declared bucket. told: is given (index, result) of
+        each as it is there. Raises as `generate` does, for any of them before the first one runs.
         """
+        if batch is None:
+            batch = max((bucket.rows for bucket in self.batches.buckets), default=32)
         if batch < 1:
             raise ValueError(f"batch must be at least 1 request, not {batch}")
         need = [self.batches.need(i, r, settings) for i, r in enumerate(requests)]

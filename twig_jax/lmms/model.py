@@ -64,7 +64,7 @@ class TwigJax(lmms):
         self.settings = replace(self.model.settings, **settings)
         generator = self.model.generator
         if selector is None:
-            self._answer = generator.generate_many
+            self._answer: Callable[..., list[Result]] = generator.generate_many
             # Fails now where it would for every question; the image is there for the budget.
             blank = self.model.request("", [Image.new("RGB", (8, 8))])
             generator.batches.prepare([blank], self.settings)

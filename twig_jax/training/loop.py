@@ -7,6 +7,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from twig_jax.checkpoints.manager import CheckpointManager
+from twig_jax.checkpoints.storage import locked
 from twig_jax.checkpoints.twig import fingerprint
 from twig_jax.hardware import Chip, chip
 from twig_jax.models.llava import Params
@@ -109,8 +111,9 @@ def fit(
     best or the averaged ones, as configured.
 
     Raises ValueError for settings that do not fit together, and for checkpoints of another model
-    or base; FloatingPointError after ten steps in a row whose loss is not finite, where the last
-    good checkpoint stays; Preempted, saved, when told to stop; and what the data raise.
+    or base; FileExistsError while another process trains into the folder; FloatingPointError after
+    ten steps in a row whose loss is not finite, where the last good checkpoint stays; Preempted,
+    saved, when told to stop; and what the data raise.
     """
     stage_loss(config)  # raises for settings that do not fit together
     out = epath.Path(config.out)
@@ -138,12 +141,14 @@ def fit(
         programs: dict[float | None, Any] = {}  # a step for each budget
         loss = jax.jit(_held_out_loss(config))
         held_out = validation_loss(config, loss, mesh) if config.holds_out else None
-        manager = CheckpointManager(out / "checkpoints", config.keep)
-        stack.callback(manager.close)
-        batches = open_batches(config, base, shard)
         targets = None
         if config.distill.targets and grown_on:
             targets = Targets(config, base, grown_on, shard)
+        if "://" not in config.out and not jax.process_index():
+            stack.enter_context(locked(Path(config.out) / ".lock"))
+        manager = CheckpointManager(out / "checkpoints", config.keep)
+        stack.callback(manager.close)
+        batches = open_batches(config, base, shard)
         stack.callback(batches.close)
         start = manager.latest() or 0
         _check_shared(out, start)
@@ -161,6 +166,8 @@ def fit(
             # notice from before a run goes on would be for one that is never reached.
             if any(told_to_stop(n) for n in range(1, start + 1)) and start < config.steps:
                 raise Preempted(f"told to stop, saved at step {start} of {config.steps} in {out}")
+            if start == config.steps:
+                _LOG.warning("%s is complete, at step %s: nothing is trained", out, start)
         log = stack.enter_context(Log(out, start))
         show = progress and not jax.process_index()
         bar = stack.enter_context(

@@ -56,13 +56,7 @@ class Targets:
         `taught_words` int32 and `taught_logs` float32 [B, S, n], `taught_attention` float32
         [B, Q, S]. Raises ValueError for a step that is not there, or another batch's.
         """
-        path = self._file(step)
-        with np.load(path) as stored:
-            if int(stored["checksum"]) != _checksum(batch):
-                raise ValueError(
-                    f"{path} was written for another batch: train with the data, seed, batch size "
-                    "and number of hosts that the targets were written with"
-                )
+        with _opened(self._file(step), batch) as stored:
             return {**batch, **_dense(stored, batch)}
 
     def _file(self, step: int) -> Path:
@@ -79,8 +73,8 @@ def write_targets(
 
     told: is given each step that is done. On several hosts all call this, with a folder that
     they share. Raises FileNotFoundError where they do not, ValueError for a folder with targets of
-    other settings, for a bucket, and for a run that learns nothing from its base or does not hold
-    all of it, and what the data raise.
+    other settings or batches, for a bucket, and for a run that learns nothing from its base or does
+    not hold all of it, and what the data raise.
     """
     if "://" in folder:
         raise ValueError(f"{folder} is no folder of this machine: write to one, then copy it")
@@ -118,6 +112,9 @@ def write_targets(
         with contextlib.closing(open_batches(config, base_config, shard)) as batches:
             for step, path in enumerate(paths, 1):
                 local = next(batches)
+                if path.is_file():
+                    with _opened(path, local):
+                        pass  # it is of this batch
                 if not everywhere[step - 1]:
                     found = teach(base, on_mesh(local, mesh))
                     if not path.is_file():
@@ -153,6 +150,18 @@ def _checksum(batch: Batch) -> int:
     for name in ("tokens", "targets", "pixels"):
         checksum = zlib.crc32(batch[name].tobytes(), checksum)
     return checksum
+
+
+@contextlib.contextmanager
+def _opened(path: Path, batch: Batch) -> Iterator[Any]:
+    """What a file has; its arrays are read as they are asked for."""
+    with np.load(path) as stored:
+        if int(stored["checksum"]) != _checksum(batch):
+            raise ValueError(
+                f"{path} was written for another batch: train with the data, seed, batch size and "
+                "number of hosts that the targets were written with, or write to another folder"
+            )
+        yield stored
 
 
 def _write(path: Path, batch: Batch, found: dict[str, np.ndarray]) -> None:
