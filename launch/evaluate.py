@@ -83,6 +83,8 @@ def evaluate() -> None:
         for name in asked:
             if name not in known:
                 raise ValueError(f"no --{flag} {name}; there are: {', '.join(known)}")
+    if task != "digits" and not _DATA.value:
+        raise ValueError(f"--task {task} needs --data, the folder that its questions lie in")
     asked_budgets = _RETAINED.value and numbers(_RETAINED.name, _RETAINED.value)
     check_writable(_JSON.value)
     share = _share()

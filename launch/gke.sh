@@ -43,6 +43,7 @@ require_number chips restarts
 [[ $out == gs://?* ]] || die "--out $out: pods keep no files, give a folder as gs://BUCKET/FOLDER"
 [[ -z $export || $export == gs://?* ]] ||
   die "--export $export: pods keep no files, give a folder as gs://BUCKET/FOLDER"
+[[ $config != /* ]] || die "--config $config: the image's copy is read, name it as in this folder"
 ((chips > 0)) || die "--chips 0: a host has chips"
 total=$((${topology//x/ * }))
 ((total % chips == 0)) ||

@@ -348,6 +348,13 @@ def test_plans_read_no_weights(hf, monkeypatch):
     assert ("params/text/layers_0/q_proj/kernel", (24, 40), "bfloat16") in lines
 
 
+def test_what_is_said_of_the_other_kind_is_refused(hf, official):
+    with pytest.raises(ValueError, match="holds a base: K, K_f and a base are said of a twig"):
+        plan(hf, "orbax", K=2).__enter__()
+    with pytest.raises(ValueError, match="holds a twig, which has no vision tower"):
+        plan(official, "orbax", K=1, K_f=3, vision_source=hf).__enter__()
+
+
 @pytest.mark.parametrize(
     ("to", "message"),
     [("twig-official", "holds a base"), ("torch", "no target format")],
@@ -487,7 +494,7 @@ def test_the_launcher(tmp_path, hf):
         # And no folder is made that is called like one.
         (["--to", "orbax", "--out", "gs://bucket/out"], "gs://bucket/out is no local folder"),
         (["--to", "hf", "--out", "out", "--mesh", "1,1,1"], "goes with --to orbax alone"),
-        (["--to", "orbax", "--out", "out", "--mesh", "1,1,1,1"], "takes data,fsdp,tensor"),
+        (["--to", "orbax", "--out", "out", "--mesh", "1,1,1,1"], "takes numbers data,fsdp,tensor"),
     ],
 )
 def test_flags_that_mean_nothing_here(hf, flags, message):

@@ -51,12 +51,15 @@ def test_folders_are_pooled(two):
 
 
 def test_questions_about_one_image_are_drawn_together(two):
-    """All of one page: no draw has others."""
-    for path in two[0].glob("digits/*/points.json"):
-        points = [[value, "page"] for value, _ in json.loads(path.read_text())]
-        path.write_text(json.dumps(points))
-    twig = rows(two[:1])["digits", TWIG]
-    assert twig.relacc_low == twig.relacc_high == twig.relacc == pytest.approx(2 / 3)
+    """Two of each of two pages, of which one alone is read well; or all of one page."""
+    for pages, interval in (("aabb", (0, 1)), ("aaaa", (None, None))):
+        for path in two[0].glob("digits/*/points.json"):
+            points = json.loads(path.read_text())
+            grouped = [[value, page] for (value, _), page in zip(points, pages, strict=True)]
+            path.write_text(json.dumps(grouped))
+        twig = rows(two[:1])["digits", TWIG]
+        assert twig.relacc == pytest.approx(2 / 3)
+        assert (twig.relacc_low, twig.relacc_high) == interval
 
 
 def test_one_folder_has_no_spread(two):
@@ -261,7 +264,7 @@ def strip(path):
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
-        (lambda f: shutil.rmtree(f / "digits"), "TASK/results.json is not there"),
+        (lambda f: shutil.rmtree(f / "digits"), "has no results.json of a benchmark in it"),
         (lambda f: (f / "digits/plain/answers.jsonl").unlink(), "plain/answers.jsonl is not there"),
         (lambda f: (f / "digits/plain/points.json").write_text("[1]"), "of 1 questions, .* of 2"),
         (lambda f: (f / "digits/plain/points.json").write_text("[1, 0]"), "the same image"),

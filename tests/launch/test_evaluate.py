@@ -89,6 +89,7 @@ def test_a_process_of_a_cluster_that_ends_ends_no_other(shallow, tmp_path):
             "no number of kept tokens gives 8 visual tokens a layer",
         ),
         (("--task", "pope", "--data", "nowhere"), "nowhere/llava_pope_test.jsonl is not there"),
+        (("--task", "pope"), "--task pope needs --data, the folder that its questions lie in"),
         (
             ("--task", "digits", "--checkpoint", "twig_jax/assets/digits/base", "--modes", "ssd"),
             "mode ssd needs a twig",

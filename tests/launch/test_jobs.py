@@ -238,6 +238,7 @@ def test_help_and_mistakes(play, script):
         (gke("--topology", "4by4"), "--topology 4by4: not AxB"),
         (gke("--topology", "3x2"), "its 6 chips are not hosts of --chips 4"),
         (gke("--chips", "0"), "--chips 0"),
+        (gke("--config", "/etc/passwd"), "the image's copy is read, name it as in this folder"),
         (gke("--data", "gs://bucket/my data"), "--data gs://bucket/my data: not gs://"),
         (gke("--export", "twig"), "--export twig: pods keep no files"),
         (["bash", "launch/slurm.sh", "--config", CONFIG], "not in a Slurm job"),

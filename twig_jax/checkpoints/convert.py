@@ -90,7 +90,7 @@ def plan(
     vision_source: the CLIP folder of an original base. dtype: None keeps what is stored. K, K_f:
     where a twig grows, if its folder does not say. base: the base it grew on, whose fingerprint it
     then carries. Nothing but shapes is read. Raises as `open_llava` and `open_twig` do, and
-    ValueError for a target, a place or a base that does not fit what the folder holds.
+    ValueError for a target or anything else that does not fit what the folder holds.
     """
     if to not in TARGETS:
         raise ValueError(f"no target format {to!r}; there are: {', '.join(TARGETS)}")
@@ -102,6 +102,10 @@ def plan(
         raise ValueError(
             f"{folder} holds {held}, which can be converted to {' or '.join(fitting)}, not {to}"
         )
+    if is_twig and vision_source is not None:
+        raise ValueError(f"{folder} holds a twig, which has no vision tower: no vision source")
+    if not is_twig and (K, K_f, base) != (None, None, None):
+        raise ValueError(f"{folder} holds a base: K, K_f and a base are said of a twig")
     if not is_twig:
         with open_llava(folder, vision_source) as (config, source):
             small = to == "hf" and config.image_token_id >= config.text.vocab_size

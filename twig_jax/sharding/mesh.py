@@ -42,7 +42,7 @@ def mesh_sizes(sizes: tuple[int, int, int], devices: int) -> tuple[int, int, int
     data, fsdp, tensor = (size or left for size in sizes)
     if data * fsdp * tensor != devices or sizes.count(0) > 1:
         raise ValueError(
-            f"mesh data={data} x fsdp={fsdp} x tensor={tensor} does not use the {devices} "
-            "devices; choose sizes whose product is that number, or one of them as 0"
+            f"mesh data={sizes[0]} x fsdp={sizes[1]} x tensor={sizes[2]} does not use the "
+            f"{devices} devices; choose sizes whose product is that number, or one of them as 0"
         )
     return data, fsdp, tensor

@@ -135,7 +135,8 @@ def _accuracy(found: Sequence[Answered], plain: Sequence[Answered]) -> dict[str,
         if all(map(_is_mean, (*found, *plain))):
             groups = {key: group for f in found for key, group in f.groups.items()}
             together = [groups[k] for k in base]
-            ratio, low, high = relacc([points[k] for k in base], list(base.values()), together)
+            ratio, *ends = relacc([points[k] for k in base], list(base.values()), together)
+            low, high = (None if np.isnan(end) else end for end in ends)
         else:
             own = [f.row["relacc"] for f in found if f.row.get("relacc") is not None]
             ratio = float(np.mean(own)) if own else None

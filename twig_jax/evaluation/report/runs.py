@@ -121,7 +121,10 @@ def read(folders: Sequence[Path]) -> list[Evaluation]:
     for folder in folders:
         results = sorted(folder.glob("*/results.json"))
         if not results:
-            need(folder / "TASK" / "results.json", "the figures that launch.evaluate writes last")
+            raise FileNotFoundError(
+                f"{folder} has no results.json of a benchmark in it, which launch.evaluate writes "
+                "last: name what was its --out"
+            )
         found += [_evaluation(path) for path in results]
     for one in found[1:]:
         _same(found[0], one)
