@@ -24,6 +24,7 @@ from twig_jax.evaluation.pruners.pyramiddrop import last_token, pyramid
 from twig_jax.evaluation.pruners.sparsevlm import raters, recycled, sparse
 from twig_jax.evaluation.pruners.visionzip import merged
 from twig_jax.models.llava import Llava
+from twig_jax.presets import preset
 from twig_jax.pruning.schedule import Schedule, View, by_twig
 
 STAGED = ("pyramiddrop", "sparsevlm")
@@ -132,6 +133,16 @@ def test_sparsevlm_recycles_what_goes():
     assert states[left, 0] == heaps[3:23:2].mean() and states[right, 0] == heaps[4:23:2].mean()
 
 
+@pytest.mark.parametrize("name", PRUNERS)
+def test_every_pruner_has_the_budgets_that_results_are_of(name):
+    """Of the embedded model, docs/results.md."""
+    base, twig = preset("digits")
+    layers, tokens = base.text.num_layers, base.vision.num_tokens
+    schedule = PRUNERS[name].schedule(layers, twig)
+    for average in (48, 32, 16):
+        assert 0 < schedule.budget(average, layers, tokens, 1)[0] < tokens
+
+
 @pytest.mark.parametrize("name", STAGED)
 def test_stages_add_up_to_the_budget(name):
     """Never below it, and by less than one token above; the last see the least."""
@@ -150,6 +161,8 @@ def test_stages_add_up_to_the_budget(name):
 def test_stages_of_the_papers_models():
     """SparseVLM's own numbers; and a budget at which PyramidDrop's λ is a half, as the paper's."""
     assert sparse(32, TWIG).layers == (3, 7, 16)
+    assert sparse(40, TWIG).layers == (4, 9, 20)
+    assert sparse(16, TWIG).layers == (1, 3, 8)  # where two layers of 144 tokens are above 16
     assert sparse(32, TWIG).budget(6488 / 32, 32, 576, 1) == (300, 200, 110)
     assert pyramid(32, TWIG).layers == (2, 12, 22)
     assert pyramid(32, TWIG).budget(192, 32, 576, 1) == (286, 143, 71)

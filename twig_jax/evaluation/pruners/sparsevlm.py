@@ -1,5 +1,7 @@
 """SparseVLM: words of the question rate the image's tokens, and some that go are recycled."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -15,7 +17,7 @@ _CLUSTER = 10  # recycled tokens for each that they are merged into
 
 
 def sparse(num_layers: int, twig: TwigConfig) -> Schedule:
-    """After layers 2, 6 and 15 of 32, counted from 0, or as deep in others.
+    """After layers 2, 6 and 15 of 32, counted from 0, or as deep in others (of halves the lower).
 
     The released settings keep 300, 200 and 110 of 576 tokens and call it 192; here, these
     proportions at every average, up to all tokens. Merged tokens count as others do, and keep a
@@ -23,7 +25,8 @@ def sparse(num_layers: int, twig: TwigConfig) -> Schedule:
     """
     layers: list[int] = []
     for layer in _LAYERS:
-        layers.append(max([round(layer * num_layers / 32), 1, *(at + 1 for at in layers)]))
+        nearest = math.ceil(layer * num_layers / 32 - 0.5)
+        layers.append(max([nearest, 1, *(at + 1 for at in layers)]))
     return staged(tuple(layers), shares, rate)
 
 
