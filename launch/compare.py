@@ -109,6 +109,7 @@ def measure() -> dict[str, Any]:
     from twig_jax.decoding.settings import Settings
     from twig_jax.evaluation import calibration, speed
     from twig_jax.presets import preset
+    from twig_jax.pruning.schedule import by_twig
     from twig_jax.runtime import bandwidth, environment, product_rate
 
     config, twig = preset(_PRESET.value)
@@ -118,6 +119,7 @@ def measure() -> dict[str, Any]:
     requests = speed.random_requests(config, _CALIBRATING, _TEXT.value)
     speed.check_room(config, max(len(r.ids) for r in requests), _NEW.value)
     retained = M / 9 if _AVG_RETAINED.value is None else _AVG_RETAINED.value
+    by_twig(twig).budget(retained, config.text.num_layers, M, 1)  # or it is told now
     settings = Settings(avg_retained=retained, max_new_tokens=_NEW.value)
     generator, reached = calibration.draw(
         config, twig, _WEIGHTS.value, _DTYPE.value, requests, settings

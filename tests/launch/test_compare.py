@@ -71,8 +71,14 @@ def test_without_torch(tmp_path):
     )
 
 
-def test_an_unknown_preset_is_named():
-    done = python("-m", "launch.compare", "--preset=llava-1.5-8b")
-    assert done.returncode == 1
-    assert "no preset 'llava-1.5-8b'; there are:" in done.stderr
+@pytest.mark.parametrize(
+    ("preset", "message"),
+    [
+        ("llava-1.5-8b", "no preset 'llava-1.5-8b'; there are:"),
+        ("toy", "no number of kept tokens gives 1 visual tokens a layer"),  # a ninth of its nine
+    ],
+)
+def test_what_cannot_be_compared_is_told_first(preset, message):
+    done = python("-m", "launch.compare", f"--preset={preset}")
+    assert done.returncode == 1 and message in done.stderr
     assert "Traceback" not in done.stderr

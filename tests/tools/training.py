@@ -1,6 +1,6 @@
 """How much faster a twig trains than in the straightforward way, and what caching would save.
 
-    python -m tests.tools.training [--repeats 5]
+    python -m tests.tools.training --repeats 21
 
 Three ways to make the same step of configs/digits_twig.py, in changing order:
 
@@ -10,7 +10,6 @@ from trunk packed, without vision tower and trunk: what is left where their outp
            (the loss is another one)
 """
 
-import argparse
 import dataclasses
 import time
 from pathlib import Path
@@ -18,6 +17,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import app, flags
 
 from configs import digits_twig, llava15_7b_twig
 from twig_jax.data.digits import ASSETS
@@ -30,6 +30,8 @@ from twig_jax.training.losses import twig_loss
 from twig_jax.training.optim import optimizer
 from twig_jax.training.start import start_base, start_twig
 from twig_jax.training.step import init_state, make_step
+
+_REPEATS = flags.DEFINE_integer("repeats", 5, "timings of each", lower_bound=1)
 
 
 def alone(batch, pad_id):
@@ -56,10 +58,8 @@ def alone(batch, pad_id):
     return out
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=5)
-    repeats = parser.parse_args().repeats
+def main(_):
+    repeats = _REPEATS.value
 
     config = dataclasses.replace(digits_twig.get_config(), base=str(ASSETS / "base"))
     base_config, twig_config = config.model()
@@ -127,4 +127,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    app.run(main)
