@@ -97,9 +97,15 @@ def test_sixteen_bits_keep_their_upper_eight(form, turned):
     np.testing.assert_array_equal(loaded, np.repeat(expected[..., None], 3, axis=2))
 
 
-def test_levels_beyond_sixteen_bits_are_clipped():
-    levels = Image.fromarray(np.array([[-5, 0, 65535, 1 << 20]], np.int32))
-    assert np.asarray(images.load_image(levels))[0, :, 0].tolist() == [0, 0, 255, 255]
+def test_levels_of_sixteen_bits_keep_their_upper_ones():
+    """Of a format that Pillow gives 32-bit numbers of; of others nothing says what is white."""
+    content = b"P5 3 1 65535\n" + np.array([0, 300, 65535], ">u2").tobytes()
+    with Image.open(io.BytesIO(content)) as image:
+        assert image.mode == "I"
+        for source in (content, image, bytearray(content), memoryview(content)):
+            assert np.asarray(images.load_image(source))[0, :, 0].tolist() == [0, 1, 255]
+    with pytest.raises(ValueError, match="its pixels are numbers of 32 bits, of which nothing"):
+        images.load_image(Image.fromarray(np.full((2, 2), 200, np.int32)))
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA"])

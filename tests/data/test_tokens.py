@@ -10,6 +10,7 @@ import sentencepiece
 import transformers
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from tokenizers import AddedToken, normalizers
 
 from tests.llama import PIECES
@@ -225,6 +226,33 @@ def test_a_tokenizer_s_file_is_read_as_it_is(llama, tmp_path, pieces, layout):
     for chunk in text.split("<image>"):
         expected += [*([777] * SLOTS * (len(expected) > 1)), *pieces(chunk)]
     assert ids.tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda model: setattr(model.trainer_spec, "model_type", 1),
+            "no tokenizer of Llama's kind",
+        ),
+        (
+            lambda model: setattr(model.normalizer_spec, "add_dummy_prefix", False),
+            "puts no space before a text",
+        ),
+    ],
+)
+def test_a_model_file_of_another_kind_is_refused(llama, tmp_path, change, message):
+    model = ModelProto.FromString((llama / "tokenizer.model").read_bytes())
+    change(model)
+    (tmp_path / "tokenizer.model").write_bytes(model.SerializeToString())
+    with pytest.raises(ValueError, match=message):
+        load_tokenizer(tmp_path)
+
+
+def test_special_tokens_without_a_name_are_llama_s(llama, tmp_path, pieces):
+    (tmp_path / "tokenizer.model").write_bytes((llama / "tokenizer.model").read_bytes())
+    write(tmp_path, "tokenizer_config", bos_token="", eos_token="", unk_token="")
+    assert load_tokenizer(tmp_path).encode("the cat</s>") == [1, *pieces("the cat"), 2]
 
 
 def test_a_missing_sentencepiece_is_named(llama, monkeypatch):

@@ -18,7 +18,7 @@ from twig_jax.evaluation.pruners import PRUNERS
 from twig_jax.evaluation.pruners.answering import Rival
 from twig_jax.evaluation.pruners.attention import deeper, fastv_all_text
 from twig_jax.evaluation.pruners.baselines import farthest_first
-from twig_jax.evaluation.pruners.diversity import least_duplicated, max_min
+from twig_jax.evaluation.pruners.diversity import dart, least_duplicated, max_min
 from twig_jax.evaluation.pruners.probe import Probe, as_the_twig
 from twig_jax.evaluation.pruners.pyramiddrop import last_token, pyramid
 from twig_jax.evaluation.pruners.sparsevlm import raters, recycled, sparse
@@ -324,6 +324,60 @@ def test_a_row_is_ranked_by_itself(engine, name):
     for before, after in zip(few, together, strict=True):
         assert (after.scores[~before.is_visual] == 0).all()
         assert len(set(after.scores[before.is_visual])) > 1 or not before.is_visual.any()
+
+
+@pytest.fixture(scope="module")
+def classed():
+    """(an engine whose visual tokens are led by the class token's, a request of two images)."""
+    one, rng = request(99, 2, 8, 8), np.random.default_rng(0)
+    is_visual = np.repeat([False, True, False], [8, 2 * (M + 1), 8])
+    ids = rng.integers(3, CONFIG.text.vocab_size, len(is_visual)).astype(np.int32)
+    vision = dataclasses.replace(CONFIG.vision, class_token=True)
+    return generator(vision=vision), dataclasses.replace(one, ids=ids, is_visual=is_visual)
+
+
+@pytest.mark.parametrize("name", ["uniform", "fastervlm", "visionzip"])
+def test_a_class_token_is_a_visual_token_like_others(classed, name):
+    """A grid, which knows no place for it, keeps it last."""
+    engine, one = classed
+    (ranked,) = Rival(engine, name).ranked([one], TTP, batch=1)
+    scores = ranked.scores[one.is_visual].reshape(2, M + 1)
+    assert np.isfinite(scores).all()
+    if name == "uniform":
+        order = np.argsort(-scores[0])
+        assert order.tolist() == [*(farthest_first(3) + 1).tolist(), 0]
+    elif name == "fastervlm":
+        np.testing.assert_allclose(scores.sum(1), 1, rtol=1e-5)  # a softmax over all of them
+
+
+def test_a_tower_without_layers_has_no_class_attention():
+    engine = generator(vision=dataclasses.replace(CONFIG.vision, feature_layer=0))
+    one = request(1, 1, 2, 5)
+    (ranked,) = Rival(engine, "random").ranked([one], TTP, batch=1)
+    assert len(set(ranked.scores[one.is_visual])) == M
+    with pytest.raises(ValueError, match="below the vision tower's first layer"):
+        Rival(engine, "fastervlm").ranked([one], TTP, batch=1)
+
+
+def test_dart_s_words_follow_the_image(seen):
+    """Where one alone does, it is asked four times."""
+    probe = seen[0]
+    words = [int(np.flatnonzero(row)[-1]) + 1 for row in probe.is_visual]
+    cut = dataclasses.replace(probe, lengths=jnp.asarray(words) + 1)
+    x, kv = cut.run(1)
+    sizes = cut.of_visual(jnp.abs(kv.k).sum((1, 3)))
+    expected = [
+        least_duplicated(own, size, jnp.tile(states[word], (4, 1)), 7)
+        for own, size, states, word in zip(cut.of_visual(x), sizes, x, words, strict=True)
+    ]
+    np.testing.assert_array_equal(dart(cut, 7).scores, expected)
+
+
+@pytest.mark.parametrize(("name", "layers"), [("pyramiddrop", 3), ("sparsevlm", 2)])
+def test_no_stage_is_without_layers(name, layers):
+    schedule = PRUNERS[name].schedule(layers, TWIG)
+    with pytest.raises(ValueError, match=f"a decoder of {layers} layers is too shallow"):
+        schedule.budget(M, layers, M, 1)
 
 
 @pytest.mark.parametrize("name", ["random", "visionzip", "dart"])

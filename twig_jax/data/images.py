@@ -17,7 +17,7 @@ _MOST_PIXELS = 2 * 1024**3 // 4 // 3
 # Warnings are muted for the whole process, so by one thread at a time, which reads no file then.
 _MUTED = threading.Lock()
 
-ImageSource = str | Path | bytes | Image.Image | np.ndarray
+ImageSource = str | Path | bytes | bytearray | memoryview | Image.Image | np.ndarray
 
 
 def load_image(source: ImageSource) -> Image.Image:
@@ -33,6 +33,8 @@ def load_image(source: ImageSource) -> Image.Image:
     """
     if isinstance(source, np.ndarray):
         return _from_array(source).convert("RGB")
+    if isinstance(source, bytearray | memoryview):
+        source = bytes(source)
     name = _name(source)
     try:
         if isinstance(source, Image.Image):
@@ -124,14 +126,17 @@ def _from_array(array: np.ndarray) -> Image.Image:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     image.load()
+    # Grey values of 16 bits come as "I;16", or of these formats as 32-bit ones.
+    has_16_bits = image.mode.startswith("I;16") or image.format in ("PNG", "PPM")
     image = image.copy()  # a caller's stays as it is
     # Turned in place, as the EXIF that is written anew behind it may be damaged elsewhere.
     with contextlib.suppress(Exception):
         ImageOps.exif_transpose(image, in_place=True)
-    if image.mode == "F":
-        raise ValueError("its pixels are floats, of which nothing says what is white")
+    if image.mode == "F" or (image.mode == "I" and not has_16_bits):
+        what = "floats" if image.mode == "F" else "numbers of 32 bits"
+        raise ValueError(f"its pixels are {what}, of which nothing says what is white")
     if image.mode == "I" or image.mode.startswith("I;16"):
-        # Pillow would clip 16-bit grey values at 255. Some formats give them as 32-bit ones.
+        # Pillow would clip them at 255.
         grey = np.asarray(image).clip(0, 65535) >> 8
         return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
     if image.mode == "P" and "transparency" in image.info:

@@ -97,7 +97,7 @@ def load_tokenizer(path: str | Path) -> Any:
     A folder with tokenizer.model alone, as LLaVA's own checkpoints are, gets Llama's tokenizer with
     sentencepiece's ids.
     Raises FileNotFoundError for a missing folder or one without tokenizer files, ImportError where
-    a package to read them is missing.
+    a package to read them is missing, ValueError for a tokenizer.model of another kind.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -254,22 +254,33 @@ def _load_sentencepiece(folder: Path) -> Any:
             f"reading {folder / 'tokenizer.model'} needs sentencepiece and protobuf: "
             "pip install sentencepiece protobuf"
         ) from error
-    from sentencepiece import SentencePieceProcessor
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
     from tokenizers import Regex, models, normalizers
     from transformers import LlamaTokenizer
 
+    file = folder / "tokenizer.model"
     settings: dict[str, Any] = {"add_bos_token": True, "legacy": True}  # version 4's defaults
     path = folder / "tokenizer_config.json"
     if path.is_file():
         given = read_json(path)
         settings |= {key: given[key] for key in settings if given.get(key) is not None}
+        # Old conversions of Llama name none, and mean its own.
+        named = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+        settings |= {name: own for name, own in named.items() if given.get(name) == ""}
+    model = ModelProto.FromString(file.read_bytes())
+    if model.trainer_spec.model_type != model.trainer_spec.BPE:
+        raise ValueError(f"{file} is no tokenizer of Llama's kind, which merges pairs (BPE)")
+    if settings["legacy"] and not model.normalizer_spec.add_dummy_prefix:
+        raise ValueError(
+            f"{file} puts no space before a text (add_dummy_prefix), which is supported where "
+            "tokenizer_config.json has `legacy: false`"
+        )
     tokenizer = LlamaTokenizer.from_pretrained(folder, **settings)
     # Sentencepiece puts a space before every text, this tokenizer only before one without.
     tokenizer.backend_tokenizer.normalizer = normalizers.Replace(Regex(r"\A[ ▁]"), "  ")
     # It merges in the order of pieces' scores, this tokenizer in that of their ids. Llama's runs of
     # spaces have the first ids and the lowest scores.
-    pieces = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
-    scores = {pieces.id_to_piece(i): pieces.get_score(i) for i in range(len(pieces))}
+    scores = {piece.piece: piece.score for piece in model.pieces}
     found = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     tokenizer.backend_tokenizer.model = models.BPE(
         vocab=found["vocab"],

@@ -27,7 +27,7 @@ def _at_least(least: int, config: Any, group: str, *names: str) -> None:
 class OptimConfig:
     """AdamW with linear warm-up and cosine decay; the defaults are the paper's.
 
-    The reference's script leaves transformers' own values: b2=0.999 and clip=1.0.
+    The reference's script leaves transformers' own b2=0.999.
     """
 
     lr: float = 1e-4

@@ -21,10 +21,10 @@ def random(probe: Probe, retained: int) -> Ranked:
 
 def uniform(probe: Probe, retained: int) -> Ranked:
     """A grid: patches in the order in which they are farthest from those before them."""
-    M = probe.config.vision.num_tokens
-    order = farthest_first(math.isqrt(M))
-    ranks = np.empty(M)
-    ranks[order] = np.arange(len(order))
+    vision = probe.config.vision
+    M, order = vision.num_tokens, farthest_first(math.isqrt(vision.num_patches))
+    ranks = np.full(M, float(len(order)))  # a class token, which leads, comes last
+    ranks[order + (M - len(order))] = np.arange(len(order))
     images = probe.visual.shape[1] // M
     row = np.tile(-ranks, images)
     return Ranked(jnp.broadcast_to(jnp.asarray(row, jnp.float32), (len(probe.tokens), len(row))))

@@ -56,12 +56,13 @@ def dart(probe: Probe, retained: int) -> Ranked:
     slots = jnp.arange(x.shape[1])
     last_visual = jnp.where(probe.is_visual, slots, -1).max(1, keepdims=True)
     asks = probe.real & (slots > last_visual)
-    _, texts = jax.lax.top_k(jnp.where(asks, size, -1), _PIVOTS)
+    found, texts = jax.lax.top_k(jnp.where(asks, size, -1), _PIVOTS)
+    texts = jnp.where(found < 0, texts[:, :1], texts)  # the best again where there are too few
     own = jnp.take_along_axis(x, texts[..., None], axis=1)
-    found = jax.vmap(partial(least_duplicated, retained=retained))(
+    chosen = jax.vmap(partial(least_duplicated, retained=retained))(
         probe.of_visual(x), probe.of_visual(size), own
     )
-    return Ranked(found)
+    return Ranked(chosen)
 
 
 def least_duplicated(x: jax.Array, size: jax.Array, texts: jax.Array, retained: int) -> jax.Array:

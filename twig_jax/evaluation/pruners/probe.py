@@ -78,6 +78,8 @@ class Probe:
             capture_intermediates=lambda module, _: module.name in ("q_proj", "k_proj"),
             mutable=["intermediates"],
         )
+        if last not in kept.get("intermediates", {}).get("vision", {}):
+            return features, {}
         found = kept["intermediates"]["vision"][last]
         heads = self.config.vision.num_heads
         return features, {
@@ -99,22 +101,28 @@ class Probe:
         """Visual embeddings [B, V, d]."""
         return self.project(self.features)
 
+    def _projected(self, name: str) -> jax.Array:
+        if not self._tower[1]:
+            raise ValueError("visual features are read below the vision tower's first layer")
+        return self._tower[1][name]
+
     @property
     def class_attention(self) -> jax.Array:
-        """Attention of the class token to the patches, mean over heads, float32 [B, V].
+        """Attention of the class token to visual tokens, mean over heads, float32 [B, V].
 
-        In the tower's last layer that runs.
+        In the tower's last layer that runs. Raises ValueError where none does.
         """
-        projected = self._tower[1]
-        q, k = projected["q_proj"][:, :, 0], projected["k_proj"]
+        q, k = self._projected("q_proj")[:, :, 0], self._projected("k_proj")
         logits = jnp.einsum("NHD,NHSD->NHS", q, k, preferred_element_type=jnp.float32)
-        row = jax.nn.softmax(logits * q.shape[-1] ** -0.5, axis=-1).mean(1)[:, 1:]
+        row = jax.nn.softmax(logits * q.shape[-1] ** -0.5, axis=-1).mean(1)[
+            :, -self.config.vision.num_tokens :
+        ]
         return rearrange(row, "(B I) M -> B (I M)", B=len(self.tokens))
 
     @property
     def vision_keys(self) -> jax.Array:
-        """The patches' keys in that layer, mean over heads, [B, V, D]."""
-        keys = self._tower[1]["k_proj"].mean(1)[:, 1:]
+        """Visual tokens' keys in that layer, mean over heads, [B, V, D]; raises as that does."""
+        keys = self._projected("k_proj").mean(1)[:, -self.config.vision.num_tokens :]
         return rearrange(keys, "(B I) M D -> B (I M) D", B=len(self.tokens))
 
     @property

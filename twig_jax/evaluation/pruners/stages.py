@@ -1,5 +1,6 @@
 """Budgets of what prunes at several layers."""
 
+import itertools
 import math
 from collections.abc import Callable
 from functools import partial
@@ -29,10 +30,13 @@ def fewest(
     """The least tokens of every segment with which a layer sees R̄ an image on average, or more.
 
     Arguments as of `staged` and `Schedule.budget`; a share of all tokens is rounded up. Raises
-    ValueError where no shares reach the average, or the layers before the first exceed it.
+    ValueError where no shares reach the average, the layers before the first exceed it, or a stage
+    has no layer.
     """
     K, L, whole = layers[0], num_layers, images * num_tokens
-    depths = [max(last - first, 0) for first, last in zip(layers, (*layers[1:], L), strict=True)]
+    depths = [last - first for first, last in itertools.pairwise((*layers, L))]
+    if min(depths) < 1:
+        raise ValueError(f"a decoder of {L} layers is too shallow to prune before {layers}")
 
     def tokens(x: float) -> tuple[int, ...]:
         return tuple(math.ceil(share * whole) for share in shares(x))
