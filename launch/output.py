@@ -168,7 +168,7 @@ def check_writable(*paths: str | None) -> None:
             with open(path, "a"):
                 pass
             if new:
-                Path(path).unlink()
+                Path(path).unlink(missing_ok=True)  # another process may try it, too
 
 
 def write_json(path: str | None, content: Any) -> None:

@@ -488,6 +488,9 @@ def test_answers_end_as_generation_config_says(folder, config):
         read_llava(folder)
     edit(folder, lambda content: content.update(eos_token_id=None))
     assert read_llava(folder)[0] == config
+    edit(folder, lambda content: content["text_config"].update(eos_token_id=None))
+    with pytest.raises(ValueError, match="eos_token_id is None, supported is one integer"):
+        read_llava(folder)
     path.write_text('{"eos_token_id": [6, 9]}')
     with pytest.raises(ValueError, match=r"generation_config\.json: eos_token_id is \[6, 9\]"):
         read_llava(folder)

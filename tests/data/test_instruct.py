@@ -563,7 +563,7 @@ def test_pages_of_digits_can_be_trained_on():
         ({"max_tokens": 129}, "max_tokens 129 must be 2 to row_tokens 128"),
         ({"row_tokens": 9000}, "max_tokens 9000 is more than the 4096 of the model"),
         ({"shard": (2, 2)}, r"shard \(2, 2\)"),
-        ({"shard": (0, 9)}, "8 samples are too few for 9 shards"),
+        ({"shard": (0, 9)}, "8 samples, which are too few for 9 shards"),
         ({"max_bad_fraction": 1.0}, r"max_bad_fraction is 1\.0"),
     ],
 )

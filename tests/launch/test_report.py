@@ -30,7 +30,7 @@ def test_a_report_of_two_folders(tmp_path):
 
 def test_nothing_is_half_written(tmp_path):
     done = report("--runs", tmp_path, "--out", tmp_path / "report")
-    assert done.returncode == 1 and "results.json is not there" in done.stderr
+    assert done.returncode == 1 and "has no results.json of a benchmark in it" in done.stderr
     assert done.stderr.startswith("report: ") and not (tmp_path / "report").exists()
     done = report("--runs", tmp_path, "--data", "gqa", "--out", tmp_path / "report")
     assert done.returncode == 1 and "--data takes TASK=FOLDER, not gqa" in done.stderr

@@ -235,7 +235,7 @@ def _config(
     ]
     if quantised:
         method = quantised.get("quant_method")
-        problems.append(f"quantization_config is {method!r}, supported are weights as they were")
+        problems.append(f"quantization_config is {method!r}, supported is none")
     if strategy[1] not in _CLASS_TOKEN:
         problems.append(f"{strategy[0]} is {strategy[1]!r}, supported: {', '.join(_CLASS_TOKEN)}")
     integers = {
@@ -316,11 +316,11 @@ def _eos(folder: Path, parts: Mapping[str, Json]) -> tuple[str, Any]:
     """
     path = folder / _GENERATION
     generation = {f"{_GENERATION}: ": read_json(path)} if path.is_file() else {}
-    return next(
-        (f"{prefix}eos_token_id", part["eos_token_id"])
+    found = {
+        f"{prefix}eos_token_id": part.get("eos_token_id")
         for prefix, part in {**generation, **parts}.items()
-        if part.get("eos_token_id") is not None
-    )
+    }
+    return next((one for one in found.items() if one[1] is not None), ("eos_token_id", None))
 
 
 def _rope(text: Json) -> dict[str, Any]:
