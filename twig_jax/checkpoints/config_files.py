@@ -135,9 +135,8 @@ def read_config(folder: Path, vision_source: Path | None = None) -> LlavaConfig:
         tied=text.get("tie_word_embeddings") or model.get("tie_word_embeddings"),
         pixels=_pixel_statistics(folder),
         prefixes=("vision_config.", "text_config."),
-        problems=differences(model, _MODEL_MUST, ""),
+        problems=_problems(model, _MODEL_MUST),
         text_must=_TEXT_MUST | ({"model_type": "mistral"} if mistral else {}),
-        quantised=model.get("quantization_config"),
     )
 
 
@@ -190,10 +189,18 @@ def _original(path: Path, model: Json, vision_source: Path | None) -> LlavaConfi
         tied=text.get("tie_word_embeddings"),
         pixels=statistics,
         prefixes=("vision tower: ", ""),
-        problems=differences(model, _ORIGINAL_MUST, ""),
+        problems=_problems(model, _ORIGINAL_MUST),
         text_must={},
-        quantised=model.get("quantization_config"),
     )
+
+
+def _problems(model: Json, must: Json) -> list[str]:
+    """What a config.json asks for, beside its parts, that is not supported."""
+    problems = differences(model, must, "")
+    if quantised := model.get("quantization_config"):
+        method = quantised.get("quant_method")
+        problems.append(f"quantization_config is {method!r}, supported is none")
+    return problems
 
 
 def _text(given: Json, mistral: bool) -> dict[str, Any]:
@@ -221,7 +228,6 @@ def _config(
     prefixes: tuple[str, str],
     problems: list[str],
     text_must: Json,
-    quantised: Json | None,
 ) -> LlavaConfig:
     """What both layouts share. What comes with its name does so for messages."""
     of_vision, of_text = prefixes
@@ -233,9 +239,6 @@ def _config(
         *differences(text, text_must, of_text),
         *differences(rope, {"rope_type": "default"}, f"{of_text}rope_parameters."),
     ]
-    if quantised:
-        method = quantised.get("quant_method")
-        problems.append(f"quantization_config is {method!r}, supported is none")
     if strategy[1] not in _CLASS_TOKEN:
         problems.append(f"{strategy[0]} is {strategy[1]!r}, supported: {', '.join(_CLASS_TOKEN)}")
     integers = {

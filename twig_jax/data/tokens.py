@@ -285,6 +285,7 @@ def _load_sentencepiece(folder: Path) -> Any:
     tokenizer.backend_tokenizer.model = models.BPE(
         vocab=found["vocab"],
         merges=sorted(map(tuple, found["merges"]), key=lambda pair: -scores["".join(pair)]),
+        unk_token=found["unk_token"],
         fuse_unk=found["fuse_unk"],
         byte_fallback=found["byte_fallback"],
     )
