@@ -48,8 +48,8 @@ def convert() -> None:
     from tqdm import tqdm
 
     from twig_jax.checkpoints import convert as c
-    from twig_jax.checkpoints.config_files import has_tokenizer
     from twig_jax.checkpoints.llava import local_folder
+    from twig_jax.checkpoints.processor_files import has_tokenizer
     from twig_jax.data.tokens import conventions, load_tokenizer
     from twig_jax.sharding.mesh import make_mesh
 

@@ -1,10 +1,9 @@
-"""The JSON files beside the weights: config.json, generation and processor settings.
+"""The JSON files beside the weights: config.json and generation settings, pixel statistics.
 
 Two layouts are read: Hugging Face's (`text_config` and `vision_config` apart) and the original
 LLaVA's (Llama's fields at the root, `mm_*` fields for the rest). One is written: Hugging Face's.
 """
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,16 +13,7 @@ from twig_jax.config import CLIP_MEAN, CLIP_STD, LlavaConfig, TextConfig, Vision
 
 Json = Mapping[str, Any]
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-)
-_PROCESSOR, _PREPROCESSOR = "processor_config.json", "preprocessor_config.json"
+PROCESSOR, PREPROCESSOR = "processor_config.json", "preprocessor_config.json"
 _GENERATION = "generation_config.json"
 
 # What transformers assumes where config.json says nothing: for a vision part that is not there at
@@ -338,10 +328,10 @@ def _rope(text: Json) -> dict[str, Any]:
 def image_processor(folder: Path) -> tuple[Path, Json]:
     """(file, settings) of a folder's image processor; the folder and none where no file has any."""
     path, settings = folder, dict[str, Any]()
-    for name in (_PREPROCESSOR, _PROCESSOR):  # newer, so it wins
+    for name in (PREPROCESSOR, PROCESSOR):  # newer, so it wins
         if (folder / name).is_file():
             content = read_json(folder / name)
-            found = content.get("image_processor") if name == _PROCESSOR else content
+            found = content.get("image_processor") if name == PROCESSOR else content
             if found:
                 path, settings = folder / name, found
     return path, settings
@@ -402,61 +392,3 @@ def write_config(folder: Path, config: LlavaConfig, dtype: str, notes: Json | No
     }
     write_json(folder / "config.json", content | _MODEL_MUST | dict(notes or {}))
     write_json(folder / _GENERATION, special)
-
-
-def has_tokenizer(folder: Path) -> bool:
-    """Whether a folder has a tokenizer's files."""
-    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
-
-
-def write_processor(
-    folder: Path, config: LlavaConfig, source: Path | None, pad: bool = False
-) -> None:
-    """The files that AutoTokenizer and AutoProcessor need.
-
-    The tokenizer's are copied from the folder `source`; the image processor's too where it has
-    them and is of Hugging Face's layout, else they are written for CLIP's processor, or with `pad`
-    for LLaVA's, which pads images to squares first. Raises FileNotFoundError for a source without a
-    tokenizer.
-    """
-    copied = []
-    if source is not None:
-        # LLaVA does not read a processor's files.
-        settings = () if has_original_layout(source) else (_PROCESSOR, _PREPROCESSOR)
-        names = (*TOKENIZER_FILES, *settings)
-        copied = [name for name in names if (source / name).is_file()]
-        if not has_tokenizer(source):
-            raise FileNotFoundError(
-                f"{source} has no tokenizer: neither tokenizer.json nor tokenizer.model"
-            )
-        if source.resolve() != folder.resolve():
-            for name in copied:
-                shutil.copyfile(source / name, folder / name)
-    if _PROCESSOR in copied or _PREPROCESSOR in copied:
-        return
-    vision = config.vision
-    write_json(
-        folder / _PROCESSOR,
-        {
-            "image_processor": {
-                "image_processor_type": "LlavaImageProcessor" if pad else "CLIPImageProcessor",
-                "crop_size": {"height": vision.image_size, "width": vision.image_size},
-                "size": {"shortest_edge": vision.image_size},
-                "do_center_crop": True,
-                "do_convert_rgb": True,
-                "do_normalize": True,
-                "do_pad": pad,
-                "do_rescale": True,
-                "do_resize": True,
-                "image_mean": list(vision.image_mean),
-                "image_std": list(vision.image_std),
-                "resample": 3,  # bicubic
-                "rescale_factor": 1 / 255,
-            },
-            "image_token": "<image>",
-            "num_additional_image_tokens": 1,  # the class token, which "default" drops again
-            "patch_size": vision.patch_size,
-            "processor_class": "LlavaProcessor",
-            "vision_feature_select_strategy": "full" if vision.class_token else "default",
-        },
-    )

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from twig_jax.checkpoints.config_files import TOKENIZER_FILES, has_tokenizer, notes
+from twig_jax.checkpoints.config_files import notes
 from twig_jax.checkpoints.llava import (
     open_llava,
     padded,
@@ -21,6 +21,7 @@ from twig_jax.checkpoints.llava import (
     write_orbax,
     write_settings,
 )
+from twig_jax.checkpoints.processor_files import TOKENIZER_FILES, has_tokenizer
 from twig_jax.checkpoints.source import TREE, Place, Source
 from twig_jax.checkpoints.storage import locked, read_json, write_json
 from twig_jax.checkpoints.twig import (

@@ -16,9 +16,9 @@ from twig_jax.checkpoints.config_files import (
     is_original,
     read_config,
     write_config,
-    write_processor,
 )
 from twig_jax.checkpoints.manager import write_tree
+from twig_jax.checkpoints.processor_files import write_processor
 from twig_jax.checkpoints.source import (
     TREE,
     Place,

@@ -13,10 +13,10 @@ import numpy as np
 from twig_jax.checkpoints.config_files import (
     differences,
     has_original_layout,
-    has_tokenizer,
     image_processor,
     is_original,
 )
+from twig_jax.checkpoints.processor_files import has_tokenizer
 from twig_jax.checkpoints.storage import read_json
 from twig_jax.data import conversation
 from twig_jax.data.conversation import IMAGE
